@@ -1,0 +1,51 @@
+"""fusedbun: memory-efficient optimizers, defined once, for PyTorch and for JAX.
+
+The torch classes (`Fusedbun`, `FusionOptimizer`, `ChainOptimizer`) load torch when they are first used.
+The optax side is the package `fusedbun_jax`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fusedbun import recipes, transforms
+from fusedbun.chain import Chain, chain
+from fusedbun.transform import Signal, Slot, Transform
+
+if TYPE_CHECKING:
+    from fusedbun.optim import ChainOptimizer, Fusedbun, FusionOptimizer
+
+__version__ = "0.1.0"
+
+_TORCH_CLASSES = ("ChainOptimizer", "Fusedbun", "FusionOptimizer")
+
+__all__ = [
+    "Chain",
+    "ChainOptimizer",
+    "Fusedbun",
+    "FusionOptimizer",
+    "Signal",
+    "Slot",
+    "Transform",
+    "chain",
+    "recipes",
+    "transforms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TORCH_CLASSES:
+        raise AttributeError(f"module 'fusedbun' has no attribute {name!r}")
+    try:
+        from fusedbun import optim
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"fusedbun.{name} needs PyTorch: pip install 'fusedbun[torch]'", name="torch"
+        ) from error
+    return getattr(optim, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,35 @@
+"""What a driver's optimizer takes from its recipe: the signature and the documentation, with arguments of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_origin
+
+from fusedbun.hyper import Axis, hints
+
+POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+
+
+def defaults(recipe: Callable[..., Any]) -> dict[str, Any]:
+    """The recipe's hyper-parameters and their defaults."""
+    return {name: p.default for name, p in inspect.signature(recipe).parameters.items()}
+
+
+def structural(recipe: Callable[..., Any]) -> tuple[str, ...]:
+    """The hyper-parameters that choose code or state, so that they must be known when a step is traced."""
+    declared = hints(recipe)
+    return tuple(n for n in defaults(recipe) if declared[n] in (bool, Axis) or get_origin(declared[n]) is Literal)
+
+
+def signature(
+    recipe: Callable[..., Any], before: Sequence[inspect.Parameter], after: Sequence[inspect.Parameter] = ()
+) -> inspect.Signature:
+    """The recipe's signature between a driver's own arguments."""
+    return inspect.Signature([*before, *inspect.signature(recipe).parameters.values(), *after])
+
+
+def documentation(recipe: Callable[..., Any], before: str, after: str = "") -> str:
+    """The recipe's docstring with the driver's arguments at the head of its `Args:` and its remarks at the end."""
+    head, args, rest = inspect.getdoc(recipe).partition("Args:\n")  # type: ignore[union-attr]
+    return f"{head}{args}{before}{rest}\n{after}"

@@ -1,0 +1,242 @@
+"""The torch driver: runs any recipe as a `torch.optim.Optimizer`, parameter by parameter, with its state in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedbun import codes
+from fusedbun.chain import Chain, own
+from fusedbun.hyper import NonNegative, check
+from fusedbun.optim import loading
+from fusedbun.optim import namespace as xp
+from fusedbun.optim.state import State, compute_dtype, follow
+from fusedbun.transform import Shape, Signal, Slot, Transform
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Leaf(NamedTuple):
+    """A parameter about to be stepped, its gradient, and its state by `<transformation>.<slot>`."""
+
+    param: Tensor
+    grad: Tensor
+    state: State
+
+
+class Batch(NamedTuple):
+    """What one param group has to do in a step."""
+
+    chain: Chain
+    lr: float | Tensor
+    maximize: bool
+    leaves: list[Leaf]
+
+
+class TransformOptimizer(torch.optim.Optimizer):
+    """Steps parameters with the chain that a recipe makes from the hyper-parameters of their param group.
+
+    The param groups hold the recipe's arguments under their own names, beside `lr` and `maximize`; they may be
+    changed between steps, by a scheduler or by hand. State is float32 (float64 for float64 parameters), is made when
+    a parameter first has a gradient, and follows a change of hyper-parameters: a slot that comes into being starts at
+    zero, one that goes is freed. Everything is checked before anything is changed.
+
+    Args:
+        params: parameters, named parameters, or param groups, as for every torch optimizer.
+        lr: the learning rate, in [0, inf); a float or a tensor of one element.
+        recipe: makes the chain from hyper-parameters given by name.
+        hyperparameters: their values for groups that do not give their own.
+        maximize: climb instead of descend.
+    """
+
+    _saved: loading.Saved | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        recipe: Callable[..., Chain],
+        hyperparameters: Mapping[str, Any],
+        *,
+        maximize: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self._hyperparameters = tuple(hyperparameters)
+        defaults = {"lr": lr, **hyperparameters, "maximize": maximize}
+        self.chain(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            chain = self.chain(group)
+            for index, param in enumerate(group["params"]):
+                name = _name(group, len(self.param_groups) - 1, index)
+                if param.dtype not in FLOATING:
+                    raise TypeError(
+                        f"{name} is {param.dtype}, but {type(self).__name__} steps real floating-point parameters only "
+                        f"({', '.join(map(str, FLOATING))}); a complex one can be given as torch.view_as_real(param)"
+                    )
+                chain.slots(tuple(param.shape))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned, each state tensor in the dtype its slot declares.
+
+        Raises a ValueError that says what does not fit, before anything is changed.
+        """
+        # The last of the pre-hooks sees the dict that torch will load.
+        hook = self.register_load_state_dict_pre_hook(self._keep_saved)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._saved = None
+
+    def _keep_saved(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        self._saved = loading.saved_state(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "recipe": self.recipe, "_hyperparameters": self._hyperparameters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if self._saved is not None:  # called by load_state_dict, before its post-hooks
+            loading.restore(self, self._saved)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss; it is called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for batch in self._prepare(torch.compiler.is_compiling()):
+            run(batch)
+        return loss
+
+    def chain(self, group: Mapping[str, Any]) -> Chain:
+        """The chain that steps a param group; raises a TypeError or ValueError where a hyper-parameter is not valid."""
+        lr, owner = group["lr"], type(self).__name__
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"{owner}: a tensor lr must have one element, but it has shape {tuple(lr.shape)}")
+        if not isinstance(lr, Tensor) or lr.device.type == "cpu":  # reading it elsewhere would wait for the device
+            check(owner, {"lr": NonNegative}, {"lr": lr.item() if isinstance(lr, Tensor) else lr})
+        check(owner, {"maximize": bool}, {"maximize": group["maximize"]})
+        return self.recipe(**{name: group[name] for name in self._hyperparameters})
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare(self, compiling: bool) -> list[Batch]:
+        """Checks every group and gradient, then brings the state of the parameters to be stepped up to date.
+
+        What changes from step to step reaches a compiled step as tensors, so that it compiles once.
+        """
+        ready = []
+        for g, group in enumerate(self.param_groups):
+            chain = self.chain(group)
+            slots: dict[Shape, dict[str, Slot]] = {}
+            found = []
+            for i, param in enumerate(group["params"]):
+                if param.grad is None:
+                    continue
+                shape = tuple(param.shape)
+                _check_gradient(type(self).__name__, _name(group, g, i), param)
+                if shape not in slots:
+                    slots[shape] = chain.slots(shape)
+                found.append((param, slots[shape]))
+            ready.append((group, chain, found))
+        batches = [
+            Batch(chain, group["lr"], group["maximize"], [self._leaf(param, wanted) for param, wanted in found])
+            for group, chain, found in ready
+        ]
+        return [compilable(batch) for batch in batches] if compiling else batches
+
+    def _leaf(self, param: Tensor, slots: Mapping[str, Slot]) -> Leaf:
+        assert param.grad is not None
+        follow(self.state[param], param, slots)
+        return Leaf(param, param.grad, self.state[param])
+
+
+def run(batch: Batch) -> None:
+    """One step of every parameter of a batch."""
+    for leaf in batch.leaves:
+        step_leaf(batch.chain, batch.lr, batch.maximize, leaf)
+
+
+def compilable(batch: Batch) -> Batch:
+    """The batch with its learning rate as a tensor, and its 0-d parameters already stepped.
+
+    A compiled graph specialises on a Python float, and torch 2.13 drops in-place changes of 0-d float64 tensors
+    in compiled code on the CPU.
+    """
+    chain, lr, maximize, leaves = batch
+    run(Batch(chain, lr, maximize, [leaf for leaf in leaves if not leaf.param.ndim]))
+    tensor = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    return Batch(chain, tensor, maximize, [leaf for leaf in leaves if leaf.param.ndim])
+
+
+def step_leaf(chain: Chain, lr: float | Tensor, maximize: bool, leaf: Leaf) -> None:
+    """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written."""
+    param, grad, state = leaf
+    if not param.numel():
+        return
+    dtype = compute_dtype(param.dtype)
+    p, g = param.to(dtype), grad.to(dtype)
+    signal = Signal(-g if maximize else g)
+    for transform in chain:
+        signal = advance(transform, signal, state, p)
+    p -= lr * signal.update
+    if p is not param:
+        param.copy_(p)
+
+
+def advance(transform: Transform, signal: Signal, state: State, p: Tensor) -> Signal:
+    """Runs one transformation and commits its state in place, so that the new state's memory is free on return."""
+    slots, stored = transform.slots(tuple(p.shape)), own(transform, state)
+    before = {name: codes.decode(xp, slot, stored[name], p.dtype) for name, slot in slots.items()}
+    signal, after = transform.update(xp, signal, before, p)
+    for name, slot in slots.items():
+        stored[name].copy_(codes.encode(xp, slot, after[name], stored[name].dtype))
+    return signal
+
+
+def _name(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
+
+
+def _check_gradient(owner: str, name: str, param: Tensor) -> None:
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"the gradient of {name} is sparse ({grad.layout}), but {owner} takes dense gradients; "
+            f"use sparse=False in the embedding that makes it, or grad.to_dense()"
+        )
+    if grad.dtype not in FLOATING:
+        raise TypeError(
+            f"the gradient of {name} is {grad.dtype}, but {owner} takes real floating-point gradients: "
+            f"{', '.join(map(str, FLOATING))}"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {name} has shape {tuple(grad.shape)}, but the parameter has {tuple(param.shape)}"
+        )

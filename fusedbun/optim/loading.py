@@ -1,0 +1,70 @@
+"""Loading a torch `state_dict`: checked as a whole before anything changes, and kept in its declared precision.
+
+torch casts every floating-point state tensor to the parameter's dtype, which would round the float32 state of a
+bfloat16 parameter. Here a state tensor gets the dtype that its slot declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fusedbun.optim.state import State, slot_dtype
+
+if TYPE_CHECKING:
+    from fusedbun.optim.driver import TransformOptimizer
+
+Saved = dict[Tensor, Mapping[str, Tensor]]
+
+
+def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) -> Saved:
+    """The saved state of each parameter, once all of it is known to fit.
+
+    Raises:
+        ValueError: the groups are of other sizes, or an entry is not one of the optimizer's, or has another shape.
+        TypeError, ValueError: a saved hyper-parameter is not valid.
+    """
+    owner = type(optimizer).__name__
+    saved: Saved = {}
+    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{owner}: the saved param groups have {sizes[0]} parameters, but this optimizer's have {sizes[1]}; "
+            f"make it with the same groups as the one that was saved"
+        )
+    for group, saved_group in zip(ours, theirs, strict=True):
+        chain = optimizer.chain({**optimizer.defaults, **saved_group})
+        names = {t.name for t in chain}
+        for param, index in zip(group["params"], saved_group["params"], strict=True):
+            entries = state_dict["state"].get(index, {})
+            slots = chain.slots(tuple(param.shape))
+            for key, value in entries.items():
+                if key.partition(".")[0] not in names:
+                    raise ValueError(
+                        f"{owner}: the saved state of parameter {index} has {key!r}, which no transformation of "
+                        f"{owner} keeps ({', '.join(slots) or 'it keeps none'}); was it saved by another optimizer?"
+                    )
+                if key in slots and tuple(value.shape) != slots[key].shape(tuple(param.shape)):
+                    raise ValueError(
+                        f"{owner}: the saved {key!r} of parameter {index} has shape {tuple(value.shape)}, but a "
+                        f"parameter of shape {tuple(param.shape)} keeps {slots[key].shape(tuple(param.shape))}"
+                    )
+            saved[param] = {key: value for key, value in entries.items() if key in slots}
+    return saved
+
+
+def restore(optimizer: TransformOptimizer, saved: Saved) -> None:
+    """Puts copies of the saved state in place, each on its parameter's device and in its slot's own dtype."""
+    for group in optimizer.param_groups:
+        chain = optimizer.chain(group)
+        for param in group["params"]:
+            if saved[param]:
+                slots = chain.slots(tuple(param.shape))
+                state: State = {
+                    key: value.detach().to(device=param.device, dtype=slot_dtype(slots[key], param), copy=True)
+                    for key, value in saved[param].items()
+                }
+                optimizer.state[param] = state

@@ -1,0 +1,112 @@
+"""The vocabulary of the definition: a transformation is a frozen record of hyper-parameters with a pure rule.
+
+A rule sees one parameter tensor at a time and knows no framework. It is written over `xp`, a namespace of a few array
+functions that NumPy, jax.numpy and a small table of torch's all satisfy (`Namespace` lists them). So that a rule can
+also be traced, planned and printed as a kernel it keeps to these habits:
+
+- pure: it writes to no argument, and returns its new state;
+- only `xp`'s functions and operators, and no branch on an array's values;
+- a reduction is `xp.mean / max / min / sum(x, axis=(…), keepdims=True)` over the leading axis, all axes but the
+  leading one, all but one, or all; over no axes it is the identity;
+- products and minima start from the small operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from fusedbun.hyper import check, hints
+
+Array = Any  # numpy.ndarray, jax.Array, torch.Tensor, or a node of a traced expression
+State = Mapping[str, Array]
+Shape = tuple[int, ...]
+
+
+class Namespace(Protocol):
+    """The array functions that a rule may use. `minimum`, `maximum` and `where` also take Python numbers."""
+
+    def abs(self, x: Array, /) -> Array: ...
+    def sqrt(self, x: Array, /) -> Array: ...
+    def minimum(self, a: Array, b: Array, /) -> Array: ...
+    def maximum(self, a: Array, b: Array, /) -> Array: ...
+    def where(self, condition: Array, a: Array, b: Array, /) -> Array: ...
+    def astype(self, x: Array, dtype: Any, /) -> Array: ...
+    def mean(self, x: Array, /, *, axis: Shape, keepdims: bool) -> Array: ...
+    def sum(self, x: Array, /, *, axis: Shape, keepdims: bool) -> Array: ...
+    def max(self, x: Array, /, *, axis: Shape, keepdims: bool) -> Array: ...
+    def min(self, x: Array, /, *, axis: Shape, keepdims: bool) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One state array, declared: from this follow its shape, its bytes, its sharding and its place in a file.
+
+    Args:
+        axes: the array has the parameter's size along these axes and size 1 along the others.
+        code: how it is stored between steps (`fusedbun.codes`): "compute" as it is computed, in float32 (float64 for
+            float64 parameters), or by name as something else, such as "int32" for a step counter.
+    """
+
+    axes: tuple[int, ...]
+    code: str = "compute"
+
+    def shape(self, parameter: Shape) -> Shape:
+        return tuple(n if axis in self.axes else 1 for axis, n in enumerate(parameter))
+
+    @staticmethod
+    def full(ndim: int, code: str = "compute") -> Slot:
+        """A slot of the parameter's own shape."""
+        return Slot(tuple(range(ndim)), code)
+
+
+class Signal(NamedTuple):
+    """What one transformation hands to the next: the running update and, from an accumulator only, its second moment.
+
+    The second moment estimates the mean square of every element. It is never stored: a transformation that returns
+    `Signal(update)` drops it, so only the one directly after an accumulator sees it.
+    """
+
+    update: Array
+    second_moment: Array | None = None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A step of an optimizer: hyper-parameters as fields, the state as `slots`, the rule as `update`.
+
+    Subclass it as a frozen dataclass, give it a `name`, and annotate each field with a type of `fusedbun.hyper`.
+    """
+
+    name: ClassVar[str]
+    makes_second_moment: ClassVar[bool] = False
+    reads_second_moment: ClassVar[bool] = False
+    reads_param: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        check(self.name, hints(kind), vars(self))
+
+    def slots(self, shape: Shape) -> Mapping[str, Slot]:
+        """The state kept for a parameter of this shape, by name. All of it starts at zero.
+
+        Raises a ValueError where the transformation cannot work on such a parameter.
+        """
+        return {}
+
+    def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        """The rule for one leaf: maps (signal, state) to (signal, state) and writes to neither.
+
+        Args:
+            xp: the array functions.
+            signal: the running update, of `param`'s shape, and perhaps the second moment.
+            state: this transformation's slots by name, decoded.
+            param: the parameter before the step, in the precision that is computed in.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no update")
+
+
+def others(x: Array, axis: int) -> Shape:
+    """Every axis of `x` but this one."""
+    return tuple(i for i in range(x.ndim) if i != axis % x.ndim)

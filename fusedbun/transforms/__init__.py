@@ -1,0 +1,11 @@
+"""The transformations: each is one rule for one leaf, in a module of its own, named as in a chain."""
+
+from fusedbun.transforms.centralize import Centralize
+from fusedbun.transforms.clip_rms import ClipRMS
+from fusedbun.transforms.decay import Decay
+from fusedbun.transforms.momentum import Momentum
+from fusedbun.transforms.rms_scale import RMSScale
+from fusedbun.transforms.sm3_accumulate import SM3Accumulate
+from fusedbun.transforms.sparse_mask import SparseMask
+
+__all__ = ["Centralize", "ClipRMS", "Decay", "Momentum", "RMSScale", "SM3Accumulate", "SparseMask"]

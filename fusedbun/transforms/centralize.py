@@ -1,0 +1,44 @@
+"""Gradient centralization (Yong, Huang, Hua, Zhang 2020, arXiv 2004.01461)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusedbun.hyper import Axis
+from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, others
+
+
+@dataclass(frozen=True)
+class Centralize(Transform):
+    """Takes from every channel of the update its mean; a parameter of fewer than two axes is left as it is.
+
+        u = u - mean(u over every axis but channel_axis)
+
+    Args:
+        channel_axis: the axis that is kept, an integer; 0 is torch's output channel. In JAX also a rule
+            `(path, param) -> int`, such as `fusedbun_jax.flax_channel_axis`.
+    """
+
+    name: ClassVar[str] = "centralize"
+    channel_axis: Axis = 0
+
+    def slots(self, shape: Shape) -> Mapping[str, Slot]:
+        if callable(self.channel_axis):
+            raise TypeError(
+                "centralize: a rule for channel_axis is for JAX, which asks it leaf by leaf; give an integer"
+            )
+        k = len(shape)
+        if k > 1 and not -k <= self.channel_axis < k:
+            raise ValueError(
+                f"centralize: channel_axis must lie in [{-k}, {k}) for a parameter of shape {tuple(shape)}, "
+                f"but it is {self.channel_axis}"
+            )
+        return {}
+
+    def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        u = signal.update
+        if u.ndim < 2:
+            return Signal(u), state
+        return Signal(u - xp.mean(u, axis=others(u, self.channel_axis), keepdims=True)), state

@@ -1,0 +1,27 @@
+"""Decoupled weight decay (Loshchilov, Hutter 2019, arXiv 1711.05101)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusedbun.hyper import NonNegative
+from fusedbun.transform import Array, Namespace, Signal, State, Transform
+
+
+@dataclass(frozen=True)
+class Decay(Transform):
+    """Adds a share of the parameter to the update, after the scaling: each step shrinks it by `1 - lr*weight_decay`.
+
+        u = u + weight_decay*p
+
+    Args:
+        weight_decay: the share, in [0, inf).
+    """
+
+    name: ClassVar[str] = "decay"
+    reads_param: ClassVar[bool] = True
+    weight_decay: NonNegative = 0.01
+
+    def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        return Signal(signal.update + self.weight_decay * param), state

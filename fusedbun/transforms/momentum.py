@@ -1,0 +1,42 @@
+"""Momentum, heavy-ball or Nesterov's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusedbun.hyper import UnitInterval, is_concrete_zero
+from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
+
+
+@dataclass(frozen=True)
+class Momentum(Transform):
+    """Replaces the update by a decaying sum of the updates so far.
+
+        m = beta*m + (1 - dampening)*u
+        u = m                                  (nesterov: u = beta*m + (1 - dampening)*u)
+
+    Args:
+        beta: the share of the past that is kept, in [0, 1). At 0 (a Python number) there is no state and the rule is
+            `u = (1 - dampening)*u`; a 0-d array is never known to be 0 in advance, so with one the state is kept.
+        dampening: how much of the new update is left out, in [0, 1).
+        nesterov: look ahead one step.
+
+    State: one array of the parameter's shape; none when `beta` is 0.
+    """
+
+    name: ClassVar[str] = "momentum"
+    beta: UnitInterval = 0.9
+    dampening: UnitInterval = 0.0
+    nesterov: bool = False
+
+    def slots(self, shape: Shape) -> Mapping[str, Slot]:
+        return {} if is_concrete_zero(self.beta) else {"trace": Slot.full(len(shape))}
+
+    def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        u = (1 - self.dampening) * signal.update
+        if not state:
+            return Signal(u), state
+        m = self.beta * state["trace"] + u
+        return Signal(self.beta * m + u if self.nesterov else m), {"trace": m}

@@ -1,0 +1,86 @@
+"""SM3's accumulators: a second moment for every element from one vector per axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import mul
+from typing import ClassVar, Literal
+
+from fusedbun.hyper import UnitInterval, choose
+from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, others
+
+
+@dataclass(frozen=True)
+class SM3Accumulate(Transform):
+    """Keeps statistics of the squared update along each axis, and hands on the second moment `nu` they imply.
+
+    The update itself passes unchanged. With `s = u*u` and one accumulator `a_i` for each axis i, of the parameter's
+    size along i and size 1 along the others:
+
+        statistic="max", combine="min" (SM3-II):
+            nu  = beta*min_i(a_i) + (1 - beta)*s        (min_i(a_i) + s where beta == 0)
+            a_i = max(a_i, max(nu over every axis but i))
+        statistic="mean":
+            a_i = beta*a_i + (1 - beta)*mean(s over every axis but i)
+            nu  = a_0 * prod_{i>0}(a_i / mean(a_0))     for combine="product"; 0 where that mean is 0
+            nu  = min_i(a_i)                            for combine="min"
+
+    Args:
+        beta: the share of the past that is kept, in [0, 1).
+        statistic: "max" or "mean", what an accumulator keeps of the squares.
+        combine: "min" or "product", how the accumulators make a second moment; "product" only of means.
+        lagged: for means, `nu` is formed with this step's `a_0` and the other accumulators (and their mean) as they
+            were before this step, each ratio `a_i / mean` being 1 where that mean is 0. Then no statistic has to see
+            the whole parameter before it is updated: one pass over memory instead of two.
+
+    State: the accumulators, `sum(n_i)` numbers; for 0 or 1 axes one of the parameter's shape.
+    Source: Anil, Gupta, Koren, Singer 2019, arXiv 1901.11150 (SM3-II); Shazeer, Stern 2018, arXiv 1804.04235
+        (the rank-one product of means).
+    """
+
+    name: ClassVar[str] = "sm3_accumulate"
+    makes_second_moment: ClassVar[bool] = True
+    beta: UnitInterval = 0.0
+    statistic: Literal["max", "mean"] = "max"
+    combine: Literal["min", "product"] = "min"
+    lagged: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.statistic == "max" and self.combine == "product":
+            raise ValueError('sm3_accumulate: combine="product" is for statistic="mean"; maxima take combine="min"')
+        if self.statistic == "max" and self.lagged:
+            raise ValueError('sm3_accumulate: lagged=True is for statistic="mean"; with "max" there is nothing to lag')
+
+    def slots(self, shape: Shape) -> Mapping[str, Slot]:
+        return {f"axis{i}": Slot((i,)) for i in range(max(1, len(shape)))}
+
+    def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        u = signal.update
+        old = [state[name] for name in self.slots(u.shape)]
+        nu, new = (self._max if self.statistic == "max" else self._mean)(xp, u * u, old)
+        return Signal(u, nu), {f"axis{i}": a for i, a in enumerate(new)}
+
+    def _max(self, xp: Namespace, s: Array, old: list[Array]) -> tuple[Array, list[Array]]:
+        keep = choose(xp, self.beta == 0, 1.0, self.beta)  # at 0 squares are summed and nothing is forgotten
+        nu = keep * reduce(xp.minimum, leading_last(old)) + (1 - self.beta) * s
+        return nu, [xp.maximum(a, xp.max(nu, axis=others(nu, i), keepdims=True)) for i, a in enumerate(old)]
+
+    def _mean(self, xp: Namespace, s: Array, old: list[Array]) -> tuple[Array, list[Array]]:
+        fresh = [xp.mean(s, axis=others(s, i), keepdims=True) for i in range(len(old))]
+        new = [self.beta * a + (1 - self.beta) * m for a, m in zip(old, fresh, strict=True)]
+        if len(new) == 1:
+            return new[0], new
+        known = old if self.lagged else new
+        if self.combine == "min":
+            return reduce(xp.minimum, leading_last([new[0], *known[1:]])), new
+        c = xp.mean(known[0], axis=(0,), keepdims=True)  # the mean of every accumulator is this one number
+        ratios = [xp.where(c == 0, 1.0, a / xp.where(c == 0, 1.0, c)) for a in known[1:]]
+        return reduce(mul, ratios) * new[0], new
+
+
+def leading_last(accumulators: list[Array]) -> list[Array]:
+    """The leading axis's accumulator at the end, so that what is combined grows to full size as late as it can."""
+    return [*accumulators[1:], accumulators[0]]

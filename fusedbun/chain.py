@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
@@ -47,6 +48,14 @@ class Chain:
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """The state kept for a parameter of this shape, by `<transformation>.<slot>`, in the order of the chain."""
         return {f"{t.name}.{name}": slot for t in self for name, slot in t.slots(shape).items()}
+
+    def at(self, path: tuple[str, ...], param: Any) -> Chain:
+        """The chain for one parameter; see `Transform.at`."""
+        return Chain(tuple(t.at(path, param) for t in self)) if self._has_rules else self
+
+    @cached_property
+    def _has_rules(self) -> bool:
+        return any(callable(value) for t in self for value in vars(t).values())
 
     def hyperparameters(self) -> dict[str, Any]:
         """Every field of every transformation, by `<transformation>.<field>`."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_origin
+from typing import Any
 
-from fusedbun.hyper import Axis, hints
+from fusedbun.hyper import hints, is_structural
 
 POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
@@ -19,7 +19,7 @@ def defaults(recipe: Callable[..., Any]) -> dict[str, Any]:
 def structural(recipe: Callable[..., Any]) -> tuple[str, ...]:
     """The hyper-parameters that choose code or state, so that they must be known when a step is traced."""
     declared = hints(recipe)
-    return tuple(n for n in defaults(recipe) if declared[n] in (bool, Axis) or get_origin(declared[n]) is Literal)
+    return tuple(name for name in defaults(recipe) if is_structural(declared[name]))
 
 
 def signature(

@@ -19,6 +19,8 @@ import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+Scalar = Any  # a Python or NumPy number, or a framework's 0-d array whose value may not be known yet
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,27 @@ class Interval:
         return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g})"
 
 
-# A number is a Python or NumPy scalar, or a 0-d array of a framework whose value may not be known yet.
-NonNegative = Annotated[Any, Interval(0)]
-Positive = Annotated[Any, Interval(0, open_low=True)]
-UnitInterval = Annotated[Any, Interval(0, 1)]
-# An axis counts from the front, or from the back where it is negative; JAX also takes a rule on a leaf's path.
-Axis = Annotated[int, "axis"]
+@dataclass(frozen=True)
+class Whole:
+    """The whole numbers from `low` to `high`, both inside; any without bounds."""
+
+    low: int | None = None
+    high: int | None = None
+
+    def __contains__(self, value: int) -> bool:
+        return (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        return "an integer" if self.low is None else f"an integer in [{self.low}, {self.high}]"
+
+
+NonNegative = Annotated[Scalar, Interval(0)]
+Positive = Annotated[Scalar, Interval(0, open_low=True)]
+UnitInterval = Annotated[Scalar, Interval(0, 1)]
+Axis = Annotated[int, Whole()]  # from the front, or from the back where it is negative
+# What may differ between parameters: a value, or a rule (the names that lead to a parameter, the parameter) -> value.
+PerParam = Annotated[T, "or a rule"]
+Votes = Annotated[int, Whole(1, 127)]  # as many as an int8 counts
 
 
 @cache
@@ -77,6 +94,23 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def is_structural(hint: Any) -> bool:
+    """Whether a hyper-parameter so annotated chooses code or state, so that it must be known when a step is traced."""
+    return any(
+        o is bool or get_origin(o) is Literal or (get_origin(o) is Annotated and isinstance(o.__metadata__[0], Whole))
+        for o in _options(hint)
+    )
+
+
+def plain(value: Any) -> Any:
+    """The value as every framework computes with it: NumPy's scalars and fractions become Python's numbers."""
+    if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
+        return value.item()
+    if isinstance(value, Real) and not isinstance(value, (Integral, float)):
+        return float(value)
+    return value
+
+
 def is_concrete_zero(value: Any) -> bool:
     """True for a Python or NumPy number equal to 0; a framework's array is never known to be 0.
 
@@ -92,37 +126,63 @@ def choose(xp: Any, condition: Any, a: Any, b: Any) -> Any:
     return xp.where(condition, a, b)
 
 
+def log(xp: Any, x: Scalar) -> Scalar:
+    """`xp.log` for hyper-parameters: in double precision where the number is known; -inf for 0."""
+    if isinstance(x, Real):
+        return math.log(x) if x else -math.inf
+    return xp.log(x)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
 def _check_one(label: str, hint: Any, value: Any) -> None:
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return
-        (hint,) = [option for option in get_args(hint) if option is not type(None)]
-        allowed = " or None"
-    else:
-        allowed = ""
-    if hint is bool:
+    options = _options(hint)
+    also = " or None" if type(None) in options else ""
+    (kind,) = [option for option in options if option is not type(None)]
+    if get_origin(kind) is Annotated and "or a rule" in kind.__metadata__:
+        also += " or a rule"
+    if (value is None and "None" in also) or (callable(value) and "rule" in also):
+        return
+    if kind is bool:
         if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{label} must be True or False{_but(value)}")
-    elif get_origin(hint) is Literal:
-        options = get_args(hint)
-        if not isinstance(value, str):
-            raise TypeError(f"{label} must be one of {_listed(options)}{allowed}{_but(value)}")
-        if value not in options:
-            raise ValueError(f"{label} must be one of {_listed(options)}{allowed}, but it is {value!r}")
-    elif hint == Axis:
-        if not callable(value) and (not isinstance(value, Integral) or isinstance(value, bool)):
-            raise TypeError(f"{label} must be an integer{_but(value)}")
-    elif get_origin(hint) is Annotated:
-        _check_number(label, hint.__metadata__[0], allowed, value)
+            raise TypeError(f"{label} must be True or False{also}{_but(value)}{_static(value)}")
+    elif get_origin(kind) is Literal:
+        _check_choice(label, get_args(kind), also, value)
+    elif get_origin(kind) is tuple:
+        parts = get_args(kind)
+        if not isinstance(value, (tuple, list)) or len(value) != len(parts):
+            raise TypeError(f"{label} must be a tuple of {len(parts)} numbers{also}{_but(value)}")
+        for i, (part, item) in enumerate(zip(parts, value, strict=True)):
+            _check_one(f"{label}[{i}]", part, item)
+    elif get_origin(kind) is Annotated:
+        allowed = kind.__metadata__[0]
+        (_check_whole if isinstance(allowed, Whole) else _check_number)(label, allowed, also, value)
 
 
-def _check_number(label: str, interval: Interval, allowed: str, value: Any) -> None:
+def _check_choice(label: str, options: tuple[Any, ...], also: str, value: Any) -> None:
+    listed = ", ".join(map(repr, options))
+    if not isinstance(value, str):
+        raise TypeError(f"{label} must be one of {listed}{also}{_but(value)}{_static(value)}")
+    if value not in options:
+        raise ValueError(f"{label} must be one of {listed}{also}, but it is {value!r}")
+
+
+def _check_whole(label: str, allowed: Whole, also: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{label} must be {allowed}{also}{_but(value)}{_static(value)}")
+    if int(value) not in allowed:
+        raise ValueError(f"{label} must be {allowed}{also}, but it is {value!r}")
+
+
+def _check_number(label: str, interval: Interval, also: str, value: Any) -> None:
     is_scalar_array = getattr(value, "shape", None) == () and not isinstance(value, np.generic)
     if isinstance(value, (bool, np.bool_)) or not (isinstance(value, Real) or is_scalar_array):
-        raise TypeError(f"{label} must be a number in {interval}{allowed}{_but(value)}")
+        raise TypeError(f"{label} must be a number in {interval}{also}{_but(value)}")
     number = _concrete(value)
     if number is not None and number not in interval:
-        raise ValueError(f"{label} must lie in {interval}{allowed}, but it is {value!r}")
+        raise ValueError(f"{label} must lie in {interval}{also}, but it is {value!r}")
 
 
 def _concrete(value: Any) -> float | None:
@@ -134,15 +194,14 @@ def _concrete(value: Any) -> float | None:
 
 
 def _but(value: Any) -> str:
-    """The end of a type error: what the value is, and where it is an array, why that cannot be."""
-    text = f", but it is {value!r} ({type(value).__name__})"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        text += (
-            "; it chooses code or state, so it must be known before a step is traced: give a Python value, "
-            "and name it in `static_args` under optax.inject_hyperparams"
-        )
-    return text
+    return f", but it is {value!r} ({type(value).__name__})"
 
 
-def _listed(options: tuple[Any, ...]) -> str:
-    return ", ".join(repr(option) for option in options)
+def _static(value: Any) -> str:
+    """Why a framework's array cannot be a hyper-parameter that chooses code or state."""
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        return ""
+    return (
+        "; it chooses code or state, so it must be known before a step is traced: give a Python value, "
+        "and name it in `static_args` under optax.inject_hyperparams"
+    )

@@ -6,7 +6,7 @@ The torch class and the optax factory of the same name are made from the recipe,
 from __future__ import annotations
 
 from fusedbun.chain import Chain, chain
-from fusedbun.hyper import Axis, NonNegative, Positive, UnitInterval, checked
+from fusedbun.hyper import Axis, NonNegative, PerParam, Positive, UnitInterval, checked
 from fusedbun.transforms import Centralize, ClipRMS, Decay, Momentum, RMSScale, SM3Accumulate, SparseMask
 
 
@@ -22,7 +22,7 @@ def fusedbun(
     nesterov: bool = False,
     clip_rms: Positive | None = None,
     lagged: bool = False,
-    channel_axis: Axis = 0,
+    channel_axis: PerParam[Axis] = 0,
 ) -> Chain:
     """Fusedbun: SM3's accumulators, one vector per axis, with Adalite's centralization, RMS scaling and momentum.
 

@@ -14,10 +14,10 @@ also be traced, planned and printed as a kernel it keeps to these habits:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from fusedbun.hyper import check, hints
+from fusedbun.hyper import check, hints, plain
 
 Array = Any  # numpy.ndarray, jax.Array, torch.Tensor, or a node of a traced expression
 State = Mapping[str, Array]
@@ -28,7 +28,10 @@ class Namespace(Protocol):
     """The array functions that a rule may use. `minimum`, `maximum` and `where` also take Python numbers."""
 
     def abs(self, x: Array, /) -> Array: ...
+    def sign(self, x: Array, /) -> Array: ...  # NaN for NaN
     def sqrt(self, x: Array, /) -> Array: ...
+    def expm1(self, x: Array, /) -> Array: ...
+    def log(self, x: Array, /) -> Array: ...
     def minimum(self, a: Array, b: Array, /) -> Array: ...
     def maximum(self, a: Array, b: Array, /) -> Array: ...
     def where(self, condition: Array, a: Array, b: Array, /) -> Array: ...
@@ -76,7 +79,8 @@ class Signal(NamedTuple):
 class Transform:
     """A step of an optimizer: hyper-parameters as fields, the state as `slots`, the rule as `update`.
 
-    Subclass it as a frozen dataclass, give it a `name`, and annotate each field with a type of `fusedbun.hyper`.
+    Subclass it as a frozen dataclass, give it a `name`, and annotate each field with a type of `fusedbun.hyper`. A
+    field that may differ between parameters also takes a rule, `(path, param) -> value`.
     """
 
     name: ClassVar[str]
@@ -87,6 +91,18 @@ class Transform:
     def __post_init__(self) -> None:
         kind: Any = type(self)
         check(self.name, hints(kind), vars(self))
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
+
+    def at(self, path: tuple[str, ...], param: Any) -> Self:
+        """This transformation for one parameter: rules among its hyper-parameters are asked for their value there.
+
+        Args:
+            path: the names that lead to the parameter; empty where it has none.
+            param: the parameter.
+        """
+        rules = {name: rule for name, rule in vars(self).items() if callable(rule)}
+        return replace(self, **{name: rule(path, param) for name, rule in rules.items()}) if rules else self
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
         """The state kept for a parameter of this shape, by name. All of it starts at zero.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ClassVar, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fusedbun import codes
 from fusedbun.chain import Chain
-from fusedbun.hyper import NonNegative, check
-from fusedbun.transform import Signal, Slot, Transform
+from fusedbun.hyper import NonNegative
+from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
 from fusedbun_jax.second_moment import WithSecondMoment
 
 P = ParamSpec("P")
@@ -46,10 +47,10 @@ def lift(transform: Transform) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, TransformState]:
-        if params is None and transform.reads_param:
-            raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
         tree: Any
         leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        if leaves and params is None and transform.reads_param:
+            raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
         slots = tree.flatten_up_to(state.slots)
         owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
         new = [_update(transform, path, u, s, p) for (path, u), s, p in zip(leaves, slots, owners, strict=True)]
@@ -73,15 +74,15 @@ def lifted(transform: Callable[P, Transform]) -> Callable[P, optax.GradientTrans
 def round_to_params() -> optax.GradientTransformationExtraArgs:
     """Gives the updates the parameters' dtype in such a way that `optax.apply_updates` rounds the sum once.
 
-        u = round(p + u) - p          for parameters of fewer bits than the updates; else unchanged
+        u = round(p + u) - p, or its neighbour whose sum with p is nearer      for parameters of fewer bits than u
 
-    The difference of two neighbouring numbers of a format is a number of that format (Sterbenz), so `p + u` is then
-    exactly `round(p + u)` for every element that a step leaves within a factor of two of where it was.
+    The difference of two numbers within a factor of two of one another is a number of their format (Sterbenz), so for
+    such a step `p + u` is exactly the once-rounded result; for a larger one it is that or a neighbour of it.
     """
 
     def update(updates: optax.Updates, state: optax.EmptyState, params: Any = None, **_: Any) -> Any:
         if params is not None:
-            updates = jax.tree.map(_round_to, updates, params)
+            updates = jax.tree.map(lambda u, p: _round_to(u, jnp.asarray(p)), updates, params)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
@@ -94,14 +95,28 @@ def from_chain(chain: Chain, learning_rate: optax.ScalarOrSchedule) -> optax.Gra
         chain: the chain, `fusedbun.chain(...)`.
         learning_rate: a number in [0, inf), or a schedule.
     """
-    if not callable(learning_rate):
-        check("from_chain", {"learning_rate": NonNegative}, {"learning_rate": learning_rate})
-    return optax.chain(*map(lift, chain), optax.scale_by_learning_rate(learning_rate), round_to_params())
+    if callable(learning_rate):
+        scale = optax.chain(lift(_Descend(1.0)), optax.scale_by_schedule(learning_rate))
+    else:
+        scale = lift(_Descend(learning_rate))
+    return optax.chain(*map(lift, chain), scale, round_to_params())
+
+
+@dataclass(frozen=True)
+class _Descend(Transform):
+    """`u = -learning_rate*u`, in the precision of the chain before it, and without a second moment."""
+
+    name: ClassVar[str] = "scale_by_learning_rate"
+    learning_rate: NonNegative
+
+    def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        return Signal(-self.learning_rate * signal.update), state
 
 
 def _zeros(transform: Transform, path: KeyPath, param: Any) -> dict[str, jax.Array]:
+    param = _array(path, "parameter", param)
     dtype = _compute_dtype(path, "parameter", param)
-    slots = _at_leaf(transform, path, param, dtype).slots(param.shape)
+    _, slots = _at_leaf(transform, path, param, dtype)
     return {name: _slot_zeros(slot, param, dtype) for name, slot in slots.items()}
 
 
@@ -116,53 +131,85 @@ def _update(
     transform: Transform, path: KeyPath, update: Any, stored: dict[str, jax.Array], param: Any
 ) -> tuple[Any, dict[str, jax.Array]]:
     signal = update.signal if isinstance(update, WithSecondMoment) else Signal(update)
-    u = signal.update
+    u = _array(path, "update", signal.update)
     dtype = _compute_dtype(path, "update", u)
     if param is not None:
+        param = _array(path, "parameter", param)
         dtype = _compute_dtype(path, "parameter", param)
         if u.shape != param.shape:
             raise ValueError(f"the update of {_name(path)} has shape {u.shape}, but the parameter has {param.shape}")
         param = param.astype(dtype)
-    signal = Signal(u.astype(dtype), signal.second_moment)
+    u = u.astype(dtype)
     if not u.size:
-        return signal.update, stored
-    here = _at_leaf(transform, path, u if param is None else param, dtype)
-    slots = here.slots(u.shape)
+        return u, stored
+    here, slots = _at_leaf(transform, path, u if param is None else param, dtype)
+    _check_state(transform, path, {name: slot.shape(u.shape) for name, slot in slots.items()}, stored)
     before = {name: codes.decode(jnp, slot, stored[name], dtype) for name, slot in slots.items()}
-    signal, after = here.update(jnp, signal, before, param)
+    signal, after = here.update(jnp, Signal(u, signal.second_moment), before, param)
     new = {name: codes.encode(jnp, slot, after[name], stored[name].dtype) for name, slot in slots.items()}
     return (signal.update if signal.second_moment is None else WithSecondMoment(signal)), new
 
 
-def _at_leaf(transform: Transform, path: KeyPath, param: Any, dtype: Any) -> Transform:
-    """The transformation for one leaf: rules are asked, and hyper-parameters that are arrays get the leaf's dtype."""
-    here = {}
-    for f in fields(transform):
-        value = getattr(transform, f.name)
-        if callable(value):
-            here[f.name] = value(tuple(map(_key_name, path)), param)
-        elif isinstance(value, jax.Array):
-            here[f.name] = value.astype(dtype)
-    return replace(transform, **here) if here else transform
+def _at_leaf(transform: Transform, path: KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:
+    """The transformation for one leaf, with hyper-parameters that are arrays in the leaf's dtype, and its slots."""
+    try:
+        here = transform.at(tuple(map(_key_name, path)), param)
+        values = {f.name: getattr(here, f.name) for f in fields(here)}
+        arrays = {name: x.astype(dtype) for name, x in values.items() if isinstance(x, jax.Array)}
+        here = replace(here, **arrays) if arrays else here
+        return here, here.slots(param.shape)
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This is at {_name(path)}.")
+        raise
+
+
+def _check_state(
+    transform: Transform, path: KeyPath, needed: dict[str, tuple[int, ...]], stored: dict[str, jax.Array]
+) -> None:
+    kept = {name: x.shape for name, x in stored.items()}
+    if kept != needed:
+        raise ValueError(
+            f"{transform.name}: the state of {_name(path)} holds {kept or 'nothing'}, but {needed or 'nothing'} is "
+            f"needed; it belongs to other parameters or other hyper-parameters, so make one with init"
+        )
+
+
+def _array(path: KeyPath, what: str, x: Any) -> Any:
+    if isinstance(x, (int, float, complex, np.ndarray, np.generic)):
+        return jnp.asarray(x)
+    if not hasattr(x, "shape"):
+        raise TypeError(f"the {what} of {_name(path)} must be an array, but it is {x!r} ({type(x).__name__})")
+    return x
 
 
 def _compute_dtype(path: KeyPath, what: str, x: Any) -> Any:
-    dtype = jnp.result_type(x)
+    dtype = x.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"the {what} of {_name(path)} is {dtype.name}, but only real floating-point ones can be stepped; "
             f"leave it out with optax.masked"
         )
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def _round_to(update: Any, param: Any) -> Any:
-    to: Any = jnp.finfo(param.dtype)
+    """The update in the parameter's dtype whose sum with it, rounded to that dtype, is nearest to `param + update`."""
     if param.dtype.itemsize >= update.dtype.itemsize:
         return update.astype(param.dtype)
-    p = param.astype(update.dtype)
-    # `astype` and back may be simplified away inside jit; `reduce_precision` is kept.
-    return (jax.lax.reduce_precision(p + update, to.nexp, to.nmant) - p).astype(param.dtype)
+    wide, narrow = update.dtype, param.dtype
+    p = param.astype(wide)
+
+    def rounded(x: Any) -> Any:
+        # Inside jit a cast and its way back may be simplified to nothing; behind a barrier it is not.
+        return jax.lax.optimization_barrier(x.astype(narrow)).astype(wide)
+
+    def miss(u: Any) -> Any:
+        return jnp.abs(rounded(p + u.astype(wide)) - (p + update))
+
+    best = (rounded(p + update) - p).astype(narrow)
+    for other in jnp.nextafter(best, -jnp.inf), jnp.nextafter(best, jnp.inf):
+        best = jnp.where(miss(other) < miss(best), other, best)
+    return best
 
 
 def _key_name(key: Any) -> str:

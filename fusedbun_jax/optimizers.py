@@ -18,6 +18,7 @@ Factory = Callable[Concatenate[optax.ScalarOrSchedule, P], optax.GradientTransfo
 _ARGUMENTS = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _REMARK = """
 Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.
+For parameters of 16 bits also give it hyperparam_dtype=jnp.float32, or it rounds the numbers to the parameters' dtype.
 A momentum that is scheduled keeps its state where it passes through 0.
 """
 

@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 from fusedbun.transform import Signal
 
 _ADJACENT = (
-    "an accumulator's updates carry a second moment, which only rms_scale may read; put rms_scale (or another of "
-    "fusedbun's transformations) directly after it, and transformations of other libraries before or behind the two"
+    "an accumulator's updates carry a second moment, which only rms_scale may read; put rms_scale directly after the "
+    "accumulator, and transformations of other libraries before or behind the two (where no rms_scale is wanted, any "
+    "other of fusedbun's transformations there drops the second moment)"
 )
 
 
@@ -25,15 +26,20 @@ class WithSecondMoment:
         self.signal = signal
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"no {name!r} here: {_ADJACENT}")
+        # `hasattr(x, "shape")` must not find a non-array here and go on: so a TypeError, except for Python's protocols.
+        raise (AttributeError if name.startswith("_") else TypeError)(_ADJACENT)
 
     def __repr__(self) -> str:
-        return f"WithSecondMoment({self.signal.update!r})"
+        return f"<{_ADJACENT}>"  # others' messages quote what they cannot use
+
+    @property
+    def __jax_array__(self) -> NoReturn:
+        raise ValueError(_ADJACENT)  # `jit` asks for it, and lets a ValueError through
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise TypeError(_ADJACENT)
 
-    __jax_array__ = __array__ = __float__ = __bool__ = __len__ = __iter__ = __getitem__ = _refuse
+    __array__ = __float__ = __bool__ = __len__ = __iter__ = __getitem__ = _refuse
     __neg__ = __pos__ = __abs__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse

@@ -1,11 +1,37 @@
-"""The command `fusedbun`."""
+"""The command `fusedbun`. Only NumPy is imported until a command needs more."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+from fusedbun.cli.arguments import Settings, parser
+from fusedbun.cli.errors import CommandError, missing_library
+
+INTERRUPTED = 128 + 2  # what a shell reports for a process that SIGINT ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    del argv
-    return 0
+    """Runs the command and returns its exit code; bad options raise SystemExit(2) after one line on stderr."""
+    commands = parser()
+    options = vars(commands.parse_args(argv))
+    if options.pop("command") is None:
+        commands.print_help()
+        return 0
+    settings = Settings(**options)
+    try:
+        from fusedbun.cli.train import train
+
+        return INTERRUPTED if train(settings).interrupted else 0
+    except CommandError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        return _refuse(missing_library(error, settings.frameworks))
+    except KeyboardInterrupt:
+        print("fusedbun train: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _refuse(reason: str) -> int:
+    print(f"fusedbun train: error: {reason}", file=sys.stderr)
+    return 2

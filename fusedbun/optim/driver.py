@@ -11,30 +11,24 @@ from torch.optim.optimizer import ParamsT
 
 from fusedbun import codes
 from fusedbun.chain import Chain, own
-from fusedbun.hyper import NonNegative, check
+from fusedbun.hyper import NonNegative, check, plain
 from fusedbun.optim import loading
 from fusedbun.optim import namespace as xp
 from fusedbun.optim.state import State, compute_dtype, follow
-from fusedbun.transform import Shape, Signal, Slot, Transform
+from fusedbun.transform import Signal, Slot, Transform
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Leaf(NamedTuple):
-    """A parameter about to be stepped, its gradient, and its state by `<transformation>.<slot>`."""
-
-    param: Tensor
-    grad: Tensor
-    state: State
-
-
-class Batch(NamedTuple):
-    """What one param group has to do in a step."""
+    """A parameter about to be stepped, and what it is stepped with; its state by `<transformation>.<slot>`."""
 
     chain: Chain
     lr: float | Tensor
     maximize: bool
-    leaves: list[Leaf]
+    param: Tensor
+    grad: Tensor
+    state: State
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -83,7 +77,7 @@ class TransformOptimizer(torch.optim.Optimizer):
                         f"{name} is {param.dtype}, but {type(self).__name__} steps real floating-point parameters only "
                         f"({', '.join(map(str, FLOATING))}); a complex one can be given as torch.view_as_real(param)"
                     )
-                chain.slots(tuple(param.shape))
+                chain.at(_path(group, index), param).slots(tuple(param.shape))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -129,8 +123,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for batch in self._prepare(torch.compiler.is_compiling()):
-            run(batch)
+        for leaf in self._prepare(torch.compiler.is_compiling()):
+            step_leaf(leaf)
         return loss
 
     def chain(self, group: Mapping[str, Any]) -> Chain:
@@ -144,58 +138,42 @@ class TransformOptimizer(torch.optim.Optimizer):
         return self.recipe(**{name: group[name] for name in self._hyperparameters})
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _prepare(self, compiling: bool) -> list[Batch]:
+    def _prepare(self, compiling: bool) -> list[Leaf]:
         """Checks every group and gradient, then brings the state of the parameters to be stepped up to date.
 
-        What changes from step to step reaches a compiled step as tensors, so that it compiles once.
+        A compiled step gets its learning rates as tensors, for a graph specialises on a Python float, and finds 0-d
+        parameters stepped: torch 2.13 drops in-place changes of 0-d float64 tensors in code compiled for the CPU.
         """
-        ready = []
+        found = []
         for g, group in enumerate(self.param_groups):
-            chain = self.chain(group)
-            slots: dict[Shape, dict[str, Slot]] = {}
-            found = []
+            chain, lr = self.chain(group), learning_rate(group["lr"], compiling)
             for i, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                shape = tuple(param.shape)
-                _check_gradient(type(self).__name__, _name(group, g, i), param)
-                if shape not in slots:
-                    slots[shape] = chain.slots(shape)
-                found.append((param, slots[shape]))
-            ready.append((group, chain, found))
-        batches = [
-            Batch(chain, group["lr"], group["maximize"], [self._leaf(param, wanted) for param, wanted in found])
-            for group, chain, found in ready
-        ]
-        return [compilable(batch) for batch in batches] if compiling else batches
-
-    def _leaf(self, param: Tensor, slots: Mapping[str, Slot]) -> Leaf:
-        assert param.grad is not None
-        follow(self.state[param], param, slots)
-        return Leaf(param, param.grad, self.state[param])
+                if param.grad is not None:
+                    name = _name(group, g, i)
+                    _check_gradient(type(self).__name__, name, param)
+                    here = chain.at(_path(group, i), param)
+                    slots = here.slots(tuple(param.shape))
+                    _check_state(name, param, self.state.get(param, {}), slots)
+                    found.append((Leaf(here, lr, group["maximize"], param, param.grad, {}), slots))
+        leaves = [leaf._replace(state=follow(self.state[leaf.param], leaf.param, slots)) for leaf, slots in found]
+        if compiling:
+            for leaf in leaves:
+                if not leaf.param.ndim:
+                    step_leaf(leaf)
+        return [leaf for leaf in leaves if leaf.param.ndim or not compiling]
 
 
-def run(batch: Batch) -> None:
-    """One step of every parameter of a batch."""
-    for leaf in batch.leaves:
-        step_leaf(batch.chain, batch.lr, batch.maximize, leaf)
+def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
+    """The learning rate as a step takes it: a tensor of one element loses its axes, to broadcast to any shape."""
+    if isinstance(lr, Tensor):
+        return lr.reshape(())
+    number: float = plain(lr)
+    return torch.tensor(number, dtype=torch.float64) if compiling else number
 
 
-def compilable(batch: Batch) -> Batch:
-    """The batch with its learning rate as a tensor, and its 0-d parameters already stepped.
-
-    A compiled graph specialises on a Python float, and torch 2.13 drops in-place changes of 0-d float64 tensors
-    in compiled code on the CPU.
-    """
-    chain, lr, maximize, leaves = batch
-    run(Batch(chain, lr, maximize, [leaf for leaf in leaves if not leaf.param.ndim]))
-    tensor = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-    return Batch(chain, tensor, maximize, [leaf for leaf in leaves if leaf.param.ndim])
-
-
-def step_leaf(chain: Chain, lr: float | Tensor, maximize: bool, leaf: Leaf) -> None:
+def step_leaf(leaf: Leaf) -> None:
     """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written."""
-    param, grad, state = leaf
+    chain, lr, maximize, param, grad, state = leaf
     if not param.numel():
         return
     dtype = compute_dtype(param.dtype)
@@ -216,6 +194,10 @@ def advance(transform: Transform, signal: Signal, state: State, p: Tensor) -> Si
     for name, slot in slots.items():
         stored[name].copy_(codes.encode(xp, slot, after[name], stored[name].dtype))
     return signal
+
+
+def _path(group: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    return tuple(group["param_names"][index].split(".")) if "param_names" in group else ()
 
 
 def _name(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -240,3 +222,13 @@ def _check_gradient(owner: str, name: str, param: Tensor) -> None:
         raise ValueError(
             f"the gradient of {name} has shape {tuple(grad.shape)}, but the parameter has {tuple(param.shape)}"
         )
+
+
+def _check_state(name: str, param: Tensor, state: State, slots: Mapping[str, Slot]) -> None:
+    shape = tuple(param.shape)
+    for key, stored in state.items():
+        if key in slots and stored.shape != slots[key].shape(shape):
+            raise ValueError(
+                f"the state {key!r} of {name} has shape {tuple(stored.shape)}, but a parameter of shape {shape} keeps "
+                f"{slots[key].shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
+            )

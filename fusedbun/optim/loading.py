@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fusedbun.optim.state import State, slot_dtype
+from fusedbun.optim.state import State, zeros
 
 if TYPE_CHECKING:
     from fusedbun.optim.driver import TransformOptimizer
@@ -23,11 +23,17 @@ def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) ->
     """The saved state of each parameter, once all of it is known to fit.
 
     Raises:
-        ValueError: the groups are of other sizes, or an entry is not one of the optimizer's, or has another shape.
+        ValueError: it is no optimizer's state, its groups are of other sizes, or an entry is not one of this
+            optimizer's or has another shape.
         TypeError, ValueError: a saved hyper-parameter is not valid.
     """
     owner = type(optimizer).__name__
     saved: Saved = {}
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"{owner}: an optimizer's saved state has the keys 'state' and 'param_groups', "
+            f"but this one has {', '.join(map(repr, state_dict)) or 'none'}"
+        )
     ours, theirs = optimizer.param_groups, state_dict["param_groups"]
     sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
     if sizes[0] != sizes[1]:
@@ -47,9 +53,10 @@ def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) ->
                         f"{owner}: the saved state of parameter {index} has {key!r}, which no transformation of "
                         f"{owner} keeps ({', '.join(slots) or 'it keeps none'}); was it saved by another optimizer?"
                     )
-                if key in slots and tuple(value.shape) != slots[key].shape(tuple(param.shape)):
+                found = tuple(value.shape) if isinstance(value, Tensor) else None
+                if key in slots and found != slots[key].shape(tuple(param.shape)):
                     raise ValueError(
-                        f"{owner}: the saved {key!r} of parameter {index} has shape {tuple(value.shape)}, but a "
+                        f"{owner}: the saved {key!r} of parameter {index} has shape {found}, but a "
                         f"parameter of shape {tuple(param.shape)} keeps {slots[key].shape(tuple(param.shape))}"
                     )
             saved[param] = {key: value for key, value in entries.items() if key in slots}
@@ -57,14 +64,13 @@ def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) ->
 
 
 def restore(optimizer: TransformOptimizer, saved: Saved) -> None:
-    """Puts copies of the saved state in place, each on its parameter's device and in its slot's own dtype."""
+    """Puts copies of the saved state in place, each laid out as its slot's start: device, dtype and strides."""
     for group in optimizer.param_groups:
         chain = optimizer.chain(group)
         for param in group["params"]:
-            if saved[param]:
+            if param in optimizer.state:
                 slots = chain.slots(tuple(param.shape))
                 state: State = {
-                    key: value.detach().to(device=param.device, dtype=slot_dtype(slots[key], param), copy=True)
-                    for key, value in saved[param].items()
+                    key: zeros(slots[key], param).copy_(value.detach()) for key, value in saved[param].items()
                 }
                 optimizer.state[param] = state

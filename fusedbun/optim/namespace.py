@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, abs, sqrt, where
+from torch import Tensor, abs, expm1, log, sqrt, where
 
-__all__ = ["abs", "astype", "max", "maximum", "mean", "min", "minimum", "sqrt", "sum", "where"]
+__all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
 
 
 def astype(x: Tensor, dtype: torch.dtype, /) -> Tensor:
     return x.to(dtype)
+
+
+def sign(x: Tensor, /) -> Tensor:
+    return torch.where(x.isnan(), x, torch.sign(x))  # torch's own sign of NaN is 0
 
 
 def minimum(a: Tensor | float, b: Tensor | float, /) -> Tensor:
@@ -24,11 +28,11 @@ def maximum(a: Tensor | float, b: Tensor | float, /) -> Tensor:
 
 
 def mean(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
-    return torch.mean(x, dim=axis, keepdim=keepdims) if axis else x
+    return torch.mean(x, dim=axis, keepdim=keepdims, dtype=_summed_in(x)).to(x.dtype) if axis else x
 
 
 def sum(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
-    return torch.sum(x, dim=axis, keepdim=keepdims) if axis else x
+    return torch.sum(x, dim=axis, keepdim=keepdims, dtype=_summed_in(x)).to(x.dtype) if axis else x
 
 
 def max(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
@@ -37,6 +41,15 @@ def max(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
 
 def min(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
     return torch.amin(x, dim=axis, keepdim=keepdims) if axis else x
+
+
+def _summed_in(x: Tensor) -> torch.dtype:
+    """The dtype to add in.
+
+    Compiled for a CPU a sum is one long chain, which costs float32 two digits in 50,000 terms. Eager torch and GPUs
+    add in parts, which is accurate.
+    """
+    return torch.float64 if torch.compiler.is_compiling() and x.device.type == "cpu" else x.dtype
 
 
 def _tensors(a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:

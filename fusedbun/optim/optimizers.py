@@ -30,7 +30,11 @@ def initializer(recipe: Callable[P, Chain]) -> Init[P]:
     """The `__init__` of a recipe's class: the recipe's arguments between `params`, `lr` and `maximize`."""
 
     def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
-        bound = spelled_out.bind(self, *args, **kwargs)
+        try:
+            bound = spelled_out.bind(self, *args, **kwargs)
+        except TypeError as error:
+            allowed = ", ".join([*spelled_out.parameters][1:])
+            raise TypeError(f"{type(self).__name__}() {error}; its arguments are {allowed}") from None
         bound.apply_defaults()
         given = dict(bound.arguments)
         own = {name: given.pop(name) for name in ("self", "params", "lr", "maximize")}

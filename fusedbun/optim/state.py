@@ -13,13 +13,14 @@ from fusedbun.transform import Slot
 State = dict[str, Tensor]  # by `<transformation>.<slot>`
 
 
-def follow(state: State, param: Tensor, slots: Mapping[str, Slot]) -> None:
+def follow(state: State, param: Tensor, slots: Mapping[str, Slot]) -> State:
     """Makes `state` hold exactly these slots: new ones start at zero, stale ones are freed."""
     for key in state.keys() - slots.keys():
         del state[key]
     for key, slot in slots.items():
         if key not in state:
             state[key] = zeros(slot, param)
+    return state
 
 
 def zeros(slot: Slot, param: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import Axis
+from fusedbun.hyper import Axis, PerParam
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, others
 
 
@@ -17,18 +17,14 @@ class Centralize(Transform):
         u = u - mean(u over every axis but channel_axis)
 
     Args:
-        channel_axis: the axis that is kept, an integer; 0 is torch's output channel. In JAX also a rule
-            `(path, param) -> int`, such as `fusedbun_jax.flax_channel_axis`.
+        channel_axis: the axis that is kept, an integer (0 is torch's output channel), or a rule
+            `(path, param) -> int` such as `fusedbun_jax.flax_channel_axis`.
     """
 
     name: ClassVar[str] = "centralize"
-    channel_axis: Axis = 0
+    channel_axis: PerParam[Axis] = 0
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
-        if callable(self.channel_axis):
-            raise TypeError(
-                "centralize: a rule for channel_axis is for JAX, which asks it leaf by leaf; give an integer"
-            )
         k = len(shape)
         if k > 1 and not -k <= self.channel_axis < k:
             raise ValueError(

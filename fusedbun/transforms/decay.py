@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import NonNegative
+from fusedbun.hyper import NonNegative, PerParam
 from fusedbun.transform import Array, Namespace, Signal, State, Transform
 
 
@@ -16,12 +16,12 @@ class Decay(Transform):
         u = u + weight_decay*p
 
     Args:
-        weight_decay: the share, in [0, inf).
+        weight_decay: the share, in [0, inf), or a rule `(path, param) -> share`.
     """
 
     name: ClassVar[str] = "decay"
     reads_param: ClassVar[bool] = True
-    weight_decay: NonNegative = 0.01
+    weight_decay: PerParam[NonNegative] = 0.01
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         return Signal(signal.update + self.weight_decay * param), state

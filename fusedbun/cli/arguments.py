@@ -1,0 +1,157 @@
+"""The options of the command, their ranges and their help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import fusedbun
+from fusedbun.cli.optimizers import OPTIMIZERS
+from fusedbun.hyper import Interval
+
+FRAMEWORKS = ("torch", "flax")
+
+_DESCRIPTION = """\
+Memory-efficient optimizers, defined once, for PyTorch and for JAX.
+"""
+
+_EPILOG = """\
+example:
+  fusedbun train     train a small network in torch and in Flax, and compare
+
+`fusedbun train --help` describes its options.
+"""
+
+_TRAIN_DESCRIPTION = """\
+Train a small convolutional network on scikit-learn's handwritten digits (1,797 real
+images of 8x8 pixels, no download) with one of fusedbun's optimizers, and with AdamW
+to compare. In torch, in Flax, or in both: from the same initial weights and with the
+same batches, so that both end with the same weights, up to rounding (which AdamW
+magnifies; --dtype float64 shows that no more than that is behind it). The learning
+rate falls to zero along a cosine.
+
+Prints test accuracy and loss, the bytes of optimizer state, the time of a step, and
+how far apart the weights of the two frameworks are. Writes the same with the whole
+curves to DIR/results.json, and a picture of the curves to DIR/curves.png.
+"""
+
+_TRAIN_EPILOG = """\
+examples:
+  fusedbun train                          torch and Flax, Fusedbun and AdamW
+  fusedbun train --dtype float64          the same, with less rounding
+  fusedbun train --framework torch --lr 1e-3 --epochs 5
+  fusedbun train --optimizer adamw --framework flax
+
+exit codes:
+  0    done
+  2    an option is not valid, a library is not installed, or nothing can be written
+       to DIR; one line on stderr says which
+  130  interrupted by Ctrl-C: what was measured is printed and written, and marked so
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `fusedbun train`."""
+
+    framework: str
+    optimizer: str
+    compare: str | None
+    lr: float | None
+    epochs: int
+    batch_size: int
+    seed: int
+    dtype: str
+    output: Path
+
+    @property
+    def frameworks(self) -> tuple[str, ...]:
+        """The frameworks to train in."""
+        return FRAMEWORKS if self.framework == "both" else (self.framework,)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The optimizers to train with, and the learning rate that each starts from."""
+        names = [self.optimizer] if self.compare is None else [self.optimizer, self.compare]
+        defaults = {name: OPTIMIZERS[name].learning_rate for name in names}
+        return defaults if self.lr is None else {**defaults, self.optimizer: self.lr}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with the message and exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """The parser of the whole command."""
+    root = Parser("fusedbun", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Text, allow_abbrev=False)
+    root.add_argument("--version", action="version", version=f"fusedbun {fusedbun.__version__}")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    summary = "train a small network on real digits, in torch, in Flax, or in both"
+    train = commands.add_parser(
+        "train",
+        help=summary,
+        description=_TRAIN_DESCRIPTION,
+        epilog=_TRAIN_EPILOG,
+        formatter_class=_Text,
+        allow_abbrev=False,
+    )
+    _add_train_options(train)
+    return root
+
+
+def _add_train_options(train: Parser) -> None:
+    rates = ", ".join(f"{entry.learning_rate:g} for {name}" for name, entry in OPTIMIZERS.items())
+    default = "(default: %(default)s)"
+    add = train.add_argument
+    add("--framework", choices=[*FRAMEWORKS, "both"], default="both", help=f"where to train {default}")
+    add("--optimizer", choices=OPTIMIZERS, default="fusedbun", help=f"the optimizer {default}")
+    add("--compare", choices=OPTIMIZERS, default="adamw", help=f"a second one, at its default --lr {default}")
+    add("--no-compare", dest="compare", action="store_const", const=None, help="train with --optimizer only")
+    add("--lr", type=_number(Interval(0, open_low=True)), help=f"its learning rate at the start (default: {rates})")
+    add("--epochs", type=_whole(1), default=20, metavar="N", help=f"passes over the training images {default}")
+    add("--batch-size", type=_whole(1), default=64, metavar="N", help=f"images in a step {default}")
+    seed = f"draws the split, the initial weights and the batches {default}"
+    add("--seed", type=_whole(0), default=0, metavar="N", help=seed)
+    add("--dtype", choices=["float32", "float64"], default="float32", help=f"of weights and arithmetic {default}")
+    output = "where results.json and curves.png go; made if need be (default: %(default)s/)"
+    add("--output", type=Path, default=Path("fusedbun-train"), metavar="DIR", help=output)
+
+
+class _Text(argparse.RawDescriptionHelpFormatter):
+    """Help as it is written, with room for the longest option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
+def _number(interval: Interval) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if value not in interval:
+            raise argparse.ArgumentTypeError(f"must be a number in {interval}, but it is {text!r}")
+        return value
+
+    return convert
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, but it is {text!r}")
+        return value
+
+    return convert

@@ -1,0 +1,117 @@
+"""u-muP's scale of a parameter's learning rate, from its type, its shape and its depth (arXiv 2407.17465, table 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fusedbun.hyper import Axis, PerParam
+from fusedbun.transform import Shape
+
+Type = Literal["weight", "bias", "norm", "output"]
+Typed = Type | tuple[Type, int] | None  # a type, with the number of layers its depth is scaled by where there is one
+Types = Mapping[str, Any] | Callable[[tuple[str, ...], Any], Typed] | None
+
+Constraint = Literal["to_output_scale"] | None
+
+
+@dataclass(frozen=True)
+class MupScale:
+    """A rule `(path, param) -> scale` for u-muP's learning rates.
+
+        weight:             depth_scale / sqrt(fan_in)
+        bias, norm, output: depth_scale                        depth_scale = 1 / sqrt(depth), 1 without a depth
+
+    With `readout_constraint="to_output_scale"` (SGD): `depth_scale*sqrt(fan_in)` for a weight, `depth_scale*shape[0]`
+    for a bias or norm, `depth_scale` for an output.
+
+    Args:
+        types: the parameters' types by name ("layer.weight"), as a tree of names, or as a rule `(path, param) -> type`.
+            A type is "weight", "bias", "norm" or "output", or a pair of it and a depth. Where there is none, the
+            attributes `mup_type` and `mup_scaling_depth` of the parameter are read, which unit-scaling's modules set.
+        channel_axis: the output channels' axis; `fan_in` is the product of the others (of one axis: its size).
+        allow_untyped: give a parameter without a type the scale 1 instead of raising a ValueError.
+        readout_constraint: the constraint of the readout layer that the model uses, for SGD.
+
+    unit-scaling refuses a parameter of four or more axes; here the same product is its fan-in. A 0-d one has fan-in 1.
+    """
+
+    types: Types
+    channel_axis: PerParam[Axis] = 0
+    allow_untyped: bool = False
+    readout_constraint: Constraint = None
+
+    def __call__(self, path: tuple[str, ...], param: Any) -> float:
+        kind, depth = self.typed(path, param)
+        depth_scale: float = depth**-0.5
+        if kind is None or kind == "output":
+            return depth_scale
+        if self.readout_constraint is None:
+            return depth_scale / math.sqrt(self.fan_in(path, param)) if kind == "weight" else depth_scale
+        if kind == "weight":
+            return depth_scale * math.sqrt(self.fan_in(path, param))
+        return depth_scale * (int(param.shape[0]) if param.shape else 1)
+
+    def typed(self, path: tuple[str, ...], param: Any) -> tuple[Type | None, int]:
+        """The parameter's type and depth, once known to be valid."""
+        found = look_up(self.types, path, param)
+        if found is None:
+            found = getattr(param, "mup_type", None), getattr(param, "mup_scaling_depth", None)
+        kind, depth = found if isinstance(found, tuple) else (found, None)
+        name, shape = ".".join(path) or "without a name", tuple(param.shape)
+        if kind is None and not self.allow_untyped:
+            raise ValueError(
+                f"parameter {name!r} of shape {shape} has no u-muP type; give it one in `mup` ({_NAMES}), make it with "
+                f"unit-scaling's modules, or set allow_non_unit_scaling_params=True to leave its learning rate as it is"
+            )
+        if kind is not None and kind not in get_args(Type):
+            raise ValueError(
+                f"the u-muP type of parameter {name!r} of shape {shape} must be {_NAMES}, but it is {kind!r}"
+            )
+        if depth is not None and (not isinstance(depth, int) or depth < 1):
+            raise ValueError(f"the u-muP depth of parameter {name!r} must be an integer from 1 up, but it is {depth!r}")
+        return kind, depth or 1
+
+    def fan_in(self, path: tuple[str, ...], param: Any) -> int:
+        """How many inputs each of the parameter's outputs has."""
+        shape: Shape = tuple(param.shape)
+        if len(shape) < 2:
+            return math.prod(shape)
+        axis = self.channel_axis(path, param) if callable(self.channel_axis) else self.channel_axis
+        return math.prod(shape) // shape[axis]
+
+
+_NAMES = ", ".join(map(repr, get_args(Type)))
+
+
+@dataclass(frozen=True)
+class IndependentDecay:
+    """A rule for a weight decay that does not depend on the learning rate's size: `weight_decay / (initial_lr*scale)`.
+
+    It then follows the schedule, but neither the learning rate nor its scale.
+    """
+
+    weight_decay: float
+    initial_lr: float
+    scale: MupScale
+
+    def __call__(self, path: tuple[str, ...], param: Any) -> float:
+        return self.weight_decay / (self.initial_lr * self.scale(path, param))
+
+
+def look_up(types: Types, path: tuple[str, ...], param: Any) -> Any:
+    """A parameter's entry: what the rule says, or what the mapping has under its dotted name or along its path."""
+    if types is None:
+        return None
+    if not isinstance(types, Mapping):
+        return types(path, param)
+    if (name := ".".join(path)) in types:
+        return types[name]
+    node: Any = types
+    for key in path:
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return None if isinstance(node, Mapping) else node

@@ -1,0 +1,55 @@
+"""Adam's scaling (Kingma, Ba 2015, arXiv 1412.6980)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fusedbun.hyper import NonNegative, Scalar, UnitInterval, log
+from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
+
+
+@dataclass(frozen=True)
+class Adam(Transform):
+    """Scales the update's running mean by the root of the running mean of its square, both corrected for their start.
+
+        m = beta1*m + (1 - beta1)*u
+        v = beta2*v + (1 - beta2)*u*u
+        w = v                               (amsgrad: w = max(w, v))
+        u = m / (1 - beta1**n) / (sqrt(w / (1 - beta2**n)) + eps)          in step n = 1, 2, …
+
+    Args:
+        beta1: the share of the past that the mean keeps, in [0, 1).
+        beta2: the share of the past that the mean of squares keeps, in [0, 1).
+        eps: added to the root, in [0, inf).
+        amsgrad: divide by the largest mean of squares so far (Reddi, Kale, Kumar 2018, arXiv 1904.09237).
+
+    State: two arrays of the parameter's shape (amsgrad: three) and an int32 step counter.
+    """
+
+    name: ClassVar[str] = "adam"
+    beta1: UnitInterval = 0.9
+    beta2: UnitInterval = 0.999
+    eps: NonNegative = 1e-8
+    amsgrad: bool = False
+
+    def slots(self, shape: Shape) -> Mapping[str, Slot]:
+        full = Slot.full(len(shape))
+        largest = {"largest": full} if self.amsgrad else {}
+        return {"count": Slot((), "int32"), "mean": full, "square": full, **largest}
+
+    def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        u = signal.update
+        n = state["count"] + 1
+        m = self.beta1 * state["mean"] + (1 - self.beta1) * u
+        v = self.beta2 * state["square"] + (1 - self.beta2) * u * u
+        w = xp.maximum(state["largest"], v) if self.amsgrad else v
+        root = xp.sqrt(w / from_start(xp, self.beta2, n)) + self.eps
+        largest = {"largest": w} if self.amsgrad else {}
+        return Signal(m / from_start(xp, self.beta1, n) / root), {"count": n, "mean": m, "square": v, **largest}
+
+
+def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:
+    """`1 - beta**n`, the weight of n steps in a running mean, without float32's cancellation."""
+    return -xp.expm1(n * log(xp, beta))

@@ -1,0 +1,79 @@
+"""What makes a rule a definition: it is pure, knows no framework, and can be traced so that a plan can be made."""
+
+import array_api_strict
+import numpy as np
+import pytest
+from cases import CASES, SHAPES, by_case, problem
+from symbolic import trace
+
+from fusedbun.chain import step
+from fusedbun.transform import Signal
+
+SMALL = [name for name in SHAPES if name != "tall"]
+
+
+def leaf(case, name):
+    params, steps = problem("float64")
+    rng = np.random.default_rng(3)
+    state = {
+        key: rng.uniform(0.5, 1.5, slot.shape(SHAPES[name])) for key, slot in case.chain.slots(SHAPES[name]).items()
+    }
+    return params[name], steps[0][name], state
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(**by_case)
+def test_runs_on_the_strict_array_api(case, name):
+    xp = array_api_strict
+    param, grad, state = leaf(case, name)
+    want_param, want_state = step(np, case.chain, 0.5, param, grad, state)
+    given = {key: xp.asarray(value) for key, value in state.items()}
+    got_param, got_state = step(xp, case.chain, 0.5, xp.asarray(param), xp.asarray(grad), given)
+    np.testing.assert_allclose(np.asarray(got_param), want_param, rtol=1e-14)
+    for key in want_state:
+        np.testing.assert_allclose(np.asarray(got_state[key]), want_state[key], rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(**by_case)
+def test_traces_to_a_graph_that_gives_the_same_numbers(case, name):
+    param, grad, state = leaf(case, name)
+    new_param, new_state, numbers = trace(case.chain, param.ndim)
+    assert new_param.axes == frozenset(range(param.ndim))
+    values, done = {"param": param, "grad": grad, "lr": 0.5, **state, **numbers}, {}
+    want_param, want_state = step(np, case.chain, 0.5, param, grad, state)
+    np.testing.assert_allclose(new_param.evaluate(values, done), want_param, rtol=1e-14)
+    assert new_state.keys() == want_state.keys()
+    for key, slot in case.chain.slots(param.shape).items():
+        assert new_state[key].axes == frozenset(slot.axes) & frozenset(range(param.ndim))
+        np.testing.assert_allclose(new_state[key].evaluate(values, done), want_state[key], rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(**by_case)
+def test_is_pure(case, name):
+    """Neither the arguments nor what a second call makes of them depend on a first."""
+    arrays = leaf(case, name)
+    param, grad, state = arrays
+    copies = param.copy(), grad.copy(), {key: value.copy() for key, value in state.items()}
+    for array in (param, grad, *state.values()):
+        array.setflags(write=False)
+    first = step(np, case.chain, 0.5, param, grad, state)
+    second = step(np, case.chain, 0.5, *copies)
+    np.testing.assert_array_equal(first[0], second[0])
+    for key in state:
+        np.testing.assert_array_equal(first[1][key], second[1][key])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_keeps_exactly_the_state_it_declares(case):
+    for name in SMALL:
+        param, grad, state = leaf(case, name)
+        for transform in case.chain:
+            slots = transform.slots(param.shape)
+            own = {key: state[f"{transform.name}.{key}"] for key in slots}
+            _, new = transform.update(np, Signal(grad, np.abs(grad)), own, param)
+            assert {key: value.shape for key, value in new.items()} == {
+                key: slot.shape(param.shape) for key, slot in slots.items()
+            }
+            assert list(new) == list(slots)

@@ -1,0 +1,50 @@
+"""The same network, trained on the same batches in torch and in Flax, has the same weights in the end."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+
+import fusedbun_jax
+from fusedbun.cli import in_flax, in_torch
+from fusedbun.cli.network import batches, digits, initial_weights
+from fusedbun.cli.optimizers import OPTIMIZERS
+
+STEPS = 50
+
+
+def trained(framework, entry, learning_rate, dtype):
+    (images,) = digits(0, [])
+    with framework.session(dtype):
+        trainer = framework.Trainer(entry, initial_weights(0), np.full(STEPS, learning_rate), dtype)
+        for batch in islice(batches(images, batch_size=16, epochs=1, seed=0), STEPS):
+            trainer.step(batch)
+        return trainer.weights()
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    return max(np.abs(a[name] - b[name]).max() for name in a)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_torch_and_flax_train_to_the_same_weights(optimizer, dtype, tolerance):
+    entry = OPTIMIZERS[optimizer]
+    in_both = [trained(framework, entry, 1e-4, dtype) for framework in (in_torch, in_flax)]
+    moved = min(np.abs(value - initial_weights(0)[name]).max() for name, value in in_both[0].items())
+    assert moved > 1e-3  # so every weight took part
+    assert difference(*in_both) < tolerance
+
+
+def test_without_the_rule_on_channel_axes_the_weights_differ():
+    def in_optax(schedule):
+        return fusedbun_jax.fusedbun(schedule, centralize=True, use_rms=True, nesterov=True, channel_axis=0)
+
+    entry = OPTIMIZERS["fusedbun"]
+    in_both = [
+        trained(in_torch, entry, 1e-4, "float64"),
+        trained(in_flax, replace(entry, in_optax=in_optax), 1e-4, "float64"),
+    ]
+    assert difference(*in_both) > 1e-3

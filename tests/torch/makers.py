@@ -1,0 +1,108 @@
+"""The optimizers that the torch tests run over, and what those tests share: parameters, gradients, comparison.
+
+An optimizer gets all the generic tests by one line in `MAKERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedbun import ChainOptimizer, Fusedbun
+from fusedbun.optim import TransformOptimizer
+from fusedbun.transforms import Momentum, RMSScale, SM3Accumulate
+
+Maker = Callable[..., TransformOptimizer]
+
+SM3_CHAIN = (SM3Accumulate(0.9), RMSScale(0.0, 1e-30), Momentum(0.9, 0.9))
+
+recommended: Maker = partial(Fusedbun, centralize=True, use_rms=True, nesterov=True)
+sm3: Maker = partial(ChainOptimizer, transforms=SM3_CHAIN)
+
+# Each is called as make(params, lr=…, …).
+MAKERS: dict[str, Maker] = {
+    "plain": Fusedbun,
+    "recommended": recommended,
+    "clipped-lagged": partial(Fusedbun, use_rms=True, clip_rms=0.5, lagged=True),
+    "sm3": sm3,
+}
+every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+SHAPES = ((), (5,), (4, 3), (2, 3, 4), (2, 1, 3, 2), (2, 2, 1, 3, 2))
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Parameters with random values, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def gradient(param: Tensor, step: int, index: int = 0) -> Tensor:
+    """A random gradient, of the parameter's strides: the same for the same step and index."""
+    generator = torch.Generator().manual_seed(1000 * step + index + 1)
+    values = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+    return torch.empty_like(param, requires_grad=False).copy_(values)
+
+
+def set_gradients(params: Iterable[Tensor], step: int) -> None:
+    for index, param in enumerate(params):
+        param.grad = gradient(param, step, index)
+
+
+def run(optimizer: torch.optim.Optimizer, steps: int | range) -> None:
+    """Steps with fresh gradients in every parameter: for these step numbers, or for the first so many."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in range(steps) if isinstance(steps, int) else steps:
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def copies(params: Sequence[Tensor]) -> list[Tensor]:
+    """New parameters with the same values and strides."""
+    return [param.detach().clone().requires_grad_() for param in params]
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    """Asserts equality to the last bit, dtypes and shapes included; a NaN equals a NaN."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """The state of every parameter that has one, in the parameters' order."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return [dict(optimizer.state[param]) for param in params if param in optimizer.state]
+
+
+def assert_same_run(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    """Asserts that two optimizers have the same parameters and the same state, to the last bit."""
+    ours, theirs = ([p.detach() for group in o.param_groups for p in group["params"]] for o in (optimizer, other))
+    assert_same(ours, theirs)
+    assert_same(states(optimizer), states(other))
+
+
+@contextmanager
+def unchanged(optimizer: torch.optim.Optimizer, groups: bool = True):
+    """Asserts that the block changes no parameter, no state and (with `groups`) no param group, to the last bit."""
+
+    def look() -> Any:
+        entries = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        params = [[param.detach().clone() for param in group["params"]] for group in optimizer.param_groups]
+        state = {param: {k: v.clone() for k, v in slots.items()} for param, slots in optimizer.state.items()}
+        return params, state, entries
+
+    params, state, entries = look()
+    yield
+    new_params, new_state, new_entries = look()
+    assert_same(new_params, params)
+    assert list(new_state) == list(state)
+    assert_same(list(new_state.values()), list(state.values()))
+    if groups:
+        assert new_entries == entries

@@ -13,19 +13,39 @@ from fusedbun.chain import Chain, chain
 from fusedbun.transform import Signal, Slot, Transform
 
 if TYPE_CHECKING:
-    from fusedbun.optim import ChainOptimizer, Fusedbun, FusionOptimizer
+    from fusedbun.optim import (
+        SM3,
+        ChainOptimizer,
+        DecoupledLionW,
+        Fusedbun,
+        FusionOptimizer,
+        MupAdam,
+        MupAdamW,
+        MupSGD,
+        ScaledOptum,
+        SignSGD,
+        TernaryVote,
+    )
 
 __version__ = "0.1.0"
 
-_TORCH_CLASSES = ("ChainOptimizer", "Fusedbun", "FusionOptimizer")
+_TORCH_CLASSES = ("ChainOptimizer", "FusionOptimizer", "SignSGD", *(r.torch_class for r in recipes.RECIPES.values()))
 
 __all__ = [
+    "SM3",
     "Chain",
     "ChainOptimizer",
+    "DecoupledLionW",
     "Fusedbun",
     "FusionOptimizer",
+    "MupAdam",
+    "MupAdamW",
+    "MupSGD",
+    "ScaledOptum",
+    "SignSGD",
     "Signal",
     "Slot",
+    "TernaryVote",
     "Transform",
     "chain",
     "recipes",

@@ -7,7 +7,7 @@ from typing import Any
 from fusedbun.transform import Array, Namespace, Slot
 
 COMPUTE = "compute"  # stored as computed: float32, or float64 for float64 parameters
-CODES = (COMPUTE, "int32")
+CODES = (COMPUTE, "int8", "int32")
 
 
 def storage_dtype(slot: Slot, compute: str) -> str:

@@ -140,7 +140,9 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _check_one(label: str, hint: Any, value: Any) -> None:
     options = _options(hint)
     also = " or None" if type(None) in options else ""
-    (kind,) = [option for option in options if option is not type(None)]
+    kind, *more = [option for option in options if option is not type(None)]
+    if more:
+        return  # a union of other types, which its user checks
     if get_origin(kind) is Annotated and "or a rule" in kind.__metadata__:
         also += " or a rule"
     if (value is None and "None" in also) or (callable(value) and "rule" in also):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fusedbun.hyper import Axis, PerParam
+from fusedbun.hyper import Axis, PerParam, Scalar, is_concrete_zero
 from fusedbun.transform import Shape
 
 Type = Literal["weight", "bias", "norm", "output"]
@@ -42,6 +42,13 @@ class MupScale:
     channel_axis: PerParam[Axis] = 0
     allow_untyped: bool = False
     readout_constraint: Constraint = None
+
+    def __post_init__(self) -> None:
+        if not (self.types is None or isinstance(self.types, Mapping) or callable(self.types)):
+            raise TypeError(
+                f"mup must be a mapping from names to types, a rule `(path, param) -> type` or None, "
+                f"but it is {self.types!r} ({type(self.types).__name__})"
+            )
 
     def __call__(self, path: tuple[str, ...], param: Any) -> float:
         kind, depth = self.typed(path, param)
@@ -93,12 +100,40 @@ class IndependentDecay:
     It then follows the schedule, but neither the learning rate nor its scale.
     """
 
-    weight_decay: float
-    initial_lr: float
+    weight_decay: Scalar
+    initial_lr: Scalar
     scale: MupScale
 
-    def __call__(self, path: tuple[str, ...], param: Any) -> float:
+    def __call__(self, path: tuple[str, ...], param: Any) -> Scalar:
         return self.weight_decay / (self.initial_lr * self.scale(path, param))
+
+
+def independent(weight_decay: Scalar, initial_lr: Scalar | None, scale: MupScale) -> Scalar | IndependentDecay:
+    """The rule of `IndependentDecay`, or 0 where there is no decay."""
+    if is_concrete_zero(weight_decay):
+        return 0.0
+    if is_concrete_zero(initial_lr):
+        raise ValueError(
+            "independent weight decay divides by the initial learning rate, which must lie in (0, inf), but it is "
+            f"{initial_lr!r}; begin above 0, or set independent_weight_decay=False"
+        )
+    return IndependentDecay(weight_decay, _given(initial_lr), scale)
+
+
+def relative_decay(weight_decay: Scalar, initial_lr: Scalar | None) -> Scalar:
+    """`weight_decay / initial_lr`, and 0 where either is."""
+    if is_concrete_zero(weight_decay) or is_concrete_zero(initial_lr):
+        return 0.0
+    return weight_decay / _given(initial_lr)
+
+
+def _given(initial_lr: Scalar | None) -> Scalar:
+    if initial_lr is None:
+        raise ValueError(
+            "this weight decay is relative to the initial learning rate, which a schedule does not tell: give "
+            "initial_learning_rate, the learning rate that the weight decay is meant for"
+        )
+    return initial_lr
 
 
 def look_up(types: Types, path: tuple[str, ...], param: Any) -> Any:

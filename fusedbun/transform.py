@@ -104,6 +104,13 @@ class Transform:
         rules = {name: rule for name, rule in vars(self).items() if callable(rule)}
         return replace(self, **{name: rule(path, param) for name, rule in rules.items()}) if rules else self
 
+    def for_rows(self) -> Transform | None:
+        """What stands in its place where a gradient touches few rows of a parameter, and no other may change.
+
+        It sees those rows as the parameter. None leaves it out; a TypeError says that it needs them all.
+        """
+        raise TypeError(f"{self.name} needs every row of a gradient")
+
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
         """The state kept for a parameter of this shape, by name. All of it starts at zero.
 

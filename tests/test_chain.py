@@ -116,7 +116,7 @@ class TestChain:
 
     def test_state_is_named_in_the_order_of_the_chain(self):
         names = list(recipes.fusedbun(use_rms=True).slots((3, 4)))
-        assert names == ["sm3_accumulate.axis0", "sm3_accumulate.axis1", "momentum.trace"]
+        assert names == ["sm3_accumulate.axis0", "sm3_accumulate.axis1", "momentum.moment"]
 
     def test_hyperparameters_by_name(self):
         chain = fusedbun.chain(Momentum(0.5), Decay(0.1))
@@ -124,6 +124,7 @@ class TestChain:
             "momentum.beta": 0.5,
             "momentum.dampening": 0.0,
             "momentum.nesterov": False,
+            "momentum.undampened_start": False,
             "decay.weight_decay": 0.1,
         }
         changed = chain.with_hyperparameters(**{"decay.weight_decay": 0.2})
@@ -176,7 +177,7 @@ class TestCodes:
         assert codes.decode(np, slot, stored, np.float64).dtype == np.float64
 
     def test_an_unknown_code(self):
-        with pytest.raises(ValueError, match="code must be one of compute, int32, but it is 'int7'"):
+        with pytest.raises(ValueError, match="code must be one of compute, int8, int32, but it is 'int7'"):
             codes.storage_dtype(Slot((0,), "int7"), "float32")
 
     def test_a_counter_in_every_driver(self, x64):

@@ -185,13 +185,13 @@ class TestMomentum:
         assert_array_equal(signal.update, [3])
         signal, state = run(transform, [8.0], state)
         assert_array_equal(signal.update, [0.5 * 3 + 6])
-        assert_array_equal(state["trace"], [7.5])
+        assert_array_equal(state["moment"], [7.5])
 
     def test_nesterov_looks_ahead(self):
         transform = Momentum(0.5, nesterov=True)
         signal, state = run(transform, [4.0])
         assert_array_equal(signal.update, [0.5 * 4 + 4])
-        assert_array_equal(state["trace"], [4])
+        assert_array_equal(state["moment"], [4])
 
     @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0)])
     def test_without_momentum_there_is_no_state(self, zero):

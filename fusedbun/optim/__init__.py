@@ -1,6 +1,31 @@
 """fusedbun's optimizers for PyTorch."""
 
 from fusedbun.optim.driver import TransformOptimizer
-from fusedbun.optim.optimizers import ChainOptimizer, Fusedbun, FusionOptimizer
+from fusedbun.optim.optimizers import (
+    SM3,
+    ChainOptimizer,
+    DecoupledLionW,
+    Fusedbun,
+    FusionOptimizer,
+    MupAdam,
+    MupAdamW,
+    MupSGD,
+    ScaledOptum,
+    SignSGD,
+    TernaryVote,
+)
 
-__all__ = ["ChainOptimizer", "Fusedbun", "FusionOptimizer", "TransformOptimizer"]
+__all__ = [
+    "SM3",
+    "ChainOptimizer",
+    "DecoupledLionW",
+    "Fusedbun",
+    "FusionOptimizer",
+    "MupAdam",
+    "MupAdamW",
+    "MupSGD",
+    "ScaledOptum",
+    "SignSGD",
+    "TernaryVote",
+    "TransformOptimizer",
+]

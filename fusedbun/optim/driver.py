@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun import codes
+from fusedbun import codes, derive
 from fusedbun.chain import Chain, own
 from fusedbun.hyper import NonNegative, check, plain
-from fusedbun.optim import loading
+from fusedbun.optim import loading, sparse
 from fusedbun.optim import namespace as xp
 from fusedbun.optim.state import State, compute_dtype, follow
+from fusedbun.recipes import Recipe
 from fusedbun.transform import Signal, Slot, Transform
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,18 +44,21 @@ class TransformOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters, or param groups, as for every torch optimizer.
         lr: the learning rate, in [0, inf); a float or a tensor of one element.
-        recipe: makes the chain from hyper-parameters given by name.
+        recipe: makes the chain from hyper-parameters given by name; where it wants the initial learning rate, a group
+            keeps that as `initial_lr`.
         hyperparameters: their values for groups that do not give their own.
         maximize: climb instead of descend.
     """
 
+    densifies_sparse_gradients = False
     _saved: loading.Saved | None = None
+    _warned_of_rows = False
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor,
-        recipe: Callable[..., Chain],
+        recipe: Recipe,
         hyperparameters: Mapping[str, Any],
         *,
         maximize: bool = False,
@@ -69,6 +74,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            if self.recipe.wants_initial_lr:
+                group.setdefault(derive.INITIAL_LR, float(group["lr"]))
             chain = self.chain(group)
             for index, param in enumerate(group["params"]):
                 name = _name(group, len(self.param_groups) - 1, index)
@@ -81,6 +88,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        if notice := self.recipe.notice(group):
+            warnings.warn(f"{type(self).__name__}: {notice}", stacklevel=5)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, each state tensor in the dtype its slot declares.
@@ -134,8 +143,13 @@ class TransformOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{owner}: a tensor lr must have one element, but it has shape {tuple(lr.shape)}")
         if not isinstance(lr, Tensor) or lr.device.type == "cpu":  # reading it elsewhere would wait for the device
             check(owner, {"lr": NonNegative}, {"lr": lr.item() if isinstance(lr, Tensor) else lr})
+        if self.recipe.fixed_lr and (isinstance(lr, Tensor) or lr != self.recipe.lr):
+            raise ValueError(f"{owner}: lr is fixed at {self.recipe.lr:g}, but it is {lr!r}; leave out the scheduler")
         check(owner, {"maximize": bool}, {"maximize": group["maximize"]})
-        return self.recipe(**{name: group[name] for name in self._hyperparameters})
+        given = {name: group[name] for name in self._hyperparameters}
+        if self.recipe.wants_initial_lr:
+            given[derive.INITIAL_LR] = float(group.get(derive.INITIAL_LR, lr))
+        return self.recipe.make(**given)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepare(self, compiling: bool) -> list[Leaf]:
@@ -145,22 +159,44 @@ class TransformOptimizer(torch.optim.Optimizer):
         parameters stepped: torch 2.13 drops in-place changes of 0-d float64 tensors in code compiled for the CPU.
         """
         found = []
+        without: set[str] = set()
         for g, group in enumerate(self.param_groups):
             chain, lr = self.chain(group), learning_rate(group["lr"], compiling)
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:
                     name = _name(group, g, i)
                     _check_gradient(type(self).__name__, name, param)
-                    here = chain.at(_path(group, i), param)
+                    here, grad = self._for_layout(chain.at(_path(group, i), param), name, param.grad)
                     slots = here.slots(tuple(param.shape))
-                    _check_state(name, param, self.state.get(param, {}), slots)
-                    found.append((Leaf(here, lr, group["maximize"], param, param.grad, {}), slots))
+                    _check_state(here, name, param, self.state.get(param, {}), slots)
+                    found.append((Leaf(here, lr, group["maximize"], param, grad, {}), slots))
+                    if grad.is_sparse:
+                        without.update(sparse.left_out(chain))
+        self._warn_of_rows(without)
         leaves = [leaf._replace(state=follow(self.state[leaf.param], leaf.param, slots)) for leaf, slots in found]
-        if compiling:
-            for leaf in leaves:
-                if not leaf.param.ndim:
-                    step_leaf(leaf)
-        return [leaf for leaf in leaves if leaf.param.ndim or not compiling]
+        if not compiling:
+            return leaves
+        for leaf in leaves:
+            if not compilable(leaf):
+                step_leaf(leaf)
+        return [leaf for leaf in leaves if compilable(leaf)]
+
+    def _for_layout(self, chain: Chain, name: str, grad: Tensor) -> tuple[Chain, Tensor]:
+        """The chain and the gradient, where that is sparse, as this optimizer takes it."""
+        if not grad.is_sparse:
+            return chain, grad
+        if self.densifies_sparse_gradients:
+            return chain, grad.to_dense()
+        return sparse.rows_chain(chain, name, grad, type(self).__name__), grad
+
+    def _warn_of_rows(self, without: set[str]) -> None:
+        if without and not self._warned_of_rows:
+            self._warned_of_rows = True
+            warnings.warn(
+                f"{type(self).__name__}: {', '.join(without)} is left out for parameters with sparse gradients, "
+                f"for it would go on in rows that no gradient touches",
+                stacklevel=5,
+            )
 
 
 def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
@@ -171,10 +207,25 @@ def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
     return torch.tensor(number, dtype=torch.float64) if compiling else number
 
 
+def compilable(leaf: Leaf) -> bool:
+    """Whether the leaf may be stepped in compiled code."""
+    return bool(leaf.param.ndim) and not leaf.grad.is_sparse
+
+
 def step_leaf(leaf: Leaf) -> None:
-    """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written."""
+    """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written.
+
+    Where the gradient is sparse the rows that it touches are stepped as a parameter of their own.
+    """
     chain, lr, maximize, param, grad, state = leaf
     if not param.numel():
+        return
+    if grad.is_sparse:
+        rows, values = sparse.touched(grad)
+        part = Leaf(chain, lr, maximize, param[rows], values, {key: stored[rows] for key, stored in state.items()})
+        step_leaf(part)
+        for whole, new in ((param, part.param), *((state[key], part.state[key]) for key in state)):
+            whole.index_copy_(0, rows, new)
         return
     dtype = compute_dtype(param.dtype)
     p, g = param.to(dtype), grad.to(dtype)
@@ -208,10 +259,9 @@ def _name(group: Mapping[str, Any], group_index: int, index: int) -> str:
 def _check_gradient(owner: str, name: str, param: Tensor) -> None:
     grad = param.grad
     assert grad is not None
-    if grad.layout != torch.strided:
+    if grad.layout not in (torch.strided, torch.sparse_coo):
         raise TypeError(
-            f"the gradient of {name} is sparse ({grad.layout}), but {owner} takes dense gradients; "
-            f"use sparse=False in the embedding that makes it, or grad.to_dense()"
+            f"the gradient of {name} is sparse ({grad.layout}), but {owner} takes dense ones; use grad.to_dense()"
         )
     if grad.dtype not in FLOATING:
         raise TypeError(
@@ -224,11 +274,19 @@ def _check_gradient(owner: str, name: str, param: Tensor) -> None:
         )
 
 
-def _check_state(name: str, param: Tensor, state: State, slots: Mapping[str, Slot]) -> None:
+def _check_state(chain: Chain, name: str, param: Tensor, state: State, slots: Mapping[str, Slot]) -> None:
     shape = tuple(param.shape)
     for key, stored in state.items():
         if key in slots and stored.shape != slots[key].shape(shape):
             raise ValueError(
                 f"the state {key!r} of {name} has shape {tuple(stored.shape)}, but a parameter of shape {shape} keeps "
                 f"{slots[key].shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
+            )
+    for transform in chain:
+        kept, wanted = own(transform, state).keys(), own(transform, slots).keys()
+        if kept and wanted and kept != wanted:
+            raise ValueError(
+                f"the state of {name} has {', '.join(kept)} for {transform.name}, but this step needs "
+                f"{', '.join(wanted)}; a parameter's gradients must be all dense or all sparse, and what chooses its "
+                f"state must not change; delete its entry of the optimizer's state to begin again"
             )

@@ -4,55 +4,141 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedbun import derive, recipes
 from fusedbun.chain import Chain
-from fusedbun.optim.driver import TransformOptimizer
+from fusedbun.optim.driver import Leaf, TransformOptimizer, step_leaf
+from fusedbun.recipes import RECIPES, Recipe
 from fusedbun.transform import Transform
-
-P = ParamSpec("P")
-Init = Callable[Concatenate[Any, ParamsT, float | Tensor, P], None]
 
 _ARGUMENTS = """\
     params: parameters, named parameters or param groups; a group may give any of the arguments below its own value.
+"""
+_RATE = """\
     lr: the learning rate, in [0, inf); a float or a tensor of one element.
 """
 _REMARK = """
 `maximize=True` climbs instead of descending.
 """
+_TORCH_FLAGS = ("foreach", "fused", "capturable", "differentiable")  # torch's choices between its implementations
 
 
-def initializer(recipe: Callable[P, Chain]) -> Init[P]:
+def initializer(recipe: Recipe) -> Callable[..., None]:
     """The `__init__` of a recipe's class: the recipe's arguments between `params`, `lr` and `maximize`."""
 
     def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
+        for flag in _TORCH_FLAGS:
+            if kwargs.pop(flag, None):
+                raise ValueError(
+                    f"{type(self).__name__}: {flag}=True chooses an implementation of torch's own optimizers; "
+                    f"this one chooses by itself, so leave it out"
+                )
         try:
             bound = spelled_out.bind(self, *args, **kwargs)
         except TypeError as error:
             allowed = ", ".join([*spelled_out.parameters][1:])
             raise TypeError(f"{type(self).__name__}() {error}; its arguments are {allowed}") from None
         bound.apply_defaults()
-        given = dict(bound.arguments)
+        given = {"lr": recipe.lr, **bound.arguments}
         own = {name: given.pop(name) for name in ("self", "params", "lr", "maximize")}
         TransformOptimizer.__init__(self, own["params"], own["lr"], recipe, given, maximize=own["maximize"])
 
-    before = [inspect.Parameter(name, derive.POSITIONAL) for name in ("self", "params", "lr")]
-    spelled_out = derive.signature(recipe, before, [inspect.Parameter("maximize", derive.KEYWORD, default=False)])
+    default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
+    before = [inspect.Parameter(name, derive.POSITIONAL) for name in ("self", "params")]
+    if not recipe.fixed_lr:
+        before.append(inspect.Parameter("lr", derive.POSITIONAL, default=default))
+    after = [inspect.Parameter("maximize", derive.KEYWORD, default=False)]
+    spelled_out = derive.signature(recipe.make, before, after)
     __init__.__signature__ = spelled_out  # type: ignore[attr-defined]
-    __init__.__doc__ = derive.documentation(recipe, _ARGUMENTS, _REMARK)
+    __init__.__doc__ = derive.documentation(recipe.make, _ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
     return __init__
 
 
 class Fusedbun(TransformOptimizer):
-    __init__ = initializer(recipes.fusedbun)
+    __init__ = initializer(RECIPES["fusedbun"])
     __doc__ = __init__.__doc__
 
 
+class SM3(TransformOptimizer):
+    __init__ = initializer(RECIPES["sm3"])
+    __doc__ = __init__.__doc__
+
+
+class ScaledOptum(TransformOptimizer):
+    __init__ = initializer(RECIPES["scaled_optum"])
+    __doc__ = __init__.__doc__
+    densifies_sparse_gradients = True
+
+    def get_memory_mb(self, params: Iterable[Tensor] | None = None) -> float:
+        """The memory of parameters in MiB; there is no other, for the optimizer has no state.
+
+        Args:
+            params: the parameters; None: all that the optimizer steps.
+        """
+        if params is None:
+            params = (p for group in self.param_groups for p in group["params"])
+        return sum(p.numel() * p.element_size() for p in params) / 2**20
+
+
+class TernaryVote(TransformOptimizer):
+    __init__ = initializer(RECIPES["ternary_vote"])
+    __doc__ = __init__.__doc__
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group; its weights must be -1, 0 or +1."""
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not bool(((param == 0) | (param.abs() == 1)).all()):
+                self.param_groups.pop()
+                raise ValueError(
+                    f"TernaryVote steps weights of -1, 0 and +1, but a parameter of shape {tuple(param.shape)} has "
+                    f"others; round it first, for example to param.sign()"
+                )
+
+
+class MupAdam(TransformOptimizer):
+    __init__ = initializer(RECIPES["mup_adam"])
+    __doc__ = __init__.__doc__
+
+
+class MupAdamW(TransformOptimizer):
+    __init__ = initializer(RECIPES["mup_adamw"])
+    __doc__ = __init__.__doc__
+
+
+class MupSGD(TransformOptimizer):
+    __init__ = initializer(RECIPES["mup_sgd"])
+    __doc__ = __init__.__doc__
+
+
+class DecoupledLionW(TransformOptimizer):
+    __init__ = initializer(RECIPES["decoupled_lionw"])
+    __doc__ = __init__.__doc__
+
+    @staticmethod
+    @torch.no_grad()
+    def lionw(
+        p: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        lr: float,
+        initial_lr: float,
+        wd: float,
+        beta1: float,
+        beta2: float,
+    ) -> None:
+        """One step in place: of the parameter `p`, and of its running mean `exp_avg`."""
+        chain = recipes.decoupled_lionw((beta1, beta2), wd, initial_lr=initial_lr)
+        step_leaf(Leaf(chain, lr, False, p, grad, {"lion.moment": exp_avg}))
+
+
 FusionOptimizer = Fusedbun
+SignSGD = ScaledOptum
 
 
 class ChainOptimizer(TransformOptimizer):
@@ -80,4 +166,5 @@ class ChainOptimizer(TransformOptimizer):
         self, params: ParamsT, transforms: Iterable[Transform], lr: float | Tensor, *, maximize: bool = False
     ) -> None:
         chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
-        super().__init__(params, lr, chain.with_hyperparameters, chain.hyperparameters(), maximize=maximize)
+        recipe = Recipe(chain.with_hyperparameters, type(self).__name__)
+        super().__init__(params, lr, recipe, chain.hyperparameters(), maximize=maximize)

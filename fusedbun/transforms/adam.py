@@ -37,17 +37,22 @@ class Adam(Transform):
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
         full = Slot.full(len(shape))
         largest = {"largest": full} if self.amsgrad else {}
-        return {"count": Slot((), "int32"), "mean": full, "square": full, **largest}
+        return {"count": Slot((), "int32"), "moment": full, "second_moment": full, **largest}
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u = signal.update
         n = state["count"] + 1
-        m = self.beta1 * state["mean"] + (1 - self.beta1) * u
-        v = self.beta2 * state["square"] + (1 - self.beta2) * u * u
+        m = self.beta1 * state["moment"] + (1 - self.beta1) * u
+        v = self.beta2 * state["second_moment"] + (1 - self.beta2) * u * u
         w = xp.maximum(state["largest"], v) if self.amsgrad else v
         root = xp.sqrt(w / from_start(xp, self.beta2, n)) + self.eps
         largest = {"largest": w} if self.amsgrad else {}
-        return Signal(m / from_start(xp, self.beta1, n) / root), {"count": n, "mean": m, "square": v, **largest}
+        return Signal(m / from_start(xp, self.beta1, n) / root), {
+            "count": n,
+            "moment": m,
+            "second_moment": v,
+            **largest,
+        }
 
 
 def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:

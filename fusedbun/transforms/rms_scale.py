@@ -28,6 +28,9 @@ class RMSScale(Transform):
     eps: NonNegative = 1e-8
     eps_root: NonNegative = 0.0
 
+    def for_rows(self) -> Transform:
+        return self
+
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u, nu = signal
         if nu is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import mul
 from typing import ClassVar, Literal
@@ -34,8 +34,10 @@ class SM3Accumulate(Transform):
         lagged: for means, `nu` is formed with this step's `a_0` and the other accumulators (and their mean) as they
             were before this step, each ratio `a_i / mean` being 1 where that mean is 0. Then no statistic has to see
             the whole parameter before it is updated: one pass over memory instead of two.
+        covers: "axes", or "rows" to keep the leading axis's accumulator only. A row then depends on no other, which
+            serves gradients that touch few rows.
 
-    State: the accumulators, `sum(n_i)` numbers; for 0 or 1 axes one of the parameter's shape.
+    State: the accumulators, `sum(n_i)` numbers (`n_1` for rows); for 0 or 1 axes one of the parameter's shape.
     Source: Anil, Gupta, Koren, Singer 2019, arXiv 1901.11150 (SM3-II); Shazeer, Stern 2018, arXiv 1804.04235
         (the rank-one product of means).
     """
@@ -46,6 +48,7 @@ class SM3Accumulate(Transform):
     statistic: Literal["max", "mean"] = "max"
     combine: Literal["min", "product"] = "min"
     lagged: bool = False
+    covers: Literal["axes", "rows"] = "axes"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +58,12 @@ class SM3Accumulate(Transform):
             raise ValueError('sm3_accumulate: lagged=True is for statistic="mean"; with "max" there is nothing to lag')
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
-        return {f"axis{i}": Slot((i,)) for i in range(max(1, len(shape)))}
+        return {f"axis{i}": Slot((i,)) for i in range(len(shape) if self.covers == "axes" and shape else 1)}
+
+    def for_rows(self) -> Transform:
+        if self.statistic != "max":
+            raise TypeError('sm3_accumulate steps rows alone with statistic="max"; means forget in every row at once')
+        return replace(self, covers="rows")
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u = signal.update

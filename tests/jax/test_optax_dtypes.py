@@ -64,7 +64,7 @@ def test_the_type_of_a_hyperparameter_reaches_neither_state_nor_updates(number, 
 
 def test_a_zero_of_numpys_has_no_momentum_either():
     state = fusedbun(0.1, momentum_beta=np.float64(0)).init(parameters())
-    assert optax.tree.get_all_with_path(state, "trace") == []
+    assert optax.tree.get_all_with_path(state, "moment") == []
     run(fusedbun(0.1, momentum_beta=np.float64(0)), parameters(), 1)
 
 

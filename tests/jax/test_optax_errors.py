@@ -201,7 +201,7 @@ def test_state_of_other_parameters_or_hyperparameters(compile_update):
     update = compile_update(tx.update)
     with pytest.raises(ValueError, match=r"sm3_accumulate: the state of leaf .*'w'.* \(2, 1\).* init"):
         update(params, tx.init({"w": jnp.ones((2, 4))}), params)
-    with pytest.raises(ValueError, match=r"momentum: the state of leaf .*'w'.* holds nothing, .*'trace': \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"momentum: the state of leaf .*'w'.* holds nothing, .*'moment': \(3, 4\)"):
         update(params, fusedbun(0.1, momentum_beta=0.0).init(params), params)
     with pytest.raises(ValueError, match=r"momentum: the state of leaf .*'w'.* holds .*but nothing is needed"):
         fusedbun(0.1, momentum_beta=0.0).update(params, tx.init(params), params)

@@ -22,7 +22,7 @@ FOREIGN = {
     "clip_by_global_norm": optax.clip_by_global_norm(1.0),
     "adaptive_grad_clip": optax.adaptive_grad_clip(0.1),
     "normalize_by_update_norm": optax.normalize_by_update_norm(),
-    "trace": optax.trace(0.9),
+    "moment": optax.trace(0.9),
     "ema": optax.ema(0.9),
     "add_noise": optax.add_noise(0.1, 0.5, 0),
     "add_decayed_weights": optax.add_decayed_weights(0.1),

@@ -114,7 +114,7 @@ def test_state_is_found_by_name(factory):
         shape = params["layer"][name].shape
         for i, n in enumerate(shape):
             assert accumulators[f"axis{i}"].shape == tuple(n if i == j else 1 for j in range(axes))
-        assert [slots["trace"].shape for slots in kept if "trace" in slots] == [shape]
+        assert [slots["moment"].shape for slots in kept if "moment" in slots] == [shape]
 
 
 def by_hand(learning_rate):

@@ -108,7 +108,7 @@ def test_loaded_state_has_its_parameters_strides(make):
     whole, resumed = make([saved], lr=0.1), make([param], lr=0.1)
     run(whole, 2)
     resumed.load_state_dict(whole.state_dict())
-    assert resumed.state[param]["momentum.trace"].stride() == param.stride()
+    assert resumed.state[param]["momentum.moment"].stride() == param.stride()
     assert_same(states(resumed), states(whole))
 
 
@@ -156,7 +156,7 @@ def test_state_follows_the_loaded_hyper_parameters(make, beta, kept):
     saved["param_groups"][0][beta] = 0.0
     resumed = untrained(make, whole)
     resumed.load_state_dict(saved)
-    assert [state.keys() & {"momentum.trace", "sm3_accumulate.axis0"} for state in states(resumed)] == [kept] * 6
+    assert [state.keys() & {"momentum.moment", "sm3_accumulate.axis0"} for state in states(resumed)] == [kept] * 6
 
 
 # Hooks

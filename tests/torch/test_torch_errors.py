@@ -209,7 +209,6 @@ def broadcastable(param):
 
 
 BAD_GRADIENTS = {
-    "sparse": (sparse, TypeError, r"is sparse \(torch.sparse_coo\).*dense gradients.*sparse=False.*to_dense"),
     "complex": (complex_valued, TypeError, "is torch.complex64.*real floating-point gradients.*torch.float64"),
     "integer": (integer_valued, TypeError, "is torch.int32.*real floating-point gradients.*torch.float64"),
     "of another shape": (of_another_shape, ValueError, r"has shape \(4, 3\), but the parameter has \(5, 3\)"),
@@ -229,6 +228,22 @@ def test_a_bad_gradient_stops_the_whole_step(make, case):
     params[2].grad = None
     optimizer.step()
     assert len(optimizer.state) == len(params) + 1
+
+
+TAKES_SPARSE = {"sm3": (ValueError, "parameter 0 of group 1 has .*axis1.* must be all dense or all sparse")}
+NEEDS_DENSE = (
+    TypeError,
+    r"parameter 0 of group 1 is sparse \(torch.sparse_coo\).*dense gradients.*sparse=False.*to_dense",
+)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_sparse_gradient_after_a_dense_one_stops_the_whole_step(name):
+    error, message = TAKES_SPARSE.get(name, NEEDS_DENSE)
+    optimizer, params = two_groups(MAKERS[name])
+    sparse(params[2])
+    with unchanged(optimizer), pytest.raises(error, match=message):
+        optimizer.step()
 
 
 @every_optimizer

@@ -56,8 +56,8 @@ def follow(optimizer, params, formula, change=lambda g: g):
             slots = optimizer.state[p]
             for i, a in enumerate(accumulators):
                 torch.testing.assert_close(slots[f"sm3_accumulate.axis{i}"], a, rtol=1e-12, atol=0.0)
-            if "momentum.trace" in slots:
-                torch.testing.assert_close(slots["momentum.trace"], m, rtol=1e-12, atol=1e-14)
+            if "momentum.moment" in slots:
+                torch.testing.assert_close(slots["momentum.moment"], m, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("lagged", [False, True])
@@ -76,7 +76,7 @@ def test_fusedbun_is_its_formula(momentum, centralize, use_rms, nesterov, clip, 
         params,
         lambda p, g, state: fusedbun_step(p, g, state, lr, eps, beta, decay, momentum, clip=clip, **options),
     )
-    assert all(("momentum.trace" in optimizer.state[p]) == (momentum > 0) for p in params)
+    assert all(("momentum.moment" in optimizer.state[p]) == (momentum > 0) for p in params)
 
 
 def test_fusedbun_defaults_are_the_specification():

@@ -76,7 +76,7 @@ def test_strides_change_nothing(make, layout, of):
     torch.testing.assert_close(param.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
     assert param.stride() == strides
     if layout in ("transposed", "channels_last"):
-        assert optimizer.state[param]["momentum.trace"].stride() == strides
+        assert optimizer.state[param]["momentum.moment"].stride() == strides
 
 
 @every_optimizer

@@ -1,0 +1,74 @@
+"""The steps of a matrix and a vector against the formulas, written out once more in NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import FACTORIES, gradients, parameters, run
+
+STEPS = 4
+
+
+def fusedbun_by_numpy(
+    p,
+    grads,
+    lr,
+    eps=1e-8,
+    beta_decay=0.8,
+    Lambda=0.01,
+    momentum_beta=0.9,
+    centralize=False,
+    use_rms=False,
+    nesterov=False,
+    clip_rms=None,
+    lagged=False,
+    channel_axis=0,
+):
+    rows, columns, m = np.zeros(p.shape[0]), np.zeros(p.shape[-1]), np.zeros(p.shape)
+    for g in grads:
+        u = g.copy()
+        if centralize and u.ndim == 2:
+            u -= u.mean(axis=1 - channel_axis % 2, keepdims=True)
+        u[np.abs(u) <= eps] = 0.0
+        old_columns = columns
+        if u.ndim == 2:
+            rows = beta_decay * rows + (1 - beta_decay) * (u**2).mean(axis=1)
+            columns = beta_decay * columns + (1 - beta_decay) * (u**2).mean(axis=0)
+            seen = old_columns if lagged else columns
+            nu = np.outer(rows, seen) / seen.mean() if seen.any() else np.outer(rows, np.ones_like(seen))
+        else:
+            rows = nu = beta_decay * rows + (1 - beta_decay) * u**2
+        if use_rms:
+            u /= np.sqrt(nu) + eps
+        if clip_rms is not None:
+            u /= max(1.0, np.sqrt((u**2).mean()) / clip_rms)
+        m = momentum_beta * m + u
+        u = momentum_beta * m + u if nesterov else m
+        p = p - lr * (u + Lambda * p)
+    return p
+
+
+def sm3_by_numpy(p, grads, lr):
+    rows, columns, m = np.zeros(p.shape[0]), np.zeros(p.shape[-1]), np.zeros(p.shape)
+    for g in grads:
+        low = np.minimum(rows[:, None], columns[None, :]) if p.ndim == 2 else rows
+        nu = 0.9 * low + 0.1 * g**2
+        if p.ndim == 2:
+            rows, columns = np.maximum(rows, nu.max(axis=1)), np.maximum(columns, nu.max(axis=0))
+        else:
+            rows = np.maximum(rows, nu)
+        m = 0.9 * m + 0.1 * g / np.sqrt(nu + 1e-30)
+        p = p - lr * m
+    return p
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "bias"])
+@pytest.mark.parametrize("name", FACTORIES)
+def test_steps_equal_the_formulas(name, leaf, x64):
+    start = {leaf: parameters(jnp.float64)["layer"][leaf]}
+    grads = [np.asarray(gradients(start, i)[leaf]) for i in range(STEPS)]
+    settings = dict(FACTORIES[name].settings)
+    if name == "flax":
+        settings["channel_axis"] = -1
+    by_numpy = sm3_by_numpy if name == "sm3" else fusedbun_by_numpy
+    got, _ = run(FACTORIES[name](0.1), start, STEPS)
+    np.testing.assert_allclose(got[leaf], by_numpy(np.asarray(start[leaf]), grads, 0.1, **settings), rtol=1e-12)

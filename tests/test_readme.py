@@ -1,0 +1,36 @@
+"""The README tells the truth: its code runs, and its numbers are those of the files that the commands wrote."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0])
+def test_every_block_of_code_runs(block):
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_files_it_links_to_are_there():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize(("name", "title"), [("fusedbun", "Fusedbun"), ("adamw", "AdamW")])
+def test_the_quality_table_is_the_benchmarks(name, title):
+    result = json.loads((ROOT / "benchmarks/results/digits.json").read_text())["results"][name]
+    row = (
+        f"| {title} | {result['learning_rate']:g} | {result['test_accuracy_mean']:.2%} "
+        f"± {result['test_accuracy_deviation']:.2%} | {result['test_loss_mean']:.3f} |"
+    )
+    assert row in README
+
+
+def test_the_drift_is_the_demos():
+    runs = json.loads((ROOT / "docs/demo/results.json").read_text())["weight_difference"]
+    assert f"{runs['fusedbun']:.1e} with Fusedbun and by {runs['adamw']:.1e} with AdamW" in README

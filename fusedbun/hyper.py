@@ -96,10 +96,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 def is_structural(hint: Any) -> bool:
     """Whether a hyper-parameter so annotated chooses code or state, so that it must be known when a step is traced."""
-    return any(
-        o is bool or get_origin(o) is Literal or (get_origin(o) is Annotated and isinstance(o.__metadata__[0], Whole))
-        for o in _options(hint)
-    )
+    kinds = [option for option in _options(hint) if option is not type(None)]
+    return not all(get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Interval) for kind in kinds)
 
 
 def plain(value: Any) -> Any:

@@ -12,32 +12,65 @@ except ModuleNotFoundError as error:
 from fusedbun import transforms
 from fusedbun.chain import chain
 from fusedbun_jax.axes import flax_channel_axis
-from fusedbun_jax.lift import TransformState, from_chain, lift, lifted, round_to_params
-from fusedbun_jax.optimizers import factory, fusedbun
+from fusedbun_jax.lift import TransformState, from_chain, lift, lifted
+from fusedbun_jax.metrics import MetricsState, with_metrics
+from fusedbun_jax.optimizers import (
+    decoupled_lionw,
+    factory,
+    fusedbun,
+    mup_adam,
+    mup_adamw,
+    mup_sgd,
+    scaled_optum,
+    sm3,
+    ternary_vote,
+)
+from fusedbun_jax.rounding import round_to_params
 
+adam = lifted(transforms.Adam)
 centralize = lifted(transforms.Centralize)
 clip_rms = lifted(transforms.ClipRMS)
 decay = lifted(transforms.Decay)
+lion = lifted(transforms.Lion)
 momentum = lifted(transforms.Momentum)
 rms_scale = lifted(transforms.RMSScale)
+scale_by_mup = lifted(transforms.ScaleByMup)
+sign = lifted(transforms.Sign)
+sign_decay = lifted(transforms.SignDecay)
 sm3_accumulate = lifted(transforms.SM3Accumulate)
 sparse_mask = lifted(transforms.SparseMask)
+vote = lifted(transforms.Vote)
 
 __all__ = [
+    "MetricsState",
     "TransformState",
+    "adam",
     "centralize",
     "chain",
     "clip_rms",
     "decay",
+    "decoupled_lionw",
     "factory",
     "flax_channel_axis",
     "from_chain",
     "fusedbun",
     "lift",
     "lifted",
+    "lion",
     "momentum",
+    "mup_adam",
+    "mup_adamw",
+    "mup_sgd",
     "rms_scale",
     "round_to_params",
+    "scale_by_mup",
+    "scaled_optum",
+    "sign",
+    "sign_decay",
+    "sm3",
     "sm3_accumulate",
     "sparse_mask",
+    "ternary_vote",
+    "vote",
+    "with_metrics",
 ]

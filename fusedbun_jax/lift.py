@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ClassVar, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fusedbun import codes
 from fusedbun.chain import Chain
 from fusedbun.hyper import NonNegative
 from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
+from fusedbun_jax import leaf
+from fusedbun_jax.rounding import round_to_params
 from fusedbun_jax.second_moment import WithSecondMoment
 
 P = ParamSpec("P")
-KeyPath = tuple[Any, ...]
 
 
 class TransformState(NamedTuple):
@@ -71,23 +71,6 @@ def lifted(transform: Callable[P, Transform]) -> Callable[P, optax.GradientTrans
     return make
 
 
-def round_to_params() -> optax.GradientTransformationExtraArgs:
-    """Gives the updates the parameters' dtype in such a way that `optax.apply_updates` rounds the sum once.
-
-        u = round(p + u) - p, or its neighbour whose sum with p is nearer      for parameters of fewer bits than u
-
-    The difference of two numbers within a factor of two of one another is a number of their format (Sterbenz), so for
-    such a step `p + u` is exactly the once-rounded result; for a larger one it is that or a neighbour of it.
-    """
-
-    def update(updates: optax.Updates, state: optax.EmptyState, params: Any = None, **_: Any) -> Any:
-        if params is not None:
-            updates = jax.tree.map(lambda u, p: _round_to(u, jnp.asarray(p)), updates, params)
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-
-
 def from_chain(chain: Chain, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a chain of transformations: `p = p - learning_rate*u`.
 
@@ -113,9 +96,9 @@ class _Descend(Transform):
         return Signal(-self.learning_rate * signal.update), state
 
 
-def _zeros(transform: Transform, path: KeyPath, param: Any) -> dict[str, jax.Array]:
-    param = _array(path, "parameter", param)
-    dtype = _compute_dtype(path, "parameter", param)
+def _zeros(transform: Transform, path: leaf.KeyPath, param: Any) -> dict[str, jax.Array]:
+    param = leaf.as_array(path, "parameter", param)
+    dtype = leaf.computed_in(path, "parameter", param)
     _, slots = _at_leaf(transform, path, param, dtype)
     return {name: _slot_zeros(slot, param, dtype) for name, slot in slots.items()}
 
@@ -128,16 +111,18 @@ def _slot_zeros(slot: Slot, param: Any, dtype: Any) -> jax.Array:
 
 
 def _update(
-    transform: Transform, path: KeyPath, update: Any, stored: dict[str, jax.Array], param: Any
+    transform: Transform, path: leaf.KeyPath, update: Any, stored: dict[str, jax.Array], param: Any
 ) -> tuple[Any, dict[str, jax.Array]]:
     signal = update.signal if isinstance(update, WithSecondMoment) else Signal(update)
-    u = _array(path, "update", signal.update)
-    dtype = _compute_dtype(path, "update", u)
+    u = leaf.as_array(path, "update", signal.update)
+    dtype = leaf.computed_in(path, "update", u)
     if param is not None:
-        param = _array(path, "parameter", param)
-        dtype = _compute_dtype(path, "parameter", param)
+        param = leaf.as_array(path, "parameter", param)
+        dtype = leaf.computed_in(path, "parameter", param)
         if u.shape != param.shape:
-            raise ValueError(f"the update of {_name(path)} has shape {u.shape}, but the parameter has {param.shape}")
+            raise ValueError(
+                f"the update of {leaf.title(path)} has shape {u.shape}, but the parameter has {param.shape}"
+            )
         param = param.astype(dtype)
     u = u.astype(dtype)
     if not u.size:
@@ -150,71 +135,24 @@ def _update(
     return (signal.update if signal.second_moment is None else WithSecondMoment(signal)), new
 
 
-def _at_leaf(transform: Transform, path: KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:
-    """The transformation for one leaf, with hyper-parameters that are arrays in the leaf's dtype, and its slots."""
+def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:
+    """The transformation for one leaf, its arrays among the hyper-parameters in the leaf's dtype, and its slots."""
     try:
-        here = transform.at(tuple(map(_key_name, path)), param)
-        values = {f.name: getattr(here, f.name) for f in fields(here)}
-        arrays = {name: x.astype(dtype) for name, x in values.items() if isinstance(x, jax.Array)}
+        here = transform.at(leaf.names(path), param)
+        arrays = {name: jnp.asarray(value, dtype) for name, value in vars(here).items() if isinstance(value, jax.Array)}
         here = replace(here, **arrays) if arrays else here
         return here, here.slots(param.shape)
     except (TypeError, ValueError) as error:
-        error.add_note(f"This is at {_name(path)}.")
+        error.add_note(f"This is at {leaf.title(path)}.")
         raise
 
 
 def _check_state(
-    transform: Transform, path: KeyPath, needed: dict[str, tuple[int, ...]], stored: dict[str, jax.Array]
+    transform: Transform, path: leaf.KeyPath, needed: dict[str, tuple[int, ...]], stored: dict[str, jax.Array]
 ) -> None:
     kept = {name: x.shape for name, x in stored.items()}
     if kept != needed:
         raise ValueError(
-            f"{transform.name}: the state of {_name(path)} holds {kept or 'nothing'}, but {needed or 'nothing'} is "
-            f"needed; it belongs to other parameters or other hyper-parameters, so make one with init"
+            f"{transform.name}: the state of {leaf.title(path)} holds {kept or 'nothing'}, but {needed or 'nothing'} "
+            f"is needed; it belongs to other parameters or other hyper-parameters, so make one with init"
         )
-
-
-def _array(path: KeyPath, what: str, x: Any) -> Any:
-    if isinstance(x, (int, float, complex, np.ndarray, np.generic)):
-        return jnp.asarray(x)
-    if not hasattr(x, "shape"):
-        raise TypeError(f"the {what} of {_name(path)} must be an array, but it is {x!r} ({type(x).__name__})")
-    return x
-
-
-def _compute_dtype(path: KeyPath, what: str, x: Any) -> Any:
-    dtype = x.dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"the {what} of {_name(path)} is {dtype.name}, but only real floating-point ones can be stepped; "
-            f"leave it out with optax.masked"
-        )
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
-
-
-def _round_to(update: Any, param: Any) -> Any:
-    """The update in the parameter's dtype whose sum with it, rounded to that dtype, is nearest to `param + update`."""
-    if param.dtype.itemsize >= update.dtype.itemsize:
-        return update.astype(param.dtype)
-    wide, narrow = update.dtype, param.dtype
-    p = param.astype(wide)
-
-    def rounded(x: Any) -> Any:
-        # Inside jit a cast and its way back may be simplified to nothing; behind a barrier it is not.
-        return jax.lax.optimization_barrier(x.astype(narrow)).astype(wide)
-
-    def miss(u: Any) -> Any:
-        return jnp.abs(rounded(p + u.astype(wide)) - (p + update))
-
-    best = (rounded(p + update) - p).astype(narrow)
-    for other in jnp.nextafter(best, -jnp.inf), jnp.nextafter(best, jnp.inf):
-        best = jnp.where(miss(other) < miss(best), other, best)
-    return best
-
-
-def _key_name(key: Any) -> str:
-    return str(next((getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)), key))
-
-
-def _name(path: KeyPath) -> str:
-    return f"leaf {jax.tree_util.keystr(path)!r}" if path else "the only leaf"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, cast
+from numbers import Real
+from typing import Any
 
 import optax
 
-from fusedbun import derive, recipes
-from fusedbun.chain import Chain
+from fusedbun import derive
+from fusedbun.recipes import RECIPES, Recipe
 from fusedbun_jax.lift import from_chain
 
-P = ParamSpec("P")
-Factory = Callable[Concatenate[optax.ScalarOrSchedule, P], optax.GradientTransformationExtraArgs]
-
-_ARGUMENTS = "    learning_rate: a number in [0, inf), or a schedule.\n"
+_RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
+_INITIAL_RATE = """\
+    initial_learning_rate: the learning rate that the weight decay is meant for; None: the learning rate itself. With a
+        schedule and a weight decay it must be given.
+"""
 _REMARK = """
 Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.
 For parameters of 16 bits also give it hyperparam_dtype=jnp.float32, or it rounds the numbers to the parameters' dtype.
@@ -23,18 +26,42 @@ A momentum that is scheduled keeps its state where it passes through 0.
 """
 
 
-def factory(recipe: Callable[P, Chain]) -> Factory[P]:
+def factory(recipe: Recipe) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """The optax factory of a recipe: its arguments behind a learning rate, spelled out in the signature."""
 
-    def make(
-        learning_rate: optax.ScalarOrSchedule, *args: P.args, **kwargs: P.kwargs
-    ) -> optax.GradientTransformationExtraArgs:
-        return from_chain(recipe(*args, **kwargs), learning_rate)
+    def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        try:
+            bound = spelled_out.bind(*args, **kwargs)
+        except TypeError as error:
+            allowed = ", ".join(spelled_out.parameters)
+            raise TypeError(f"{make.__name__}() {error}; its arguments are {allowed}") from None
+        bound.apply_defaults()
+        given = {"learning_rate": recipe.lr, **bound.arguments}
+        learning_rate = given.pop("learning_rate")
+        if recipe.wants_initial_lr:
+            initial = given.pop("initial_learning_rate")
+            is_number = isinstance(learning_rate, Real) and initial is None
+            given[derive.INITIAL_LR] = learning_rate if is_number else initial
+        if notice := recipe.notice(given):
+            warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
+        return from_chain(recipe.make(**given), learning_rate)
 
-    make.__name__ = make.__qualname__ = recipe.__name__
-    make.__signature__ = derive.signature(recipe, [inspect.Parameter("learning_rate", derive.POSITIONAL)])  # type: ignore[attr-defined]
-    make.__doc__ = derive.documentation(recipe, _ARGUMENTS, _REMARK.format(static=derive.structural(recipe)))
-    return cast(Factory[P], make)
+    default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
+    before = [] if recipe.fixed_lr else [inspect.Parameter("learning_rate", derive.POSITIONAL, default=default)]
+    initial_rate = inspect.Parameter("initial_learning_rate", derive.KEYWORD, default=None)
+    spelled_out = derive.signature(recipe.make, before, [initial_rate] if recipe.wants_initial_lr else [])
+    make.__signature__ = spelled_out  # type: ignore[attr-defined]
+    make.__name__ = make.__qualname__ = recipe.make.__name__
+    arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
+    make.__doc__ = derive.documentation(recipe.make, arguments, _REMARK.format(static=derive.structural(recipe.make)))
+    return make
 
 
-fusedbun = factory(recipes.fusedbun)
+decoupled_lionw = factory(RECIPES["decoupled_lionw"])
+fusedbun = factory(RECIPES["fusedbun"])
+mup_adam = factory(RECIPES["mup_adam"])
+mup_adamw = factory(RECIPES["mup_adamw"])
+mup_sgd = factory(RECIPES["mup_sgd"])
+scaled_optum = factory(RECIPES["scaled_optum"])
+sm3 = factory(RECIPES["sm3"])
+ternary_vote = factory(RECIPES["ternary_vote"])

@@ -13,7 +13,8 @@ from torch.optim.optimizer import ParamsT
 from fusedbun import codes, derive
 from fusedbun.chain import Chain, own
 from fusedbun.hyper import NonNegative, check, plain
-from fusedbun.optim import loading, sparse
+from fusedbun.metrics import Products, measured
+from fusedbun.optim import loading, metrics, sparse
 from fusedbun.optim import namespace as xp
 from fusedbun.optim.state import State, compute_dtype, follow
 from fusedbun.recipes import Recipe
@@ -51,6 +52,8 @@ class TransformOptimizer(torch.optim.Optimizer):
     """
 
     densifies_sparse_gradients = False
+    metric_functions = metrics.FUNCTIONS
+    record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
     _saved: loading.Saved | None = None
     _warned_of_rows = False
 
@@ -64,6 +67,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
     ) -> None:
         self.recipe = recipe
+        self._products: dict[Tensor, Products] = {}
         self._hyperparameters = tuple(hyperparameters)
         defaults = {"lr": lr, **hyperparameters, "maximize": maximize}
         self.chain(defaults)
@@ -112,6 +116,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._products = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -135,6 +140,36 @@ class TransformOptimizer(torch.optim.Optimizer):
         for leaf in self._prepare(torch.compiler.is_compiling()):
             step_leaf(leaf)
         return loss
+
+    def report_per_parameter_metrics(
+        self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Adds what the last step did to a parameter, if `record_metrics` was set for it.
+
+            l2_norm/{param, update, grad, moment}/<name>, cosine/{update_grad, moment_grad}/<name>
+
+        `update` is the parameter before the step less the one after it, `moment` the one after the step (none where
+        the optimizer keeps none); a cosine with a zero vector is 0. Of a sharded parameter these are the shard's.
+
+        Args:
+            param: the parameter.
+            name: its name in the keys.
+            optimizer_metrics: what is added to, and returned.
+        """
+        if param in self._products:
+            optimizer_metrics |= measured(self.metric_functions, self._products[param], name)
+        return optimizer_metrics
+
+    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Reported metrics as what can be summed over processes: squared norms, and inner products for cosines."""
+        return metrics.to_products(optimizer_metrics)
+
+    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of whole parameters, from what `pre_reduce_metrics` gave on each process for its shards.
+
+        Every process must call it, with the same keys in the same order.
+        """
+        return metrics.from_products(optimizer_metrics)
 
     def chain(self, group: Mapping[str, Any]) -> Chain:
         """The chain that steps a param group; raises a TypeError or ValueError where a hyper-parameter is not valid."""
@@ -174,6 +209,10 @@ class TransformOptimizer(torch.optim.Optimizer):
                         without.update(sparse.left_out(chain))
         self._warn_of_rows(without)
         leaves = [leaf._replace(state=follow(self.state[leaf.param], leaf.param, slots)) for leaf, slots in found]
+        if self.record_metrics:
+            for leaf in leaves:
+                self._products[leaf.param] = step_recorded(leaf)
+            return []
         if not compiling:
             return leaves
         for leaf in leaves:
@@ -210,6 +249,13 @@ def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
 def compilable(leaf: Leaf) -> bool:
     """Whether the leaf may be stepped in compiled code."""
     return bool(leaf.param.ndim) and not leaf.grad.is_sparse
+
+
+def step_recorded(leaf: Leaf) -> Products:
+    """One step of one parameter, with the inner products of its metrics."""
+    before = leaf.param.clone()
+    step_leaf(leaf)
+    return metrics.record(before, leaf.param, leaf.grad, leaf.state)
 
 
 def step_leaf(leaf: Leaf) -> None:

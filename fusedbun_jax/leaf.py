@@ -1,0 +1,41 @@
+"""One leaf of a tree: its name, its array, and the precision it is computed in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KeyPath = tuple[Any, ...]
+
+
+def names(path: KeyPath) -> tuple[str, ...]:
+    """The names that lead to a leaf."""
+    return tuple(str(next((getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)), k)) for k in path)
+
+
+def title(path: KeyPath) -> str:
+    """A leaf as messages name it."""
+    return f"leaf {jax.tree_util.keystr(path)!r}" if path else "the only leaf"
+
+
+def as_array(path: KeyPath, what: str, x: Any) -> Any:
+    """The leaf as a JAX array; what is no array and no number is a TypeError."""
+    if isinstance(x, (int, float, complex, np.ndarray, np.generic)):
+        return jnp.asarray(x)
+    if not hasattr(x, "shape"):
+        raise TypeError(f"the {what} of {title(path)} must be an array, but it is {x!r} ({type(x).__name__})")
+    return x
+
+
+def computed_in(path: KeyPath, what: str, x: Any) -> Any:
+    """The dtype a leaf is computed in: float64 for float64, else float32; what is not floating is a TypeError."""
+    dtype = x.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"the {what} of {title(path)} is {dtype.name}, but only real floating-point ones can be stepped; "
+            f"leave it out with optax.masked"
+        )
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)

@@ -1,0 +1,72 @@
+"""Metrics of an optax update, recorded in its state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fusedbun import metrics
+from fusedbun_jax import leaf
+from fusedbun_jax.lift import TransformState
+
+FUNCTIONS = metrics.functions(jnp)
+
+
+class MetricsState(NamedTuple):
+    """The state of the transformation inside, and the metrics of the last update by `<metric>/<parameter's name>`."""
+
+    inner_state: Any
+    metrics: dict[str, jax.Array]
+
+
+def with_metrics(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Records what each update does to each parameter, in the state's `metrics`.
+
+        l2_norm/{param, update, grad, moment}/<name>, cosine/{update_grad, moment_grad}/<name>
+
+    `param` and `moment` are those after the update, `update` is the parameter before it less the one after it; an
+    optimizer without a moment has no moment metrics, and a cosine with a zero vector is 0. Names are the parameter's
+    path, joined by dots. Sharded parameters need nothing more: JAX sums over all of an array.
+
+    Args:
+        inner: the whole optimizer, learning rate included.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> MetricsState:
+        state = inner.init(params)
+        shapes = jax.eval_shape(_measure, params, params, params, state)
+        return MetricsState(state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+
+    def update(
+        grads: optax.Updates, state: MetricsState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, MetricsState]:
+        if params is None:
+            raise ValueError("with_metrics needs the parameters: call update(updates, state, params)")
+        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+        after = optax.apply_updates(params, updates)
+        return updates, MetricsState(inner_state, _measure(params, after, grads, inner_state))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.Array]:
+    tree: Any
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    moments: list[dict[str, Any]] = [{} for _ in leaves]
+    for transform in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState)):
+        if isinstance(transform, TransformState):
+            for moment, slots in zip(moments, tree.flatten_up_to(transform.slots), strict=True):
+                moment |= {"moment": slots["moment"]} if "moment" in slots else {}
+    found: dict[str, jax.Array] = {}
+    for (path, p), q, g, moment in zip(
+        leaves, tree.flatten_up_to(after), tree.flatten_up_to(grads), moments, strict=True
+    ):
+        dtype = leaf.computed_in(path, "parameter", p)
+        p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
+        products = metrics.inner_products(jnp, {"param": q, "update": p - q, "grad": g, **moment})
+        found |= metrics.measured(FUNCTIONS, products, ".".join(leaf.names(path)))
+    return found

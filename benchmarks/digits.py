@@ -92,7 +92,7 @@ def _test(name: str, trials: list[Trial], splits: list[list[Images]]) -> dict[st
     scores = [network.evaluate(test) for network, (_, _, test) in zip(best.networks, splits, strict=True)]
     accuracies = [score.accuracy for score in scores]
     return {
-        "hyperparameters": dict(OPTIMIZERS[name].settings),
+        "hyperparameters": dict(OPTIMIZERS[name].hyperparameters),
         "learning_rate": best.learning_rate,
         "inside_grid": best not in (trials[0], trials[-1]),
         "test_accuracy": accuracies,

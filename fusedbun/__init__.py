@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedbun import recipes, transforms
 from fusedbun.chain import Chain, chain
+from fusedbun.schedules import sm3_schedule
 from fusedbun.transform import Signal, Slot, Transform
 
 if TYPE_CHECKING:
@@ -25,11 +26,18 @@ if TYPE_CHECKING:
         ScaledOptum,
         SignSGD,
         TernaryVote,
+        param_groups,
     )
 
 __version__ = "0.1.0"
 
-_TORCH_CLASSES = ("ChainOptimizer", "FusionOptimizer", "SignSGD", *(r.torch_class for r in recipes.RECIPES.values()))
+_OF_TORCH = (
+    "ChainOptimizer",
+    "FusionOptimizer",
+    "SignSGD",
+    "param_groups",
+    *(r.torch_class for r in recipes.RECIPES.values()),
+)
 
 __all__ = [
     "SM3",
@@ -48,13 +56,15 @@ __all__ = [
     "TernaryVote",
     "Transform",
     "chain",
+    "param_groups",
     "recipes",
+    "sm3_schedule",
     "transforms",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TORCH_CLASSES:
+    if name not in _OF_TORCH:
         raise AttributeError(f"module 'fusedbun' has no attribute {name!r}")
     try:
         from fusedbun import optim

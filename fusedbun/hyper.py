@@ -49,7 +49,9 @@ class Whole:
         return (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
 
     def __str__(self) -> str:
-        return "an integer" if self.low is None else f"an integer in [{self.low}, {self.high}]"
+        if self.low is None:
+            return "an integer"
+        return f"an integer from {self.low} " + ("up" if self.high is None else f"to {self.high}")
 
 
 NonNegative = Annotated[Scalar, Interval(0)]

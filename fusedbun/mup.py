@@ -35,7 +35,8 @@ class MupScale:
         allow_untyped: give a parameter without a type the scale 1 instead of raising a ValueError.
         readout_constraint: the constraint of the readout layer that the model uses, for SGD.
 
-    unit-scaling refuses a parameter of four or more axes; here the same product is its fan-in. A 0-d one has fan-in 1.
+    unit-scaling refuses a parameter of four or more axes; here the same product is its fan-in. A 0-d or empty one has
+    fan-in 1.
     """
 
     types: Types
@@ -52,42 +53,50 @@ class MupScale:
 
     def __call__(self, path: tuple[str, ...], param: Any) -> float:
         kind, depth = self.typed(path, param)
+        if kind is None:
+            return 1.0
         depth_scale: float = depth**-0.5
-        if kind is None or kind == "output":
+        if kind == "output":
             return depth_scale
         if self.readout_constraint is None:
             return depth_scale / math.sqrt(self.fan_in(path, param)) if kind == "weight" else depth_scale
         if kind == "weight":
             return depth_scale * math.sqrt(self.fan_in(path, param))
-        return depth_scale * (int(param.shape[0]) if param.shape else 1)
+        return depth_scale * (int(param.shape[0]) or 1 if param.shape else 1)
 
     def typed(self, path: tuple[str, ...], param: Any) -> tuple[Type | None, int]:
         """The parameter's type and depth, once known to be valid."""
         found = look_up(self.types, path, param)
         if found is None:
             found = getattr(param, "mup_type", None), getattr(param, "mup_scaling_depth", None)
-        kind, depth = found if isinstance(found, tuple) else (found, None)
-        name, shape = ".".join(path) or "without a name", tuple(param.shape)
+        kind, depth = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        name, shape = describe(path), tuple(param.shape)
         if kind is None and not self.allow_untyped:
             raise ValueError(
-                f"parameter {name!r} of shape {shape} has no u-muP type; give it one in `mup` ({_NAMES}), make it with "
+                f"{name} of shape {shape} has no u-muP type; give it one in `mup` ({_NAMES}), make it with "
                 f"unit-scaling's modules, or set allow_non_unit_scaling_params=True to leave its learning rate as it is"
             )
         if kind is not None and kind not in get_args(Type):
             raise ValueError(
-                f"the u-muP type of parameter {name!r} of shape {shape} must be {_NAMES}, but it is {kind!r}"
+                f"the u-muP type of {name} of shape {shape} must be {_NAMES}, or a pair of one and a depth, "
+                f"but it is {kind!r}"
             )
         if depth is not None and (not isinstance(depth, int) or depth < 1):
-            raise ValueError(f"the u-muP depth of parameter {name!r} must be an integer from 1 up, but it is {depth!r}")
+            raise ValueError(f"the u-muP depth of {name} must be an integer from 1 up, but it is {depth!r}")
         return kind, depth or 1
 
     def fan_in(self, path: tuple[str, ...], param: Any) -> int:
         """How many inputs each of the parameter's outputs has."""
         shape: Shape = tuple(param.shape)
-        if len(shape) < 2:
-            return math.prod(shape)
+        k = len(shape)
+        if k < 2:
+            return math.prod(shape) or 1
         axis = self.channel_axis(path, param) if callable(self.channel_axis) else self.channel_axis
-        return math.prod(shape) // shape[axis]
+        if not -k <= axis < k:
+            raise ValueError(
+                f"channel_axis must lie in [{-k}, {k}) for {describe(path)} of shape {shape}, but it is {axis}"
+            )
+        return math.prod(n for i, n in enumerate(shape) if i != axis % k) or 1
 
 
 _NAMES = ", ".join(map(repr, get_args(Type)))
@@ -134,6 +143,11 @@ def _given(initial_lr: Scalar | None) -> Scalar:
             "initial_learning_rate, the learning rate that the weight decay is meant for"
         )
     return initial_lr
+
+
+def describe(path: tuple[str, ...]) -> str:
+    """What a message calls a parameter."""
+    return f"parameter {'.'.join(path)!r}" if path else "a parameter without a name"
 
 
 def look_up(types: Types, path: tuple[str, ...], param: Any) -> Any:

@@ -23,21 +23,19 @@ class Reference:
 
     def __init__(self, params: Tree, chain: Chain, lr: float) -> None:
         self.params = {name: np.array(p, np.float64) for name, p in params.items()}
-        self.chain = chain
+        self.chains = {name: chain.at(tuple(name.split(".")), p) for name, p in self.params.items()}
         self.lr = lr
         self.state = {
-            name: {key: np.zeros(slot.shape(p.shape)) for key, slot in chain.slots(p.shape).items()}
+            name: {key: np.zeros(slot.shape(p.shape)) for key, slot in self.chains[name].slots(p.shape).items()}
             for name, p in self.params.items()
         }
 
     def step(self, grads: Tree) -> Tree:
         """One step of every parameter that has a gradient in `grads`; returns the parameters."""
         for name, grad in grads.items():
-            p, state = self.params[name], self.state[name]
+            p, g = self.params[name], np.asarray(grad, np.float64)
             if p.size:
-                self.params[name], self.state[name] = step(
-                    np, self.chain, self.lr, p, np.asarray(grad, np.float64), state
-                )
+                self.params[name], self.state[name] = step(np, self.chains[name], self.lr, p, g, self.state[name])
         return self.params
 
     def run(self, steps: Iterable[Tree]) -> Tree:

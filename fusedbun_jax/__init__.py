@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 from fusedbun import transforms
 from fusedbun.chain import chain
 from fusedbun_jax.axes import flax_channel_axis
+from fusedbun_jax.groups import by_name
 from fusedbun_jax.lift import TransformState, from_chain, lift, lifted
 from fusedbun_jax.metrics import MetricsState, with_metrics
 from fusedbun_jax.optimizers import (
@@ -26,6 +27,7 @@ from fusedbun_jax.optimizers import (
     ternary_vote,
 )
 from fusedbun_jax.rounding import round_to_params
+from fusedbun_jax.schedules import sm3_schedule
 
 adam = lifted(transforms.Adam)
 centralize = lifted(transforms.Centralize)
@@ -45,6 +47,7 @@ __all__ = [
     "MetricsState",
     "TransformState",
     "adam",
+    "by_name",
     "centralize",
     "chain",
     "clip_rms",
@@ -69,6 +72,7 @@ __all__ = [
     "sign_decay",
     "sm3",
     "sm3_accumulate",
+    "sm3_schedule",
     "sparse_mask",
     "ternary_vote",
     "vote",

@@ -38,53 +38,75 @@ LR = 1.0
 class Case:
     name: str
     chain: Chain
+    lr: float
     torch: Callable[[Any], torch.optim.Optimizer]
     optax: Callable[[], optax.GradientTransformation]
+    ternary: bool = False  # the parameters are -1, 0 and +1
+    # Adam divides every element by its own size: where a decay added to the gradient nearly cancels it, what is left is
+    # float32's rounding noise, lifted to order one. Such a case is held to the reference in float64 only.
+    cancels: bool = False
 
     def __str__(self) -> str:
         return self.name
 
 
-def of_recipe(name: str, recipe: str, torch_class: str, **hyperparameters: Any) -> Case:
+def of_recipe(title: str, name: str, lr: float = LR, cancels: bool = False, **hyperparameters: Any) -> Case:
+    recipe = recipes.RECIPES[name]
+    initial = {"initial_lr": lr} if recipe.wants_initial_lr else {}
+    rate = {} if recipe.fixed_lr else {"lr": lr}
     return Case(
-        name,
-        getattr(recipes, recipe)(**hyperparameters),
-        lambda params: getattr(fusedbun, torch_class)(params, lr=LR, **hyperparameters),
-        lambda: getattr(fusedbun_jax, recipe)(LR, **hyperparameters),
+        f"{name} {title}".strip(),
+        recipe.make(**hyperparameters, **initial),
+        lr,
+        lambda params: getattr(fusedbun, recipe.torch_class)(params, **rate, **hyperparameters),
+        lambda: getattr(fusedbun_jax, name)(*rate.values(), **hyperparameters),
+        ternary=recipe.fixed_lr,
+        cancels=cancels,
     )
 
 
-def of_chain(name: str, *transforms: fusedbun.Transform) -> Case:
+def of_chain(title: str, *transforms: fusedbun.Transform) -> Case:
     chain = fusedbun.chain(*transforms)
     return Case(
-        name, chain, lambda params: ChainOptimizer(params, chain, LR), lambda: fusedbun_jax.from_chain(chain, LR)
+        title, chain, LR, lambda params: ChainOptimizer(params, chain, LR), lambda: fusedbun_jax.from_chain(chain, LR)
     )
 
 
-def of_fusedbun(name: str, **hyperparameters: Any) -> Case:
-    return of_recipe(f"fusedbun {name}", "fusedbun", "Fusedbun", **hyperparameters)
+def by_size(path: tuple[str, ...], param: Any) -> Any:
+    """u-muP types for parameters without names: the same rule in both frameworks."""
+    return (None, "bias", ("weight", 2), "output", "weight", "norm")[len(param.shape)] or "norm"
 
 
 RECOMMENDED: dict[str, Any] = {"centralize": True, "use_rms": True, "nesterov": True}
 CASES = [
-    of_fusedbun("default"),
-    of_fusedbun("recommended", **RECOMMENDED),
-    of_fusedbun("clipped", **RECOMMENDED, clip_rms=0.5),
-    of_fusedbun("lagged", **RECOMMENDED, lagged=True),
-    of_fusedbun("without momentum", centralize=True, use_rms=True, momentum_beta=0.0, Lambda=0.0),
-    of_fusedbun("without memory", use_rms=True, beta_decay=0.0, eps=1e-3),
-    of_fusedbun("last axis", **RECOMMENDED, channel_axis=-1),
-    of_chain("sm3", SM3Accumulate(0.0, "max", "min"), RMSScale(0.0, 1e-30)),
-    of_chain("sm3 beta", SM3Accumulate(0.9, "max", "min"), RMSScale(0.0, 1e-30), Momentum(0.9, 0.9)),
+    of_recipe("default", "fusedbun"),
+    of_recipe("recommended", "fusedbun", **RECOMMENDED),
+    of_recipe("clipped", "fusedbun", **RECOMMENDED, clip_rms=0.5),
+    of_recipe("lagged", "fusedbun", **RECOMMENDED, lagged=True),
+    of_recipe("without momentum", "fusedbun", centralize=True, use_rms=True, momentum_beta=0.0, Lambda=0.0),
+    of_recipe("without memory", "fusedbun", use_rms=True, beta_decay=0.0, eps=1e-3),
+    of_recipe("last axis", "fusedbun", **RECOMMENDED, channel_axis=-1),
+    of_recipe("", "sm3"),
+    of_recipe("momentum", "sm3", momentum=0.9, beta=0.9),
+    of_recipe("", "scaled_optum", weight_decay=0.1),
+    of_recipe("", "ternary_vote", lr=1.0, threshold=2),
+    of_recipe("", "mup_adam", mup=by_size),
+    of_recipe("decay", "mup_adam", mup=by_size, weight_decay=0.1, cancels=True),
+    of_recipe("amsgrad", "mup_adamw", mup=by_size, weight_decay=0.1, amsgrad=True),
+    of_recipe("coupled", "mup_adamw", mup=by_size, weight_decay=0.1, independent_weight_decay=False, betas=(0.5, 0.0)),
+    of_recipe("", "mup_sgd", mup=by_size, momentum=0.9, dampening=0.5, readout_constraint="to_output_scale"),
+    of_recipe("nesterov", "mup_sgd", mup=by_size, momentum=0.9, nesterov=True, weight_decay=0.1),
+    of_recipe("", "decoupled_lionw", weight_decay=1e-4),
     of_chain("mean min", SparseMask(0.5), SM3Accumulate(0.9, "mean", "min"), RMSScale(1e-8), Decay(0.1)),
     of_chain("zero over zero", SparseMask(0.5), SM3Accumulate(0.9, "max", "min"), RMSScale(0.0, 0.0)),
+    of_chain("rows", SM3Accumulate(0.9, "max", "min", covers="rows"), RMSScale(0.0, 1e-30)),
     of_chain("no statistics", Centralize(), ClipRMS(0.3), Momentum(0.5, 0.25, nesterov=True)),
 ]
 by_case = {"argnames": "case", "argvalues": CASES, "ids": str}
 
 
 @cache
-def problem(dtype: str) -> tuple[Tree, list[Tree]]:
+def problem(dtype: str, ternary: bool = False) -> tuple[Tree, list[Tree]]:
     """Parameters and the gradients of each step, exact in `dtype`, as float64.
 
     Entries stay away from the mask's threshold, and rows from being constant: `centralize` leaves only rounding noise
@@ -103,6 +125,8 @@ def problem(dtype: str) -> tuple[Tree, list[Tree]]:
         return g
 
     params = {name: exact(0.1 * rng.standard_normal(shape)) for name, shape in SHAPES.items()}
+    if ternary:
+        params = {name: np.rint(np.clip(10 * p, -1, 1)) for name, p in params.items()}
     return params, [{name: gradient(shape) for name, shape in SHAPES.items()} for _ in range(STEPS)]
 
 
@@ -110,8 +134,8 @@ def problem(dtype: str) -> tuple[Tree, list[Tree]]:
 def expected(name: str, dtype: str) -> tuple[Tree, Tree]:
     """The reference's parameters after the last step, and the size of each leaf's largest update."""
     (case,) = (case for case in CASES if case.name == name)
-    params, steps = problem(dtype)
-    reference = Reference(params, case.chain, LR)
+    params, steps = problem(dtype, case.ternary)
+    reference = Reference(params, case.chain, case.lr)
     largest = {leaf: np.zeros(()) for leaf in params}
     for grads in steps:
         before = dict(reference.params)

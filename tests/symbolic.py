@@ -79,8 +79,8 @@ Node.__hash__ = object.__hash__
 class Symbolic:
     """The namespace."""
 
-    abs, sqrt, minimum, maximum, where = map(
-        staticmethod, map(_elementwise, ("abs", "sqrt", "minimum", "maximum", "where"))
+    abs, sign, sqrt, expm1, log, minimum, maximum, where = map(
+        staticmethod, map(_elementwise, ("abs", "sign", "sqrt", "expm1", "log", "minimum", "maximum", "where"))
     )
 
     def __getattr__(self, name: str) -> Any:

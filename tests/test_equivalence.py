@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import CASES, LR, by_case, expected, problem
+from cases import CASES, LR, expected, problem
 from realisations import optax_jitted, torch_compiled, torch_eager
 
 import fusedbun
@@ -14,12 +14,13 @@ REALISATIONS = [torch_eager, optax_jitted, pytest.param(torch_compiled, marks=py
 
 
 @pytest.mark.parametrize("realise", REALISATIONS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(**by_case)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(c, d) for c in CASES for d in TOLERANCE if d == "float64" or not c.cancels], ids=str
+)
 def test_equals_the_reference(case, dtype, realise):
-    *_, got = realise(case, dtype, *problem(dtype))
+    *_, got = realise(case, dtype, *problem(dtype, case.ternary))
     want, largest = expected(case.name, dtype)
-    error = {leaf: float(np.abs(got[leaf] - want[leaf]).max() / largest[leaf]) for leaf in want}
+    error = {leaf: float(np.abs(got[leaf] - want[leaf]).max() / (largest[leaf] or 1.0)) for leaf in want}
     assert {leaf: e for leaf, e in error.items() if not e <= TOLERANCE[dtype]} == {}
 
 
@@ -32,7 +33,7 @@ def test_low_precision_parameters_are_rounded_once(case, dtype, realise):
     A neighbour only where an update is larger than the parameter, which optax adds in the parameter's own dtype.
     """
     params, steps = problem(dtype)
-    reference = Reference(params, case.chain, LR)
+    reference = Reference(params, case.chain, case.lr)
     for grads, got in zip(steps, realise(case, dtype, params, steps), strict=True):
         before = dict(reference.params)
         exact = reference.step(grads)
@@ -48,7 +49,7 @@ def test_low_precision_parameters_are_rounded_once(case, dtype, realise):
         reference.params = dict(got)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("fusedbun")], ids=str)
+@pytest.mark.parametrize("case", CASES[:7], ids=str)
 def test_a_chain_of_its_transformations_equals_the_class(case):
     dtype = "float32"
     params, steps = problem(dtype)

@@ -10,6 +10,7 @@ import fusedbun_jax
 from fusedbun.cli import in_flax, in_torch
 from fusedbun.cli.network import batches, digits, initial_weights
 from fusedbun.cli.optimizers import OPTIMIZERS
+from fusedbun.recipes import RECIPES
 
 STEPS = 50
 
@@ -28,14 +29,25 @@ def difference(a, b):
     return max(np.abs(a[name] - b[name]).max() for name in a)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# A sign that rounding turns moves a weight by twice the learning rate. In float64 none of the 50 steps has a gradient
+# so close to zero (one that is zero, of a dead unit, is zero in both); in float32 that hangs on the processor.
+BY_SIGNS = ("scaled_optum", "decoupled_lionw")
+BOUNDS = [(name, "float64", 1e-9) for name in OPTIMIZERS] + [
+    (name, "float32", 1e-3) for name in OPTIMIZERS if name not in BY_SIGNS
+]
+
+
+@pytest.mark.parametrize(("optimizer", "dtype", "tolerance"), BOUNDS)
 def test_torch_and_flax_train_to_the_same_weights(optimizer, dtype, tolerance):
     entry = OPTIMIZERS[optimizer]
-    in_both = [trained(framework, entry, 1e-4, dtype) for framework in (in_torch, in_flax)]
+    in_both = [trained(framework, entry, entry.learning_rate, dtype) for framework in (in_torch, in_flax)]
     moved = min(np.abs(value - initial_weights(0)[name]).max() for name, value in in_both[0].items())
-    assert moved > 1e-3  # so every weight took part
+    assert moved > 1e-2  # so every weight took part
     assert difference(*in_both) < tolerance
+
+
+def test_every_optimizer_that_steps_real_weights_is_there():
+    assert set(OPTIMIZERS) == {*RECIPES, "adamw"} - {"ternary_vote"}
 
 
 def test_without_the_rule_on_channel_axes_the_weights_differ():

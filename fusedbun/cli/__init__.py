@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from fusedbun.cli.arguments import Settings, parser
 from fusedbun.cli.errors import CommandError, missing_library
+from fusedbun.cli.listing import listing
 
 INTERRUPTED = 128 + 2  # what a shell reports for a process that SIGINT ended
 
@@ -15,9 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; bad options raise SystemExit(2) after one line on stderr."""
     commands = parser()
     options = vars(commands.parse_args(argv))
-    if options.pop("command") is None:
+    command = options.pop("command")
+    if command is None:
         commands.print_help()
         return 0
+    if command == "list":
+        return _print(listing(options["json"]))
     settings = Settings(**options)
     try:
         from fusedbun.cli.train import train
@@ -30,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fusedbun train: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has gone, as `head` does; Python's own flush at the end is to be silent too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _refuse(reason: str) -> int:

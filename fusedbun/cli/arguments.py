@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import fusedbun
 from fusedbun.cli.optimizers import OPTIMIZERS
 from fusedbun.hyper import Interval
+from fusedbun.recipes import RECIPES
 
 FRAMEWORKS = ("torch", "flax")
 
@@ -19,15 +20,28 @@ Memory-efficient optimizers, defined once, for PyTorch and for JAX.
 """
 
 _EPILOG = """\
-example:
+examples:
+  fusedbun list      every optimizer: its classes, its state, its defaults, its source
   fusedbun train     train a small network in torch and in Flax, and compare
 
 `fusedbun train --help` describes its options.
 """
 
+_LIST_DESCRIPTION = """\
+List the optimizers: the torch class, the optax factory, the bytes of state that each
+parameter costs (of a float32 matrix of 1024 x 1024, counted from the declared state),
+the defaults and the source. Needs neither torch nor JAX.
+"""
+
+_LIST_EPILOG = """\
+examples:
+  fusedbun list
+  fusedbun list --json
+"""
+
 _TRAIN_DESCRIPTION = """\
 Train a small convolutional network on scikit-learn's handwritten digits (1,797 real
-images of 8x8 pixels, no download) with one of fusedbun's optimizers, and with AdamW
+images of 8x8 pixels, no download) with one of fusedbun's optimizers, and with another
 to compare. In torch, in Flax, or in both: from the same initial weights and with the
 same batches, so that both end with the same weights, up to rounding (which AdamW
 magnifies; --dtype float64 shows that no more than that is behind it). The learning
@@ -39,9 +53,16 @@ curves to DIR/results.json, and a picture of the curves to DIR/curves.png.
 """
 
 _TRAIN_EPILOG = """\
+optimizers, with the learning rate that each starts from and what is not its default:
+{optimizers}
+
+ternary_vote is not among them: its weights are -1, 0 and +1, and this network's are
+real numbers. examples/ternary.py trains a network that has such weights.
+
 examples:
   fusedbun train                          torch and Flax, Fusedbun and AdamW
   fusedbun train --dtype float64          the same, with less rounding
+  fusedbun train --optimizer sm3 --compare fusedbun
   fusedbun train --framework torch --lr 1e-3 --epochs 5
   fusedbun train --optimizer adamw --framework flax
 
@@ -93,12 +114,13 @@ def parser() -> Parser:
     root = Parser("fusedbun", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Text, allow_abbrev=False)
     root.add_argument("--version", action="version", version=f"fusedbun {fusedbun.__version__}")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_list(commands)
     summary = "train a small network on real digits, in torch, in Flax, or in both"
     train = commands.add_parser(
         "train",
         help=summary,
         description=_TRAIN_DESCRIPTION,
-        epilog=_TRAIN_EPILOG,
+        epilog=_TRAIN_EPILOG.format(optimizers=_optimizers()),
         formatter_class=_Text,
         allow_abbrev=False,
     )
@@ -106,15 +128,37 @@ def parser() -> Parser:
     return root
 
 
+def _add_list(commands: argparse._SubParsersAction[Parser]) -> None:
+    summary = "list the optimizers with their classes, state, defaults and sources"
+    parser = commands.add_parser(
+        "list",
+        help=summary,
+        description=_LIST_DESCRIPTION,
+        epilog=_LIST_EPILOG,
+        formatter_class=_Text,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON, for a program to read")
+
+
+def _optimizers() -> str:
+    """A line for each optimizer of `fusedbun train`."""
+    lines = []
+    for name, entry in OPTIMIZERS.items():
+        settings = ", ".join(f"{key}={value}" for key, value in entry.settings.items())
+        lines.append(f"  {name:<17}{entry.learning_rate:<9g}{settings}".rstrip())
+    return "\n".join(lines)
+
+
 def _add_train_options(train: Parser) -> None:
-    rates = ", ".join(f"{entry.learning_rate:g} for {name}" for name, entry in OPTIMIZERS.items())
     default = "(default: %(default)s)"
     add = train.add_argument
     add("--framework", choices=[*FRAMEWORKS, "both"], default="both", help=f"where to train {default}")
-    add("--optimizer", choices=OPTIMIZERS, default="fusedbun", help=f"the optimizer {default}")
-    add("--compare", choices=OPTIMIZERS, default="adamw", help=f"a second one, at its default --lr {default}")
+    optimizer: Any = {"type": _optimizer, "choices": OPTIMIZERS, "metavar": "NAME"}
+    add("--optimizer", **optimizer, default="fusedbun", help=f"the optimizer, one of those below {default}")
+    add("--compare", **optimizer, default="adamw", help=f"a second one, at its default --lr {default}")
     add("--no-compare", dest="compare", action="store_const", const=None, help="train with --optimizer only")
-    add("--lr", type=_number(Interval(0, open_low=True)), help=f"its learning rate at the start (default: {rates})")
+    add("--lr", type=_number(Interval(0, open_low=True)), help="its learning rate at the start (default: see below)")
     add("--epochs", type=_whole(1), default=20, metavar="N", help=f"passes over the training images {default}")
     add("--batch-size", type=_whole(1), default=64, metavar="N", help=f"images in a step {default}")
     seed = f"draws the split, the initial weights and the batches {default}"
@@ -129,6 +173,15 @@ class _Text(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
+
+
+def _optimizer(name: str) -> str:
+    if name in RECIPES and name not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(
+            f"{name} steps weights of -1, 0 and +1, and this network's are real numbers; examples/ternary.py in "
+            f"fusedbun's repository trains a network that has such weights"
+        )
+    return name
 
 
 def _number(interval: Interval) -> Callable[[str], float]:

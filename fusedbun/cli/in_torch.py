@@ -47,7 +47,7 @@ class Trainer:
         self._network = Network().to(self._dtype)
         self._network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
         self._learning_rates = iter(learning_rates.tolist())
-        self._optimizer = entry.in_torch(self._network.parameters(), learning_rates[0])
+        self._optimizer = entry.in_torch(self._network.named_parameters(), learning_rates[0])
 
     def step(self, batch: Images) -> float:
         """One step on a batch; returns the loss before it."""

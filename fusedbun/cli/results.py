@@ -59,7 +59,7 @@ class Run:
             "optimizer": self.optimizer,
             "framework": self.framework,
             "learning_rate": self.learning_rate,
-            "hyperparameters": dict(OPTIMIZERS[self.optimizer].settings),
+            "hyperparameters": dict(OPTIMIZERS[self.optimizer].hyperparameters),
             "finished": self.weights is not None,
             "test_accuracy": self.score and self.score.accuracy,
             "test_loss": self.score and finite(self.score.loss),

@@ -1,6 +1,7 @@
 """fusedbun's optimizers for PyTorch."""
 
 from fusedbun.optim.driver import TransformOptimizer
+from fusedbun.optim.groups import param_groups
 from fusedbun.optim.optimizers import (
     SM3,
     ChainOptimizer,
@@ -28,4 +29,5 @@ __all__ = [
     "SignSGD",
     "TernaryVote",
     "TransformOptimizer",
+    "param_groups",
 ]

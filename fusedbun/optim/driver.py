@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,11 +15,10 @@ from fusedbun.hyper import NonNegative, check, plain
 from fusedbun.metrics import Products, measured
 from fusedbun.optim import loading, metrics, sparse
 from fusedbun.optim import namespace as xp
+from fusedbun.optim.checks import check_gradient, check_parameter, check_state, name_of, path_of, warn_user
 from fusedbun.optim.state import State, compute_dtype, follow
 from fusedbun.recipes import Recipe
-from fusedbun.transform import Signal, Slot, Transform
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fusedbun.transform import Signal, Transform
 
 
 class Leaf(NamedTuple):
@@ -55,7 +53,6 @@ class TransformOptimizer(torch.optim.Optimizer):
     metric_functions = metrics.FUNCTIONS
     record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
     _saved: loading.Saved | None = None
-    _warned_of_rows = False
 
     def __init__(
         self,
@@ -68,6 +65,7 @@ class TransformOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.recipe = recipe
         self._products: dict[Tensor, Products] = {}
+        self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
         defaults = {"lr": lr, **hyperparameters, "maximize": maximize}
         self.chain(defaults)
@@ -78,22 +76,33 @@ class TransformOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            chain = self.chain(group)
             if self.recipe.wants_initial_lr:
                 group.setdefault(derive.INITIAL_LR, float(group["lr"]))
-            chain = self.chain(group)
             for index, param in enumerate(group["params"]):
-                name = _name(group, len(self.param_groups) - 1, index)
-                if param.dtype not in FLOATING:
-                    raise TypeError(
-                        f"{name} is {param.dtype}, but {type(self).__name__} steps real floating-point parameters only "
-                        f"({', '.join(map(str, FLOATING))}); a complex one can be given as torch.view_as_real(param)"
-                    )
-                chain.at(_path(group, index), param).slots(tuple(param.shape))
-        except (TypeError, ValueError):
+                self._check_parameter(name_of(group, len(self.param_groups) - 1, index), param)
+                chain.at(path_of(group, index), param).slots(tuple(param.shape))
+        except Exception:
             self.param_groups.pop()
             raise
         if notice := self.recipe.notice(group):
-            warnings.warn(f"{type(self).__name__}: {notice}", stacklevel=5)
+            self._warn_once(notice)
+
+    def _check_parameter(self, name: str, param: Tensor) -> None:
+        """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
+        check_parameter(type(self).__name__, name, param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the param groups, as for every torch optimizer.
+
+        A rule among the hyper-parameters is code, and is left out; the optimizer that loads the dict keeps its own.
+        """
+        # The first of the post-hooks, so that the others see the dict as it is returned.
+        hook = self.register_state_dict_post_hook(loading.without_rules, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, each state tensor in the dtype its slot declares.
@@ -108,11 +117,14 @@ class TransformOptimizer(torch.optim.Optimizer):
             hook.remove()
             self._saved = None
 
-    def _keep_saved(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    def _keep_saved(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = loading.with_rules(self, state_dict)
         self._saved = loading.saved_state(self, state_dict)
+        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "recipe": self.recipe, "_hyperparameters": self._hyperparameters}
+        kept = ("recipe", "record_metrics", "_hyperparameters", "_warned")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -193,25 +205,29 @@ class TransformOptimizer(torch.optim.Optimizer):
         A compiled step gets its learning rates as tensors, for a graph specialises on a Python float, and finds 0-d
         parameters stepped: torch 2.13 drops in-place changes of 0-d float64 tensors in code compiled for the CPU.
         """
+        self._products = {}
         found = []
-        without: set[str] = set()
+        without: dict[str, None] = {}
         for g, group in enumerate(self.param_groups):
             chain, lr = self.chain(group), learning_rate(group["lr"], compiling)
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    name = _name(group, g, i)
-                    _check_gradient(type(self).__name__, name, param)
-                    here, grad = self._for_layout(chain.at(_path(group, i), param), name, param.grad)
+                    name = name_of(group, g, i)
+                    check_gradient(type(self).__name__, name, param)
+                    here, grad = self._for_layout(chain.at(path_of(group, i), param), name, param.grad)
                     slots = here.slots(tuple(param.shape))
-                    _check_state(here, name, param, self.state.get(param, {}), slots)
+                    check_state(here, name, param, self.state.get(param, {}), slots)
                     found.append((Leaf(here, lr, group["maximize"], param, grad, {}), slots))
                     if grad.is_sparse:
-                        without.update(sparse.left_out(chain))
-        self._warn_of_rows(without)
+                        without |= dict.fromkeys(sparse.left_out(chain))
+        if without:
+            self._warn_once(
+                f"{', '.join(without)} is left out for parameters with sparse gradients, for it would go on in rows "
+                f"that no gradient touches"
+            )
         leaves = [leaf._replace(state=follow(self.state[leaf.param], leaf.param, slots)) for leaf, slots in found]
         if self.record_metrics:
-            for leaf in leaves:
-                self._products[leaf.param] = step_recorded(leaf)
+            self._products = {leaf.param: step_recorded(leaf) for leaf in leaves}
             return []
         if not compiling:
             return leaves
@@ -228,14 +244,10 @@ class TransformOptimizer(torch.optim.Optimizer):
             return chain, grad.to_dense()
         return sparse.rows_chain(chain, name, grad, type(self).__name__), grad
 
-    def _warn_of_rows(self, without: set[str]) -> None:
-        if without and not self._warned_of_rows:
-            self._warned_of_rows = True
-            warnings.warn(
-                f"{type(self).__name__}: {', '.join(without)} is left out for parameters with sparse gradients, "
-                f"for it would go on in rows that no gradient touches",
-                stacklevel=5,
-            )
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn_user(f"{type(self).__name__}: {message}")
 
 
 def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
@@ -291,48 +303,3 @@ def advance(transform: Transform, signal: Signal, state: State, p: Tensor) -> Si
     for name, slot in slots.items():
         stored[name].copy_(codes.encode(xp, slot, after[name], stored[name].dtype))
     return signal
-
-
-def _path(group: Mapping[str, Any], index: int) -> tuple[str, ...]:
-    return tuple(group["param_names"][index].split(".")) if "param_names" in group else ()
-
-
-def _name(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
-
-
-def _check_gradient(owner: str, name: str, param: Tensor) -> None:
-    grad = param.grad
-    assert grad is not None
-    if grad.layout not in (torch.strided, torch.sparse_coo):
-        raise TypeError(
-            f"the gradient of {name} is sparse ({grad.layout}), but {owner} takes dense ones; use grad.to_dense()"
-        )
-    if grad.dtype not in FLOATING:
-        raise TypeError(
-            f"the gradient of {name} is {grad.dtype}, but {owner} takes real floating-point gradients: "
-            f"{', '.join(map(str, FLOATING))}"
-        )
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"the gradient of {name} has shape {tuple(grad.shape)}, but the parameter has {tuple(param.shape)}"
-        )
-
-
-def _check_state(chain: Chain, name: str, param: Tensor, state: State, slots: Mapping[str, Slot]) -> None:
-    shape = tuple(param.shape)
-    for key, stored in state.items():
-        if key in slots and stored.shape != slots[key].shape(shape):
-            raise ValueError(
-                f"the state {key!r} of {name} has shape {tuple(stored.shape)}, but a parameter of shape {shape} keeps "
-                f"{slots[key].shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
-            )
-    for transform in chain:
-        kept, wanted = own(transform, state).keys(), own(transform, slots).keys()
-        if kept and wanted and kept != wanted:
-            raise ValueError(
-                f"the state of {name} has {', '.join(kept)} for {transform.name}, but this step needs "
-                f"{', '.join(wanted)}; a parameter's gradients must be all dense or all sparse, and what chooses its "
-                f"state must not change; delete its entry of the optimizer's state to begin again"
-            )

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from fusedbun.optim.checks import path_of
 from fusedbun.optim.state import State, zeros
 
 if TYPE_CHECKING:
@@ -19,16 +21,21 @@ if TYPE_CHECKING:
 Saved = dict[Tensor, Mapping[str, Tensor]]
 
 
-def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) -> Saved:
-    """The saved state of each parameter, once all of it is known to fit.
+def without_rules(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Leaves the rules among the hyper-parameters out of a dict that `state_dict` is about to return."""
+    for group in state_dict["param_groups"]:
+        for name in optimizer.defaults:
+            if callable(group.get(name)):
+                del group[name]
+
+
+def with_rules(optimizer: TransformOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A saved dict with the rules that the optimizer's groups have where the saved ones have nothing.
 
     Raises:
-        ValueError: it is no optimizer's state, its groups are of other sizes, or an entry is not one of this
-            optimizer's or has another shape.
-        TypeError, ValueError: a saved hyper-parameter is not valid.
+        ValueError: it is no optimizer's state, or its groups are of other sizes.
     """
     owner = type(optimizer).__name__
-    saved: Saved = {}
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             f"{owner}: an optimizer's saved state has the keys 'state' and 'param_groups', "
@@ -41,12 +48,26 @@ def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) ->
             f"{owner}: the saved param groups have {sizes[0]} parameters, but this optimizer's have {sizes[1]}; "
             f"make it with the same groups as the one that was saved"
         )
+    rules = [{name: group[name] for name in optimizer.defaults if callable(group[name])} for group in ours]
+    return {**state_dict, "param_groups": [{**mine, **saved} for mine, saved in zip(rules, theirs, strict=True)]}
+
+
+def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) -> Saved:
+    """The saved state of each parameter, once all of it is known to fit.
+
+    Raises:
+        ValueError: an entry is not one of this optimizer's or has another shape.
+        TypeError, ValueError: a saved hyper-parameter is not valid.
+    """
+    owner = type(optimizer).__name__
+    saved: Saved = {}
+    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
     for group, saved_group in zip(ours, theirs, strict=True):
         chain = optimizer.chain({**optimizer.defaults, **saved_group})
         names = {t.name for t in chain}
-        for param, index in zip(group["params"], saved_group["params"], strict=True):
+        for i, (param, index) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
             entries = state_dict["state"].get(index, {})
-            slots = chain.slots(tuple(param.shape))
+            slots = chain.at(path_of(group, i), param).slots(tuple(param.shape))
             for key, value in entries.items():
                 if key.partition(".")[0] not in names:
                     raise ValueError(
@@ -67,9 +88,9 @@ def restore(optimizer: TransformOptimizer, saved: Saved) -> None:
     """Puts copies of the saved state in place, each laid out as its slot's start: device, dtype and strides."""
     for group in optimizer.param_groups:
         chain = optimizer.chain(group)
-        for param in group["params"]:
+        for i, param in enumerate(group["params"]):
             if param in optimizer.state:
-                slots = chain.slots(tuple(param.shape))
+                slots = chain.at(path_of(group, i), param).slots(tuple(param.shape))
                 state: State = {
                     key: zeros(slots[key], param).copy_(value.detach()) for key, value in saved[param].items()
                 }

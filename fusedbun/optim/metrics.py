@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fusedbun import metrics
 from fusedbun.optim import namespace as xp
@@ -37,7 +36,8 @@ def record(before: Tensor, param: Tensor, grad: Tensor, state: State) -> metrics
 
 def shard(x: Tensor) -> Tensor:
     """This process's part of a tensor that is spread over several, and any other tensor itself."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    part: Tensor = x.to_local() if hasattr(x, "to_local") else x  # a DTensor, whose class is slow to import
+    return part
 
 
 def to_products(reported: dict[str, Any]) -> dict[str, Any]:

@@ -89,16 +89,13 @@ class TernaryVote(TransformOptimizer):
     __init__ = initializer(RECIPES["ternary_vote"])
     __doc__ = __init__.__doc__
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group; its weights must be -1, 0 or +1."""
-        super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not bool(((param == 0) | (param.abs() == 1)).all()):
-                self.param_groups.pop()
-                raise ValueError(
-                    f"TernaryVote steps weights of -1, 0 and +1, but a parameter of shape {tuple(param.shape)} has "
-                    f"others; round it first, for example to param.sign()"
-                )
+    def _check_parameter(self, name: str, param: Tensor) -> None:
+        super()._check_parameter(name, param)
+        if not bool(((param == 0) | (param.abs() == 1)).all()):
+            raise ValueError(
+                f"TernaryVote steps weights of -1, 0 and +1, but {name} of shape {tuple(param.shape)} has others; "
+                f"round it first, for example to param.sign()"
+            )
 
 
 class MupAdam(TransformOptimizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedbun.chain import Chain
+from fusedbun.optim.state import compute_dtype
 
 
 def rows_chain(chain: Chain, name: str, grad: Tensor, owner: str) -> Chain:
@@ -34,5 +35,5 @@ def left_out(chain: Chain) -> list[str]:
 
 def touched(grad: Tensor) -> tuple[Tensor, Tensor]:
     """The touched rows, each once, and their gradients."""
-    grad = grad.coalesce()
+    grad = grad.to(compute_dtype(grad.dtype)).coalesce()  # repeated rows are summed, which bfloat16 is too coarse for
     return grad.indices()[0], grad.values()

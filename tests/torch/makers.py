@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedbun import ChainOptimizer, Fusedbun
+from fusedbun import (
+    SM3,
+    ChainOptimizer,
+    DecoupledLionW,
+    Fusedbun,
+    MupAdam,
+    MupAdamW,
+    MupSGD,
+    ScaledOptum,
+)
 from fusedbun.optim import TransformOptimizer
 from fusedbun.transforms import Momentum, RMSScale, SM3Accumulate
 
@@ -22,15 +31,27 @@ Maker = Callable[..., TransformOptimizer]
 
 SM3_CHAIN = (SM3Accumulate(0.9), RMSScale(0.0, 1e-30), Momentum(0.9, 0.9))
 
+
+def mup_types(path: tuple[str, ...], param: Any) -> tuple[str, int]:
+    """A type and a depth for any parameter, with a name or without."""
+    return ("weight", 4) if param.ndim > 1 else ("bias", 9)
+
+
 recommended: Maker = partial(Fusedbun, centralize=True, use_rms=True, nesterov=True)
-sm3: Maker = partial(ChainOptimizer, transforms=SM3_CHAIN)
 
 # Each is called as make(params, lr=…, …).
 MAKERS: dict[str, Maker] = {
-    "plain": Fusedbun,
-    "recommended": recommended,
-    "clipped-lagged": partial(Fusedbun, use_rms=True, clip_rms=0.5, lagged=True),
-    "sm3": sm3,
+    "fusedbun": Fusedbun,
+    "fusedbun-recommended": recommended,
+    "fusedbun-clipped-lagged": partial(Fusedbun, use_rms=True, clip_rms=0.5, lagged=True),
+    "chain": partial(ChainOptimizer, transforms=SM3_CHAIN),
+    "sm3": SM3,
+    "sm3-momentum": partial(SM3, momentum=0.9, beta=0.9),
+    "scaled-optum": partial(ScaledOptum, weight_decay=0.1),
+    "mup-adam": partial(MupAdam, weight_decay=0.01, amsgrad=True, mup=mup_types, independent_weight_decay=False),
+    "mup-adamw": partial(MupAdamW, weight_decay=1e-4, mup=mup_types),
+    "mup-sgd": partial(MupSGD, momentum=0.9, dampening=0.1, weight_decay=1e-4, mup=mup_types),
+    "decoupled-lionw": partial(DecoupledLionW, weight_decay=1e-4),
 }
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 

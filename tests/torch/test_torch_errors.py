@@ -104,7 +104,7 @@ def test_a_bad_learning_rate_between_steps(make, value):
 
 
 def test_a_chains_field_is_named_with_its_transformation():
-    optimizer, _ = two_groups(MAKERS["sm3"])
+    optimizer, _ = two_groups(MAKERS["chain"])
     optimizer.param_groups[1]["momentum.beta"] = 1.0
     with (
         unchanged(optimizer),

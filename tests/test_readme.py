@@ -34,3 +34,14 @@ def test_the_quality_table_is_the_benchmarks(name, title):
 def test_the_drift_is_the_demos():
     runs = json.loads((ROOT / "docs/demo/results.json").read_text())["weight_difference"]
     assert f"{runs['fusedbun']:.1e} with Fusedbun and by {runs['adamw']:.1e} with AdamW" in README
+
+
+def test_the_table_of_the_family_is_the_commands(capsys):
+    from fusedbun.cli import main
+
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| `\w+` \| ([\d.]+[^|]*) \|", README, re.MULTILINE)
+    assert len(rows) == 5
+    for name, state in rows:
+        assert re.search(rf"fusedbun\.{name} .* {re.escape(state)}$", listed, re.MULTILINE), name

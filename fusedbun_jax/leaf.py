@@ -12,7 +12,12 @@ KeyPath = tuple[Any, ...]
 
 
 def names(path: KeyPath) -> tuple[str, ...]:
-    """The names that lead to a leaf."""
+    """The names that lead to a leaf.
+
+    The `value` of an nnx variable is none of them: nnx.Optimizer gives `init` the variables, but `update` their values.
+    """
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return tuple(str(next((getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)), k)) for k in path)
 
 

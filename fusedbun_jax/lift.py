@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fusedbun import codes
 from fusedbun.chain import Chain
@@ -107,7 +108,17 @@ def _slot_zeros(slot: Slot, param: Any, dtype: Any) -> jax.Array:
     stored = codes.storage_dtype(slot, dtype.name)
     if len(slot.axes) == param.ndim:
         return jnp.zeros_like(param, dtype=stored)  # keeps the parameter's sharding
-    return jnp.zeros(slot.shape(param.shape), stored)
+    return jnp.zeros(slot.shape(param.shape), stored, device=_sharding(slot, param))
+
+
+def _sharding(slot: Slot, param: Any) -> NamedSharding | None:
+    """Where a slot that spans some of the parameter's axes lies: split along these as the parameter is."""
+    if not isinstance(param, jax.Array) or isinstance(param, jax.core.Tracer):
+        return None
+    if not isinstance(param.sharding, NamedSharding):
+        return None
+    mesh, spec = param.sharding.mesh, param.sharding.spec
+    return NamedSharding(mesh, PartitionSpec(*(axis if i in slot.axes else None for i, axis in enumerate(spec))))
 
 
 def _update(

@@ -65,6 +65,9 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
     for (path, p), q, g, moment in zip(
         leaves, tree.flatten_up_to(after), tree.flatten_up_to(grads), moments, strict=True
     ):
+        p, q, g = (leaf.as_array(path, what, x) for what, x in (("parameter", p), ("parameter", q), ("gradient", g)))
+        if not jnp.issubdtype(p.dtype, jnp.floating):
+            continue  # masked, or the optimizer inside would have refused it
         dtype = leaf.computed_in(path, "parameter", p)
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
         products = metrics.inner_products(jnp, {"param": q, "update": p - q, "grad": g, **moment})

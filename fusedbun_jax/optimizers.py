@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
+import jax
 import optax
 
 from fusedbun import derive
 from fusedbun.recipes import RECIPES, Recipe
+from fusedbun_jax import leaf
 from fusedbun_jax.lift import from_chain
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
-    initial_learning_rate: the learning rate that the weight decay is meant for; None: the learning rate itself. With a
-        schedule and a weight decay it must be given.
+    initial_learning_rate: the learning rate that the weight decay is meant for; None: the number given as
+        learning_rate. It must be given beside a weight decay where that is a schedule, and under
+        optax.inject_hyperparams.
 """
-_REMARK = """
+_STATIC = """
 Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.
-For parameters of 16 bits also give it hyperparam_dtype=jnp.float32, or it rounds the numbers to the parameters' dtype.
-A momentum that is scheduled keeps its state where it passes through 0.
+"""
+_INJECTED = """
+For parameters of 16 bits give optax.inject_hyperparams hyperparam_dtype=jnp.float32, or it rounds the numbers to the
+parameters' dtype. A momentum that is injected has state at 0 too; name it in static_args to have none.
 """
 
 
@@ -42,6 +47,8 @@ def factory(recipe: Recipe) -> Callable[..., optax.GradientTransformationExtraAr
             initial = given.pop("initial_learning_rate")
             is_number = isinstance(learning_rate, Real) and initial is None
             given[derive.INITIAL_LR] = learning_rate if is_number else initial
+        if "mup" in given:
+            given["mup"] = _types_by_name(given["mup"])
         if notice := recipe.notice(given):
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
         return from_chain(recipe.make(**given), learning_rate)
@@ -53,8 +60,22 @@ def factory(recipe: Recipe) -> Callable[..., optax.GradientTransformationExtraAr
     make.__signature__ = spelled_out  # type: ignore[attr-defined]
     make.__name__ = make.__qualname__ = recipe.make.__name__
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
-    make.__doc__ = derive.documentation(recipe.make, arguments, _REMARK.format(static=derive.structural(recipe.make)))
+    static = derive.structural(recipe.make)
+    remarks = (_STATIC.format(static=static) if static else "") + ("" if recipe.fixed_lr else _INJECTED)
+    make.__doc__ = derive.documentation(recipe.make, arguments, remarks)
     return make
+
+
+def _types_by_name(types: Any) -> Any:
+    """u-muP types in a tree like the parameters', of whatever nodes, as a mapping by dotted name."""
+    if not isinstance(types, (Mapping, list, tuple)):
+        return types
+    leaves = jax.tree_util.tree_leaves_with_path(types, is_leaf=_is_type_with_depth)
+    return {".".join(leaf.names(path)): kind for path, kind in leaves}
+
+
+def _is_type_with_depth(node: Any) -> bool:
+    return type(node) is tuple and len(node) == 2 and isinstance(node[0], str) and not isinstance(node[1], str)
 
 
 decoupled_lionw = factory(RECIPES["decoupled_lionw"])

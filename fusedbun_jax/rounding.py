@@ -27,9 +27,14 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
 
 
 def _round_to(update: Any, param: Any) -> Any:
-    """The update in the parameter's dtype whose sum with it, rounded to that dtype, is nearest to `param + update`."""
     if param.dtype.itemsize >= update.dtype.itemsize:
         return update.astype(param.dtype)
+    return _nearest(update, param)
+
+
+@jax.custom_jvp
+def _nearest(update: Any, param: Any) -> Any:
+    """The update in the parameter's dtype whose sum with it, rounded to that dtype, is nearest to `param + update`."""
     wide, narrow = update.dtype, param.dtype
     p = param.astype(wide)
 
@@ -44,3 +49,7 @@ def _round_to(update: Any, param: Any) -> Any:
     for other in jnp.nextafter(best, -jnp.inf), jnp.nextafter(best, jnp.inf):
         best = jnp.where(miss(other) < miss(best), other, best)
     return best
+
+
+# A neighbouring number has no derivative: that of the plain cast stands for it.
+_nearest.defjvp(lambda primals, tangents: (_nearest(*primals), tangents[0].astype(primals[1].dtype)))

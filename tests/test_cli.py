@@ -3,17 +3,25 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusedbun
+from fusedbun import derive
 from fusedbun.cli import main
 from fusedbun.cli.arguments import parser
 from fusedbun.cli.files import write_atomically
+from fusedbun.cli.listing import SHAPE
+from fusedbun.cli.network import digits
+from fusedbun.cli.optimizers import OPTIMIZERS
+from fusedbun.recipes import RECIPES
 
 PNG = b"\x89PNG\r\n"
 
@@ -58,7 +66,7 @@ def refused(capsys, *arguments):
     return err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["list", "--help"]])
 def test_help(capsys, arguments):
     try:
         code = main(arguments)
@@ -66,8 +74,8 @@ def test_help(capsys, arguments):
         code = end.code
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
-    assert "example" in out
-    assert "fusedbun train" in out
+    assert "\nexamples:\n  fusedbun " in out
+    assert max(map(len, out.splitlines())) <= 88
 
 
 def test_help_names_every_default(capsys):
@@ -80,17 +88,82 @@ def test_help_names_every_default(capsys):
         assert f"(default: {settings[option]}" in help_text
 
 
+def test_help_names_every_optimizer_and_its_learning_rate(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for name, entry in OPTIMIZERS.items():
+        assert re.search(rf"^  {name} +{entry.learning_rate:g}( |$)", out, re.MULTILINE)
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"fusedbun {fusedbun.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_needs_numpy_only(arguments):
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["list"], ["list", "--json"]])
+def test_help_and_list_need_numpy_only(arguments):
     code, out, err = run_command(*arguments, absent="torch jax optax flax sklearn rich matplotlib")
     assert (code, err) == (0, "")
-    assert out.startswith(("usage: fusedbun", "fusedbun "))
+    assert out.startswith(("usage: fusedbun", "fusedbun ", "torch class", "{"))
+
+
+def listed(capsys):
+    assert main(["list", "--json"]) == 0
+    return {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["optimizers"]}
+
+
+def test_list_has_every_optimizer_as_it_can_be_imported(capsys):
+    entries = listed(capsys)
+    assert list(entries) == list(RECIPES)
+    for name, entry in entries.items():
+        module, _, torch_class = entry["torch_class"].rpartition(".")
+        assert getattr(import_module(module), torch_class).__name__ == RECIPES[name].torch_class
+        module, _, factory = entry["optax_factory"].rpartition(".")
+        assert getattr(import_module(module), factory).__name__ == name
+
+
+def test_list_gives_the_defaults_and_the_source(capsys):
+    entries = listed(capsys)
+    assert entries["sm3"]["defaults"] == {"momentum": 0.0, "beta": 0.0, "eps": 1e-30}
+    assert (entries["sm3"]["lr"], entries["fusedbun"]["lr"]) == (0.1, None)
+    assert entries["sm3"]["source"] == "Anil, Gupta, Koren, Singer 2019 (arXiv 1901.11150)."
+    assert entries["ternary_vote"]["lr_is_fixed"]
+    assert "initial_lr" not in entries["decoupled_lionw"]["defaults"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_list_counts_the_bytes_that_torch_holds(capsys, name):
+    for case in listed(capsys)[name]["state_bytes_per_parameter"]:
+        param = torch.nn.Parameter(torch.zeros(SHAPE))
+        given = {"mup": {"w": "weight"}} if "mup" in derive.defaults(RECIPES[name].make) else {}
+        rate = {} if RECIPES[name].fixed_lr else {"lr": 0.1}
+        optimizer = getattr(fusedbun, RECIPES[name].torch_class)([("w", param)], **rate, **case["settings"], **given)
+        param.grad = torch.ones(SHAPE)
+        optimizer.step()
+        held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+        assert case["bytes"] * param.numel() == held
+
+
+def test_list_as_a_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "bytes of state a parameter" in out
+    assert re.search(r"^fusedbun.SM3 +fusedbun_jax.sm3 +0.01 \(4.01 with momentum=0.9\)$", out, re.MULTILINE)
+    assert re.search(r"^fusedbun.TernaryVote +fusedbun_jax.ternary_vote +1.00$", out, re.MULTILINE)
+    assert "defaults: lr required, eps=1e-08, beta_decay=0.8" in out
+    assert "source:   Chen et al. 2023 (arXiv 2302.06675)." in out
+
+
+def test_list_to_a_reader_that_goes_away():
+    process = start("list")
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), err) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +181,8 @@ def test_help_needs_numpy_only(arguments):
         (["--seed", "-1"], "argument --seed: must be a whole number of at least 0"),
         (["--framework", "numpy"], "argument --framework: invalid choice: 'numpy'"),
         (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
+        (["--optimizer", "ternary_vote"], "argument --optimizer: ternary_vote steps weights of -1, 0 and +1"),
+        (["--compare", "ternary_vote"], "examples/ternary.py in fusedbun's repository trains a network"),
         (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--lr"], "argument --lr: expected one argument"),
@@ -171,6 +246,28 @@ def test_float64_in_both_trains_to_the_same_weights(capsys, tmp_path):
     written = json.loads((tmp_path / "results.json").read_text())
     assert all(difference < 1e-9 for difference in written["weight_difference"].values())
     assert "float64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains(tmp_path, name):
+    arguments = ["--framework", "torch", "--optimizer", name, "--no-compare", "--epochs", "3"]
+    assert main(["train", *arguments, "--output", str(tmp_path)]) == 0
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run["learning_rate"] == OPTIMIZERS[name].learning_rate
+    assert run["hyperparameters"] == json.loads(json.dumps(dict(OPTIMIZERS[name].hyperparameters)))
+    assert run["test_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_table_fits_80_columns(capsys, monkeypatch, tmp_path, optimizer):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("fusedbun.cli.train.digits", lambda seed, shares: digits(seed, [0.2, 0.05])[:2])
+    arguments = ["--dtype", "float64", "--epochs", "1", "--optimizer", optimizer, "--no-compare"]
+    assert main(["train", *arguments, "--output", str(tmp_path)]) == 0
+    table, _, _ = capsys.readouterr().out.partition("numbers:")
+    assert "…" not in table
+    for written in ("framework", "accuracy", "differ by", optimizer):
+        assert written in table
 
 
 def test_learning_rate_is_the_optimizer_s_and_not_the_other_s(tmp_path):
@@ -253,7 +350,7 @@ def test_results_that_cannot_be_written_are_shown_all_the_same(capsys, monkeypat
     monkeypatch.setattr(f"fusedbun.cli.train.{write}", fail)
     assert main(["train", "--framework", "torch", "--epochs", "1", "--no-compare", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert "fusedbun    torch" in out
+    assert re.search(r"^fusedbun +torch ", out, re.MULTILINE)
     assert err.endswith(f"error: argument --output: cannot write in '{tmp_path}': No space left on device\n")
 
 

@@ -43,9 +43,9 @@ _TRAIN_DESCRIPTION = """\
 Train a small convolutional network on scikit-learn's handwritten digits (1,797 real
 images of 8x8 pixels, no download) with one of fusedbun's optimizers, and with another
 to compare. In torch, in Flax, or in both: from the same initial weights and with the
-same batches, so that both end with the same weights, up to rounding (which AdamW
-magnifies; --dtype float64 shows that no more than that is behind it). The learning
-rate falls to zero along a cosine.
+same batches, so that both end with the same weights, up to rounding (which Adam's
+kind magnifies; --dtype float64 shows that no more than that is behind it). The
+learning rate falls to zero along a cosine.
 
 Prints test accuracy and loss, the bytes of optimizer state, the time of a step, and
 how far apart the weights of the two frameworks are. Writes the same with the whole

@@ -15,7 +15,7 @@ def show(results: Results, *remarks: str) -> None:
     title = f"{results.parameters:,} {settings.dtype} parameters, epochs: {settings.epochs}"
     title += ", interrupted" if results.interrupted else ""
     title += "\nlearning rate: " + ", ".join(f"{rate:g} for {name}" for name, rate in settings.learning_rates.items())
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("optimizer", vertical="bottom", no_wrap=True)
     table.add_column("framework", vertical="bottom", no_wrap=True)
     for head in ("steps", "test\naccuracy", "test\nloss", "state\nbytes", "ms a\nstep"):

@@ -41,10 +41,6 @@ def check_gradient(owner: str, name: str, param: Tensor) -> None:
     """Raises a TypeError or ValueError for a gradient that does not fit its parameter."""
     grad = param.grad
     assert grad is not None
-    if grad.layout not in (torch.strided, torch.sparse_coo):
-        raise TypeError(
-            f"the gradient of {name} is sparse ({grad.layout}), but {owner} takes dense ones; use grad.to_dense()"
-        )
     if grad.dtype not in FLOATING:
         raise TypeError(
             f"the gradient of {name} is {grad.dtype}, but {owner} takes real floating-point gradients: "

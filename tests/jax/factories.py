@@ -1,6 +1,7 @@
 """The optimizers that the optax tests run over, and what those tests share: parameters, gradients, a run.
 
-An optimizer gets all the generic tests by one line in `FACTORIES`.
+An optimizer gets all the generic tests by one line in `FACTORIES`. Programs are shared: `Factory.__call__` gives the
+same optimizer for the same settings, and `jitted` the same compiled step for the same optimizer.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import jax
@@ -17,9 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-import fusedbun_jax
-from fusedbun.transforms import Momentum, RMSScale, SM3Accumulate
-from fusedbun_jax import flax_channel_axis, from_chain, fusedbun
+import fusedbun_jax as fj
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,47 @@ class Factory:
         settings: its hyper-parameters.
         learning_rate: one with which it gets to the bottom of a parabola in a few hundred steps.
         undecayed: the settings without which nothing pulls the parameters to zero.
+        by_sign: only the gradients' signs count, so no derivative flows through them.
+        ternary: it steps weights of -1, 0 and +1, by its own learning rate.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
     settings: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 0.1
     undecayed: dict[str, Any] = field(default_factory=dict)
+    by_sign: bool = False
+    ternary: bool = False
 
     def __call__(self, learning_rate: Any = None, **changed: Any) -> optax.GradientTransformationExtraArgs:
         rate = self.learning_rate if learning_rate is None else learning_rate
-        return self.make(rate, **{**self.settings, **changed})
+        arguments = {} if self.ternary else {"learning_rate": rate}
+        return shared(self.make, **arguments, **{**self.settings, **changed})
 
-    def injected(self, learning_rate: Any, **changed: Any) -> optax.GradientTransformationExtraArgs:
+    def injected(self, learning_rate: Any = None, **changed: Any) -> optax.GradientTransformationExtraArgs:
         """The same under inject_hyperparams, with the static arguments that the documentation names."""
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        arguments = {} if self.ternary else {"learning_rate": rate}
         make = optax.inject_hyperparams(self.make, static_args=static_args(self.make))
-        return make(learning_rate, **{**self.settings, **changed})
+        return make(**arguments, **{**self.settings, **changed})
+
+    def parameters(self, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Parameters that it can step."""
+        return jax.tree.map(jnp.sign, parameters(dtype)) if self.ternary else parameters(dtype)
+
+
+def shared(make: Callable[..., Any], **arguments: Any) -> Any:
+    """The optimizer, the same one for the same arguments where these can be keys."""
+    try:
+        return _shared(make, **arguments)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return make(**arguments)
+
+
+@cache
+def _shared(make: Callable[..., Any], **arguments: Any) -> Any:
+    return make(**arguments)
 
 
 def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
@@ -54,32 +80,51 @@ def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
     return ast.literal_eval(found[1]) if found else ()
 
 
-def sm3_chain(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
-    return from_chain(fusedbun_jax.chain(SM3Accumulate(0.9), RMSScale(0.0, 1e-30), Momentum(0.9, 0.9)), learning_rate)
+def by_rank(path: tuple[str, ...], param: Any) -> tuple[str, int] | str:
+    """A rule for u-muP types that any tree satisfies, with a depth somewhere."""
+    return ("weight", 4) if param.ndim > 1 else "bias"
 
 
 RECOMMENDED: dict[str, Any] = {"centralize": True, "use_rms": True, "nesterov": True}
 WITHOUT_DECAY = {"Lambda": 0.0}
+DECAY: dict[str, Any] = {"weight_decay": 1e-4, "initial_learning_rate": 0.1}
+UNDECAYED = {"weight_decay": 0.0}
 
 FACTORIES = {
-    "fusedbun": Factory(fusedbun, {}, 0.05, WITHOUT_DECAY),
-    "recommended": Factory(fusedbun, RECOMMENDED, 0.1, WITHOUT_DECAY),
-    "clipped-lagged": Factory(fusedbun, {"use_rms": True, "clip_rms": 0.7, "lagged": True}, 0.1, WITHOUT_DECAY),
-    "flax": Factory(fusedbun, {**RECOMMENDED, "channel_axis": flax_channel_axis}, 0.1, WITHOUT_DECAY),
-    "sm3": Factory(sm3_chain, {}, 1.0),
+    "fusedbun": Factory(fj.fusedbun, {}, 0.05, WITHOUT_DECAY),
+    "recommended": Factory(fj.fusedbun, RECOMMENDED, 0.1, WITHOUT_DECAY),
+    "clipped-lagged": Factory(fj.fusedbun, {"use_rms": True, "clip_rms": 0.7, "lagged": True}, 0.1, WITHOUT_DECAY),
+    "flax": Factory(fj.fusedbun, {**RECOMMENDED, "channel_axis": fj.flax_channel_axis}, 0.1, WITHOUT_DECAY),
+    "sm3": Factory(fj.sm3, {}, 1.0),
+    "sm3-momentum": Factory(fj.sm3, {"momentum": 0.9, "beta": 0.9}, 1.0),
+    "scaled_optum": Factory(fj.scaled_optum, {"weight_decay": 1e-4}, 0.05, UNDECAYED, by_sign=True),
+    "decoupled_lionw": Factory(fj.decoupled_lionw, DECAY, 0.05, UNDECAYED, by_sign=True),
+    "mup_adam": Factory(fj.mup_adam, {**DECAY, "amsgrad": True, "mup": by_rank}, 0.2, UNDECAYED),
+    "mup_adamw": Factory(fj.mup_adamw, {**DECAY, "mup": by_rank}, 0.2, UNDECAYED),
+    "mup_sgd": Factory(fj.mup_sgd, {**DECAY, "momentum": 0.9, "dampening": 0.5, "mup": by_rank}, 0.05, UNDECAYED),
+    "ternary_vote": Factory(fj.ternary_vote, {"threshold": 1}, 1.0, by_sign=True, ternary=True),
 }
-every_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES.keys())
-fusedbun_factories = pytest.mark.parametrize(
-    "factory",
-    [f for f in FACTORIES.values() if f.make is fusedbun],
-    ids=[n for n, f in FACTORIES.items() if f.settings or n == "fusedbun"],
-)
 
-SHAPES = {"bias": (4,), "kernel": (3, 4), "conv": (2, 3, 4)}
+
+def over(names: Any) -> pytest.MarkDecorator:
+    """Runs a test with each of these factories."""
+    names = list(names)
+    return pytest.mark.parametrize("factory", [FACTORIES[name] for name in names], ids=names)
+
+
+every_factory = over(FACTORIES)
+# ternary_vote's learning rate is fixed, and its weights cannot be near a minimum
+descending = over(name for name, f in FACTORIES.items() if not f.ternary)
+# one with axis accumulators, one with a counter beside full-size buffers, one with integer state: for expensive tests
+representative = over(["recommended", "mup_adamw", "ternary_vote"])
+representative_descending = over(["recommended", "sm3-momentum", "mup_adamw"])
+fusedbun_factories = over(name for name, f in FACTORIES.items() if f.make is fj.fusedbun)
+
+SHAPES = {"bias": (4,), "kernel": (3, 4)}
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Parameters of several ranks with random values, the same in every call."""
+    """Parameters of two ranks with random values, the same in every call."""
     rng = np.random.default_rng(3)
     values = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
     return {"layer": jax.tree.map(lambda x: jnp.asarray(x, dtype), values, is_leaf=lambda x: isinstance(x, np.ndarray))}
@@ -102,12 +147,23 @@ def stepper(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
     return step
 
 
+@cache
+def jitted(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """`stepper(tx)`, compiled; the same function for the same optimizer."""
+    return jax.jit(stepper(tx))
+
+
+@cache
+def jitted_update(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """`tx.update`, compiled; the same function for the same optimizer."""
+    return jax.jit(tx.update)
+
+
 def run(tx: optax.GradientTransformation, params: Any, steps: int | range = 3, state: Any = None) -> tuple[Any, Any]:
     """Jitted steps with fresh gradients: for these step numbers, or for the first so many."""
-    step = jax.jit(stepper(tx))
     state = tx.init(params) if state is None else state
     for i in range(steps) if isinstance(steps, int) else steps:
-        params, state = step(params, state, gradients(params, i))
+        params, state = jitted(tx)(params, state, gradients(params, i))
     return params, state
 
 

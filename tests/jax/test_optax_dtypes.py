@@ -6,7 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from factories import described, every_factory, gradients, parameters, run, stepper
+from factories import (
+    FACTORIES,
+    descending,
+    described,
+    every_factory,
+    gradients,
+    jitted,
+    parameters,
+    representative_descending,
+    run,
+    stepper,
+)
 
 from fusedbun_jax import fusedbun, momentum, round_to_params
 
@@ -21,33 +32,32 @@ def dtypes(tree):
 @every_factory
 @every_dtype
 def test_updates_have_the_parameters_dtype_and_state_is_computed_in(factory, dtype, x64):
-    tx, params = factory(), parameters(dtype)
-    state = tx.init(params)
-    kept = dtypes(state) - {"int32"}  # counters
-    updates, after = jax.eval_shape(tx.update, gradients(params), state, params)
+    tx, params = factory(), factory.parameters(dtype)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
     assert dtypes(updates) == {dtype}
-    assert kept == {"float64" if dtype == "float64" else "float32"}
+    assert {d for d in dtypes(state) if "float" in d} <= {"float64" if dtype == "float64" else "float32"}
     assert described(after) == described(state)
 
 
 @every_factory
-@pytest.mark.parametrize("gradient", ["bfloat16", "float16", "float32", "float64"])
-def test_the_gradients_dtype_changes_no_type(factory, gradient, x64):
-    tx, params = factory(), parameters("float32")
-    state = tx.init(params)
-    grads = jax.tree.map(lambda g: g.astype(gradient), gradients(params))
-    assert described(jax.eval_shape(tx.update, grads, state, params)) == described((params, state))
+def test_the_gradients_dtype_changes_no_type(factory, x64):
+    tx, params = factory(), factory.parameters("float32")
+    state = jax.eval_shape(tx.init, params)
+    for gradient in DTYPES:
+        grads = factory.parameters(gradient)
+        assert described(jax.eval_shape(tx.update, grads, state, params)) == described((params, state))
 
 
 @every_factory
 @pytest.mark.parametrize("injected", [False, True], ids=["plain", "injected"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_no_type_is_promoted_implicitly(factory, dtype, injected, x64):
-    params = parameters(dtype)
+    params = factory.parameters(dtype)
     with jax.numpy_dtype_promotion("strict"):
         tx = (factory.injected if injected else factory)(0.1)
-        state = tx.init(params)
-        after = jax.eval_shape(stepper(tx), params, state, gradients(params))
+        state = jax.eval_shape(tx.init, params)
+        after = jax.eval_shape(stepper(tx), params, state, params)
     assert described(after) == described((params, state))
 
 
@@ -68,18 +78,25 @@ def test_a_zero_of_numpys_has_no_momentum_either():
     run(fusedbun(0.1, momentum_beta=np.float64(0)), parameters(), 1)
 
 
-@every_factory
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_step_is_rounded_once(factory, dtype):
+@descending
+def test_a_step_is_rounded_once(factory):
+    check_that_a_step_is_rounded_once(factory, "bfloat16")
+
+
+@representative_descending
+def test_a_step_of_float16_is_rounded_once(factory):
+    check_that_a_step_is_rounded_once(factory, "float16")
+
+
+def check_that_a_step_is_rounded_once(factory, dtype):
     """`p + u` in the parameters' dtype is the float32 result rounded, where a step stays within a factor of two."""
     rate = factory.learning_rate / 16
     narrow = {"kernel": parameters(dtype)["layer"]["kernel"]}
     wide = jax.tree.map(jnp.float32, narrow)
     grads = jax.tree.map(jnp.float32, gradients(narrow))
     tx = factory(rate)
-    step = jax.jit(stepper(tx))
-    got, _ = step(narrow, tx.init(narrow), grads)
-    exact, _ = step(wide, tx.init(wide), grads)
+    got, _ = jitted(tx)(narrow, tx.init(narrow), grads)
+    exact, _ = jitted(tx)(wide, tx.init(wide), grads)
     p, q = wide["kernel"], exact["kernel"]
     near = (q / p > 0.51) & (q / p < 1.96)
     assert near.sum() > 6
@@ -119,3 +136,41 @@ def test_a_lifted_transformation_hands_on_float32():
     tx = momentum(0.9)
     updates, _ = tx.update(gradients(params), tx.init(params), params)
     assert dtypes(updates) == {"float32"}
+
+
+def test_the_way_through_steps_of_16_bits_is_differentiable():
+    """The derivative of the rounding is that of a plain cast."""
+
+    def end(rate, dtype):
+        tx, params = fusedbun(rate), parameters(dtype)["layer"]["kernel"]
+        step, state = stepper(tx), tx.init(params)
+        for i in range(2):
+            params, state = step(params, state, gradients(params, i).astype(dtype))
+        return jnp.sum(params.astype(jnp.float32) ** 2)
+
+    slopes = [float(jax.jit(jax.grad(end), static_argnums=1)(0.1, dtype)) for dtype in ("bfloat16", "float32")]
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.02)
+    u, p = jnp.linspace(-1.0, 1.0, 8), jnp.ones(8, jnp.bfloat16)
+    tangents = jnp.linspace(1.0, 2.0, 8), jnp.full(8, 7, jnp.bfloat16)
+    _, slope = jax.jvp(lambda u, p: round_to_params().update(u, optax.EmptyState(), p)[0], (u, p), tangents)
+    np.testing.assert_array_equal(slope, tangents[0].astype(jnp.bfloat16))
+
+
+def test_the_bytes_of_the_state():
+    """The same on every leaf, whatever the parameters' dtype: float32, int8 votes, and int32 counters of 4 bytes."""
+    params = {"kernel": jnp.zeros((30, 40), jnp.bfloat16), "bias": jnp.zeros(40, jnp.bfloat16), "0-d": jnp.bfloat16(0)}
+    numbers, accumulators, counters = 1241, 30 + 40 + 40 + 1, 3
+    expected = {
+        "sm3": 4 * accumulators,
+        "sm3-momentum": 4 * (accumulators + numbers),
+        "scaled_optum": 0,
+        "decoupled_lionw": 4 * numbers,
+        "mup_adam": 4 * (3 * numbers + counters),
+        "mup_adamw": 4 * (2 * numbers + counters),
+        "mup_sgd": 4 * (numbers + counters),
+        "ternary_vote": numbers,
+        "fusedbun": 4 * (accumulators + numbers),
+    }
+    for name, size in expected.items():
+        state = FACTORIES[name]().init(params)
+        assert sum(x.nbytes for x in jax.tree.leaves(state)) == size, name

@@ -5,8 +5,7 @@ import flax.serialization
 import jax
 import optax
 import orbax.checkpoint as ocp
-import pytest
-from factories import described, every_factory, parameters, run
+from factories import described, every_factory, representative, run
 
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
 
@@ -19,20 +18,28 @@ def check_that_it_goes_on(tx, params, state, restored):
 
 
 @every_factory
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_flax_serialization(factory, dtype):
+def test_flax_serialization(factory):
+    check_flax_serialization(factory, "float32")
+
+
+@representative
+def test_flax_serialization_of_16_bits(factory):
+    check_flax_serialization(factory, "bfloat16")
+
+
+def check_flax_serialization(factory, dtype):
     tx = factory(SCHEDULE)
-    params, state = run(tx, parameters(dtype), 2)
+    params, state = run(tx, factory.parameters(dtype), 2)
     data = flax.serialization.to_bytes((params, state))
-    fresh = parameters(dtype)
+    fresh = factory.parameters(dtype)
     restored = jax.tree.map(jax.numpy.asarray, flax.serialization.from_bytes((fresh, tx.init(fresh)), data))
     check_that_it_goes_on(tx, params, state, restored)
 
 
-@every_factory
+@representative
 def test_orbax(factory, tmp_path):
     tx = factory(SCHEDULE)
-    params, state = run(tx, parameters(), 2)
+    params, state = run(tx, factory.parameters(), 2)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", (params, state))
         checkpointer.wait_until_finished()

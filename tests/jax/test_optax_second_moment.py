@@ -94,7 +94,7 @@ def test_the_pair_may_stand_anywhere_in_a_chain():
 
 
 def test_both_may_be_masked_alike():
-    mask = {"layer": {"bias": False, "kernel": True, "conv": True}}
+    mask = {"layer": {"bias": False, "kernel": True}}
     got = updates_of(optax.masked(sm3_accumulate(0.9), mask), optax.masked(rms_scale(), mask))
     expected = updates_of(sm3_accumulate(0.9), rms_scale())
     expected["layer"]["bias"] = gradients(parameters())["layer"]["bias"]

@@ -5,7 +5,7 @@ An optimizer gets all the generic tests by one line in `MAKERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -39,7 +39,8 @@ def mup_types(path: tuple[str, ...], param: Any) -> tuple[str, int]:
 
 recommended: Maker = partial(Fusedbun, centralize=True, use_rms=True, nesterov=True)
 
-# Each is called as make(params, lr=…, …).
+# Each is called as make(params, lr=…, …). TernaryVote has no learning rate to give and rounds no weights, so that most
+# of what is said here of numbers does not hold for it: test_torch_ternary_vote.py has its like.
 MAKERS: dict[str, Maker] = {
     "fusedbun": Fusedbun,
     "fusedbun-recommended": recommended,
@@ -53,7 +54,10 @@ MAKERS: dict[str, Maker] = {
     "mup-sgd": partial(MupSGD, momentum=0.9, dampening=0.1, weight_decay=1e-4, mup=mup_types),
     "decoupled-lionw": partial(DecoupledLionW, weight_decay=1e-4),
 }
+STATELESS = {"scaled-optum"}
+WITH_STATE = {name: make for name, make in MAKERS.items() if name not in STATELESS}
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+every_optimizer_with_state = pytest.mark.parametrize("make", WITH_STATE.values(), ids=WITH_STATE.keys())
 
 SHAPES = ((), (5,), (4, 3), (2, 3, 4), (2, 1, 3, 2), (2, 2, 1, 3, 2))
 
@@ -98,6 +102,21 @@ def states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     """The state of every parameter that has one, in the parameters' order."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return [dict(optimizer.state[param]) for param in params if param in optimizer.state]
+
+
+def initial_lr(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The entry of the first group that decay is relative to, where there is one."""
+    return {name: value for name, value in optimizer.param_groups[0].items() if name == "initial_lr"}
+
+
+def floating(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The state that is not a counter."""
+    return [value for value in state.values() if value.is_floating_point()]
+
+
+def full_size(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
+    """The parameter's state of its own shape."""
+    return [value for value in optimizer.state[param].values() if value.shape == param.shape]
 
 
 def assert_same_run(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:

@@ -4,7 +4,18 @@ import warnings
 
 import pytest
 import torch
-from makers import SHAPES, assert_same, assert_same_run, copies, every_optimizer, gradient, parameters, run, unchanged
+from makers import (
+    SHAPES,
+    assert_same,
+    assert_same_run,
+    copies,
+    every_optimizer,
+    gradient,
+    initial_lr,
+    parameters,
+    run,
+    unchanged,
+)
 from torch.optim import lr_scheduler as schedules
 
 SCHEDULES = {
@@ -33,11 +44,12 @@ def scheduled(optimizer, schedule, steps=7):
 @every_optimizer
 def test_a_scheduler_gives_each_step_its_learning_rate(make, schedule):
     params = parameters(*SHAPES)
-    by_hand = make(copies(params), lr=0.1)
-    optimizer = make(params, lr=0.1)
+    optimizer, by_hand = make(params, lr=0.1), make(copies(params), lr=0.1)
+    torchs_own = torch.optim.SGD([{"params": copies(params), **initial_lr(optimizer)}], lr=0.1)
     rates = scheduled(optimizer, schedule)
-    assert rates == scheduled(torch.optim.SGD(copies(params), lr=0.1), schedule)
+    assert rates == scheduled(torchs_own, schedule)
     assert len(set(rates)) > 2
+    by_hand.param_groups[0].update(initial_lr(optimizer))  # OneCycleLR sets its own
     for step, rate in enumerate(rates):
         by_hand.param_groups[0]["lr"] = rate
         run(by_hand, range(step, step + 1))

@@ -1,9 +1,16 @@
 """The optimizers train: losses fall, frozen parameters rest, and parameters may join later."""
 
+import pytest
 import torch
-from makers import SHAPES, assert_same, assert_same_run, copies, every_optimizer, gradient, parameters, run
+from makers import MAKERS, SHAPES, assert_same, assert_same_run, copies, every_optimizer, gradient, parameters, run
 
 from fusedbun import Fusedbun
+
+# Learning rates that suit a small network, and ten times as much a parabola.
+RATES = {"sm3": 0.1, "mup-adam": 0.1, "mup-adamw": 0.1, "mup-sgd": 0.3}
+every_optimizer_at_its_rate = pytest.mark.parametrize(
+    ("make", "lr"), [(make, RATES.get(name, 0.01)) for name, make in MAKERS.items()], ids=MAKERS.keys()
+)
 
 
 def network():
@@ -28,19 +35,19 @@ def train(model, optimizer, steps):
     return losses
 
 
-@every_optimizer
-def test_a_network_learns(make):
+@every_optimizer_at_its_rate
+def test_a_network_learns(make, lr):
     model = network()
-    losses = train(model, make(model.parameters(), lr=0.01), 40)
+    losses = train(model, make(model.parameters(), lr=lr), 40)
     assert losses[-1] < 0.25 * losses[0]
 
 
-@every_optimizer
-def test_a_parabola_is_descended_to_its_minimum(make):
+@every_optimizer_at_its_rate
+def test_a_parabola_is_descended_to_its_minimum(make, lr):
     (x,) = parameters((3, 2), dtype=torch.float64)
     minimum = torch.tensor([[1.0, -2.0], [0.5, 0.0], [3.0, 1.0]], dtype=torch.float64)
-    optimizer = make([x], lr=0.1)
-    still = {"Lambda": 0.0, "centralize": False}  # both move or hold the minimum
+    optimizer = make([x], lr=10 * lr)
+    still = {"Lambda": 0.0, "weight_decay": 0.0, "centralize": False}  # these move or hold the minimum
     optimizer.param_groups[0].update({name: value for name, value in still.items() if name in optimizer.defaults})
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=400)
     for _ in range(400):

@@ -17,13 +17,13 @@ from fusedbun.derive import INITIAL_LR
 from fusedbun.hyper import Axis, NonNegative, PerParam, Positive, UnitInterval, Votes, checked, is_concrete_zero
 from fusedbun.mup import Constraint, MupScale, Types, independent, relative_decay
 from fusedbun.transforms import (
-    Adam,
     Centralize,
     ClipRMS,
     Decay,
-    Lion,
     Momentum,
     RMSScale,
+    ScaleByAdam,
+    ScaleByLion,
     ScaleByMup,
     Sign,
     SignDecay,
@@ -211,7 +211,7 @@ def mup_adam(
 ) -> Chain:
     """Adam with u-muP's learning rates: what is tuned on a narrow model serves a wide one.
 
-        decay → adam → scale_by_mup
+        decay → scale_by_adam → scale_by_mup
         p = p - lr*scale*u
 
     Args:
@@ -230,7 +230,7 @@ def mup_adam(
     """
     scale = MupScale(mup, channel_axis, allow_non_unit_scaling_params)
     decay = independent(weight_decay, initial_lr, scale) if independent_weight_decay else weight_decay
-    return chain(Decay(decay), Adam(*betas, eps, amsgrad), ScaleByMup(scale))
+    return chain(Decay(decay), ScaleByAdam(*betas, eps, amsgrad), ScaleByMup(scale))
 
 
 @recipe("MupAdamW", lr=1e-3)
@@ -248,7 +248,7 @@ def mup_adamw(
 ) -> Chain:
     """AdamW with u-muP's learning rates: what is tuned on a narrow model serves a wide one.
 
-        adam → decay → scale_by_mup
+        scale_by_adam → decay → scale_by_mup
         p = p - lr*scale*u
 
     Args:
@@ -268,7 +268,7 @@ def mup_adamw(
     """
     scale = MupScale(mup, channel_axis, allow_non_unit_scaling_params)
     decay = independent(weight_decay, initial_lr, scale) if independent_weight_decay else weight_decay
-    return chain(Adam(*betas, eps, amsgrad), Decay(decay), ScaleByMup(scale))
+    return chain(ScaleByAdam(*betas, eps, amsgrad), Decay(decay), ScaleByMup(scale))
 
 
 @recipe("MupSGD", lr=1e-3)
@@ -305,7 +305,7 @@ def mup_sgd(
     State: with momentum one array of the parameter's shape, and with dampening a step counter.
     Source: Blake et al. 2024 (arXiv 2407.17465).
     """
-    if nesterov and (is_concrete_zero(momentum) or not is_concrete_zero(dampening)):
+    if nesterov and (is_concrete_zero(momentum) or (isinstance(dampening, Real) and dampening != 0)):
         raise ValueError(
             f"nesterov=True needs a momentum above 0 and a dampening of 0, "
             f"but momentum={momentum!r} and dampening={dampening!r}"
@@ -322,7 +322,7 @@ def decoupled_lionw(
 ) -> Chain:
     """Lion with a weight decay that follows the schedule, but not the learning rate's size.
 
-        lion → decay
+        scale_by_lion → decay
         p = p*(1 - lr/initial_lr*weight_decay) - lr*sign(beta1*m + (1 - beta1)*g)
 
     Args:
@@ -333,4 +333,4 @@ def decoupled_lionw(
     State: one array of the parameter's shape.
     Source: Chen et al. 2023 (arXiv 2302.06675).
     """
-    return chain(Lion(*betas), Decay(relative_decay(weight_decay, initial_lr)))
+    return chain(ScaleByLion(*betas), Decay(relative_decay(weight_decay, initial_lr)))

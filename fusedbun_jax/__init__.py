@@ -29,13 +29,13 @@ from fusedbun_jax.optimizers import (
 from fusedbun_jax.rounding import round_to_params
 from fusedbun_jax.schedules import sm3_schedule
 
-adam = lifted(transforms.Adam)
 centralize = lifted(transforms.Centralize)
 clip_rms = lifted(transforms.ClipRMS)
 decay = lifted(transforms.Decay)
-lion = lifted(transforms.Lion)
 momentum = lifted(transforms.Momentum)
 rms_scale = lifted(transforms.RMSScale)
+scale_by_adam = lifted(transforms.ScaleByAdam)
+scale_by_lion = lifted(transforms.ScaleByLion)
 scale_by_mup = lifted(transforms.ScaleByMup)
 sign = lifted(transforms.Sign)
 sign_decay = lifted(transforms.SignDecay)
@@ -46,7 +46,6 @@ vote = lifted(transforms.Vote)
 __all__ = [
     "MetricsState",
     "TransformState",
-    "adam",
     "by_name",
     "centralize",
     "chain",
@@ -59,13 +58,14 @@ __all__ = [
     "fusedbun",
     "lift",
     "lifted",
-    "lion",
     "momentum",
     "mup_adam",
     "mup_adamw",
     "mup_sgd",
     "rms_scale",
     "round_to_params",
+    "scale_by_adam",
+    "scale_by_lion",
     "scale_by_mup",
     "scaled_optum",
     "sign",

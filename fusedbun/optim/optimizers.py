@@ -131,7 +131,7 @@ class DecoupledLionW(TransformOptimizer):
     ) -> None:
         """One step in place: of the parameter `p`, and of its running mean `exp_avg`."""
         chain = recipes.decoupled_lionw((beta1, beta2), wd, initial_lr=initial_lr)
-        step_leaf(Leaf(chain, lr, False, p, grad, {"lion.moment": exp_avg}))
+        step_leaf(Leaf(chain, lr, False, p, grad, {"scale_by_lion.moment": exp_avg}))
 
 
 FusionOptimizer = Fusedbun

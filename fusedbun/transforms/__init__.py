@@ -1,12 +1,12 @@
 """The transformations: each is one rule for one leaf, in a module of its own, named as in a chain."""
 
-from fusedbun.transforms.adam import Adam
 from fusedbun.transforms.centralize import Centralize
 from fusedbun.transforms.clip_rms import ClipRMS
 from fusedbun.transforms.decay import Decay
-from fusedbun.transforms.lion import Lion
 from fusedbun.transforms.momentum import Momentum
 from fusedbun.transforms.rms_scale import RMSScale
+from fusedbun.transforms.scale_by_adam import ScaleByAdam
+from fusedbun.transforms.scale_by_lion import ScaleByLion
 from fusedbun.transforms.scale_by_mup import ScaleByMup
 from fusedbun.transforms.sign import Sign
 from fusedbun.transforms.sign_decay import SignDecay
@@ -15,14 +15,14 @@ from fusedbun.transforms.sparse_mask import SparseMask
 from fusedbun.transforms.vote import Vote
 
 __all__ = [
-    "Adam",
     "Centralize",
     "ClipRMS",
     "Decay",
-    "Lion",
     "Momentum",
     "RMSScale",
     "SM3Accumulate",
+    "ScaleByAdam",
+    "ScaleByLion",
     "ScaleByMup",
     "Sign",
     "SignDecay",

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import NonNegative, PerParam
+from fusedbun.hyper import NonNegative, PerParam, is_concrete_zero
 from fusedbun.transform import Array, Namespace, Signal, State, Transform
 
 
 @dataclass(frozen=True)
 class Decay(Transform):
-    """Adds a share of the parameter to the update, after the scaling: each step shrinks it by `1 - lr*weight_decay`.
+    """Adds a share of the parameter to the update.
+
+    After the scaling this is decoupled decay: each step shrinks the parameter by `1 - lr*weight_decay`. Before it, it
+    is the gradient of an L2 penalty.
 
         u = u + weight_decay*p
 
@@ -24,4 +27,6 @@ class Decay(Transform):
     weight_decay: PerParam[NonNegative] = 0.01
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        if is_concrete_zero(self.weight_decay):
+            return Signal(signal.update), state
         return Signal(signal.update + self.weight_decay * param), state

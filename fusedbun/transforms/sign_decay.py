@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import NonNegative
+from fusedbun.hyper import NonNegative, is_concrete_zero
 from fusedbun.transform import Array, Namespace, Signal, State, Transform
 
 
@@ -24,4 +24,6 @@ class SignDecay(Transform):
     weight_decay: NonNegative = 0.01
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
+        if is_concrete_zero(self.weight_decay):
+            return Signal(signal.update), state
         return Signal(signal.update + self.weight_decay * xp.sign(param)), state

@@ -80,13 +80,13 @@ def test_lionw_in_place_is_the_class(initial_lr, dtype):
     optimizer = DecoupledLionW([group], lr=0.1, betas=(0.8, 0.95), weight_decay=5e-4)
     for step in range(5):
         run(optimizer, range(step, step + 1))
-        moments = moments or [torch.zeros_like(optimizer.state[p]["lion.moment"]) for p in params]
+        moments = moments or [torch.zeros_like(optimizer.state[p]["scale_by_lion.moment"]) for p in params]
         for i, (p, m) in enumerate(zip(mine, moments, strict=True)):
             where = p.data_ptr(), m.data_ptr()
             assert DecoupledLionW.lionw(p, gradient(p, step, i), m, 0.1, initial_lr, 5e-4, 0.8, 0.95) is None
             assert (p.data_ptr(), m.data_ptr()) == where
     assert_same(mine, [p.detach() for p in params])
-    assert_same(moments, [optimizer.state[p]["lion.moment"] for p in params])
+    assert_same(moments, [optimizer.state[p]["scale_by_lion.moment"] for p in params])
 
 
 def test_lionw_steps_a_parameter_that_requires_a_gradient():

@@ -99,12 +99,12 @@ ADAM_SIGNATURE = (
     f"params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=False, *, {MUP_SIGNATURE}, "
     "maximize=False"
 )
-ADAM_STATE = "adam.count adam.moment adam.second_moment"
+ADAM_STATE = "scale_by_adam.count scale_by_adam.moment scale_by_adam.second_moment"
 ADAM_INPUTS: list[tuple[dict[str, Any], str]] = [
     ({}, ADAM_STATE),
     ({"weight_decay": 0.1}, ADAM_STATE),
     ({"weight_decay": 0.1, "independent_weight_decay": False}, ADAM_STATE),
-    ({"amsgrad": True}, f"{ADAM_STATE} adam.largest"),
+    ({"amsgrad": True}, f"{ADAM_STATE} scale_by_adam.largest"),
     ({"betas": (0.0, 0.0), "eps": 0.1}, ADAM_STATE),
 ]
 AXES = "sm3_accumulate.axis0 sm3_accumulate.axis1"
@@ -178,7 +178,7 @@ INFOS = [
     OptimizerInfo(
         DecoupledLionW,
         "params, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False",
-        [({}, "lion.moment"), ({"weight_decay": 5e-4, "betas": (0.5, 0.6)}, "lion.moment")],
+        [({}, "scale_by_lion.moment"), ({"weight_decay": 5e-4, "betas": (0.5, 0.6)}, "scale_by_lion.moment")],
         [*BETAS, *DECAY],
     ),
     OptimizerInfo(

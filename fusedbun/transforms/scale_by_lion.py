@@ -11,7 +11,7 @@ from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Tra
 
 
 @dataclass(frozen=True)
-class Lion(Transform):
+class ScaleByLion(Transform):
     """The sign of the update mixed with its running mean, which then moves on at a pace of its own.
 
         c = beta1*m + (1 - beta1)*u
@@ -25,7 +25,7 @@ class Lion(Transform):
     State: one array of the parameter's shape.
     """
 
-    name: ClassVar[str] = "lion"
+    name: ClassVar[str] = "scale_by_lion"
     beta1: UnitInterval = 0.9
     beta2: UnitInterval = 0.99
 

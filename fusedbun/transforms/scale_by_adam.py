@@ -11,7 +11,7 @@ from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Tra
 
 
 @dataclass(frozen=True)
-class Adam(Transform):
+class ScaleByAdam(Transform):
     """Scales the update's running mean by the root of the running mean of its square, both corrected for their start.
 
         m = beta1*m + (1 - beta1)*u
@@ -28,7 +28,7 @@ class Adam(Transform):
     State: two arrays of the parameter's shape (amsgrad: three) and an int32 step counter.
     """
 
-    name: ClassVar[str] = "adam"
+    name: ClassVar[str] = "scale_by_adam"
     beta1: UnitInterval = 0.9
     beta2: UnitInterval = 0.999
     eps: NonNegative = 1e-8

@@ -45,3 +45,15 @@ def test_the_table_of_the_family_is_the_commands(capsys):
     assert len(rows) == 5
     for name, state in rows:
         assert re.search(rf"fusedbun\.{name} .* {re.escape(state)}$", listed, re.MULTILINE), name
+
+
+def test_the_other_figures_are_the_benchmarks():
+    widths = json.loads((ROOT / "benchmarks/results/mup_width.json").read_text())["results"]
+    best = [f"{widths[name]['best_learning_rate_moves_by']:g}" for name in ("plain Adam", "u-muP")]
+    least = [f"{widths[name]['least_learning_rate_moves_by']:g}" for name in ("plain Adam", "u-muP")]
+    assert f"moves by a factor of {best[0]}, and u-muP's by {best[1]}" in README
+    assert f"the best loss moves by {least[0]} and by {least[1]}" in " ".join(README.split())
+    runs = json.loads((ROOT / "benchmarks/results/sparse_embedding.json").read_text())["results"]
+    ms = {run["optimizer"]: run["ms"] for run in runs if run["rows"] == 1_000_000 and run["touched"] in (1000, None)}
+    assert f"touched rows takes {ms['SM3']:.1f} ms" in README
+    assert f"it takes {ms['SM3, dense'] / 1000:.1f} s" in README

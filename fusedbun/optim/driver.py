@@ -20,6 +20,10 @@ from fusedbun.optim.state import State, compute_dtype, follow
 from fusedbun.recipes import Recipe
 from fusedbun.transform import Signal, Transform
 
+# A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
+# takes one that it finds there for its own.
+FIRST_LR = "first_lr"
+
 
 class Leaf(NamedTuple):
     """A parameter about to be stepped, and what it is stepped with; its state by `<transformation>.<slot>`."""
@@ -44,7 +48,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         params: parameters, named parameters, or param groups, as for every torch optimizer.
         lr: the learning rate, in [0, inf); a float or a tensor of one element.
         recipe: makes the chain from hyper-parameters given by name; where it wants the initial learning rate, a group
-            keeps that as `initial_lr`.
+            keeps that as `first_lr`.
         hyperparameters: their values for groups that do not give their own.
         maximize: climb instead of descend.
     """
@@ -78,7 +82,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         try:
             chain = self.chain(group)
             if self.recipe.wants_initial_lr:
-                group.setdefault(derive.INITIAL_LR, float(group["lr"]))
+                group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
             for index, param in enumerate(group["params"]):
                 self._check_parameter(name_of(group, len(self.param_groups) - 1, index), param)
                 chain.at(path_of(group, index), param).slots(tuple(param.shape))
@@ -195,7 +199,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         check(owner, {"maximize": bool}, {"maximize": group["maximize"]})
         given = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
-            given[derive.INITIAL_LR] = float(group.get(derive.INITIAL_LR, lr))
+            given[derive.INITIAL_LR] = float(group.get(FIRST_LR, lr))
         return self.recipe.make(**given)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

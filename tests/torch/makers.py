@@ -104,9 +104,9 @@ def states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     return [dict(optimizer.state[param]) for param in params if param in optimizer.state]
 
 
-def initial_lr(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def first_lr(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The entry of the first group that decay is relative to, where there is one."""
-    return {name: value for name, value in optimizer.param_groups[0].items() if name == "initial_lr"}
+    return {name: value for name, value in optimizer.param_groups[0].items() if name == "first_lr"}
 
 
 def floating(state: Mapping[str, Tensor]) -> list[Tensor]:

@@ -12,8 +12,8 @@ from makers import (
     assert_same_run,
     copies,
     every_optimizer,
+    first_lr,
     gradient,
-    initial_lr,
     parameters,
     recommended,
     run,
@@ -84,7 +84,7 @@ def test_a_step_takes_the_hyper_parameters_of_its_moment(make):
     params = parameters(*SHAPES)
     optimizer = make(params, lr=0.1)
     run(optimizer, 2)
-    later = make([{"params": copies(params), **initial_lr(optimizer)}], lr=0.03)
+    later = make([{"params": copies(params), **first_lr(optimizer)}], lr=0.03)
     for p, q in zip(params, later.param_groups[0]["params"], strict=True):
         later.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
     optimizer.param_groups[0]["lr"] = 0.03

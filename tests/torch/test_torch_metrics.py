@@ -174,7 +174,7 @@ def mosaicml_update(optimizer, param):
     """The update that MosaicML's DecoupledLionW reports after a step, written out."""
     group, moment = optimizer.param_groups[0], optimizer.state[param]["scale_by_lion.moment"]
     step = torch.lerp(moment, param.grad, 1 - group["betas"][0]).sign() * group["lr"]
-    decay = group["lr"] / group["initial_lr"] * group["weight_decay"]
+    decay = group["lr"] / group["first_lr"] * group["weight_decay"]
     return step - decay * param.detach()
 
 

@@ -226,11 +226,11 @@ def test_each_group_has_the_first_learning_rate_of_its_own(make):
     optimizer.param_groups[1]["lr"].fill_(0.0)
     optimizer.add_param_group({"params": params[2], "lr": 0.75})
     run(optimizer, 2)
-    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.5, 0.25, 0.75]
+    assert [group["first_lr"] for group in optimizer.param_groups] == [0.5, 0.25, 0.75]
     assert [float(group["lr"]) for group in optimizer.param_groups] == [0.125, 0.0, 0.75]
     other = make([{"params": p} for p in params], lr=1.0, weight_decay=0.1)
     other.load_state_dict(through_file(optimizer.state_dict()))
-    assert [group["initial_lr"] for group in other.param_groups] == [0.5, 0.25, 0.75]
+    assert [group["first_lr"] for group in other.param_groups] == [0.5, 0.25, 0.75]
 
 
 @every_mup

@@ -27,7 +27,8 @@ PNG = b"\x89PNG\r\n"
 
 
 COMMAND = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 absent, arguments = sys.argv[1].split(), sys.argv[2:]
 class Absent:
     def find_spec(self, name, path=None, target=None):

@@ -1,6 +1,6 @@
 """fusedbun: memory-efficient optimizers, defined once, for PyTorch and for JAX.
 
-The torch classes (`Fusedbun`, `FusionOptimizer`, `ChainOptimizer`) load torch when they are first used.
+The torch classes and `param_groups` load torch when they are first used; everything else needs NumPy only.
 The optax side is the package `fusedbun_jax`.
 """
 

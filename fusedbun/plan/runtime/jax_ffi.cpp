@@ -1,0 +1,209 @@
+// Steps leaves that XLA hands over, in place: one call of XLA's foreign function interface, for every chain.
+//
+// The operands are lists of numbers, then of every leaf the parameter, the gradient and the slots; the results are of
+// every leaf the parameter and the slots, in the memory of the operands. The attributes are
+//   kernels   the names of kernels, with a space behind each; a compiled program may outlive their addresses
+//   kinds     for every leaf, which of them steps it
+//   lists     how many lists of numbers there are
+//   records   for every leaf a `Leaf`, with places among the words (the numbers) instead of addresses
+//   words     what the leaves point to; the arrays' addresses are filled in here
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "kernel.h"
+#include "xla/ffi/api/c_api.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr Index RECORD = sizeof(Leaf) / sizeof(Index);
+constexpr Index THREAD_ELEMENTS = 1 << 14;  // worth a thread of their own
+
+// What Python hands over: the driver's functions (driver.cpp), and kernels by name.
+void* (*start_job)(const Leaf*, const Kernel* const*, Index);
+void (*work_at)(void*);
+void (*end_job)(void*);
+std::mutex guard;
+std::unordered_map<std::string, const Kernel*>& kernels() {
+  static auto* const found = new std::unordered_map<std::string, const Kernel*>;
+  return *found;
+}
+
+// A job and those who may work at it. A task that the pool starts late finds nothing left to do; the last to let go of
+// the job ends it, so nobody waits for a task that has not begun.
+struct Crew {
+  void* job;
+  std::atomic<int> holders;
+  std::atomic<int> working{0};  // tasks that have begun and not ended
+
+  Crew(void* job, int holders) : job(job), holders(holders) {}
+  void release() {
+    if (holders.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    end_job(job);
+    delete this;
+  }
+};
+
+void help(void* data) {
+  Crew* const crew = (Crew*)data;
+  crew->working.fetch_add(1, std::memory_order_relaxed);
+  // With the fence in `work`: whoever finds all items taken also sees those at work that took one.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  work_at(crew->job);
+  crew->working.fetch_sub(1, std::memory_order_release);
+  crew->release();
+}
+
+struct Call {
+  const XLA_FFI_CallFrame& frame;
+  const XLA_FFI_Api& api;
+
+  explicit Call(const XLA_FFI_CallFrame& f) : frame(f), api(*f.api) {}
+
+  XLA_FFI_Error* error(const std::string& message, XLA_FFI_Error_Code code) const {
+    XLA_FFI_Error_Create_Args args{XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, message.c_str(), code};
+    return api.XLA_FFI_Error_Create(&args);
+  }
+
+  XLA_FFI_Error* malformed(const char* what) const {
+    return error(std::string("fusedbun: a step that does not fit its arrays: ") + what, XLA_FFI_Error_Code_INTERNAL);
+  }
+
+  bool dropped(XLA_FFI_Error* e) const {  // whether there was an error, which is dropped
+    if (!e) return false;
+    XLA_FFI_Error_Destroy_Args args{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, e};
+    api.XLA_FFI_Error_Destroy(&args);
+    return true;
+  }
+
+  const void* attribute(const char* name, XLA_FFI_AttrType type) const {
+    for (int64_t i = 0; i < frame.attrs.size; i++) {
+      const XLA_FFI_ByteSpan& found = *frame.attrs.names[i];
+      if (frame.attrs.types[i] == type && found.len == std::strlen(name) && !std::memcmp(found.ptr, name, found.len))
+        return frame.attrs.attrs[i];
+    }
+    return nullptr;
+  }
+
+  const XLA_FFI_Array* integers(const char* name) const {
+    const auto* a = (const XLA_FFI_Array*)attribute(name, XLA_FFI_AttrType_ARRAY);
+    return a && a->dtype == XLA_FFI_DataType_S64 ? a : nullptr;
+  }
+
+  const XLA_FFI_Buffer& operand(int64_t i) const { return *(const XLA_FFI_Buffer*)frame.args.args[i]; }
+  const XLA_FFI_Buffer& result(int64_t i) const { return *(const XLA_FFI_Buffer*)frame.rets.rets[i]; }
+
+  int threads() const {  // of XLA's pool; 1 where there is none
+    int64_t n = 1;
+    XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, frame.ctx, &n};
+    return dropped(api.XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : (int)n;
+  }
+
+  bool schedule(XLA_FFI_Task* task, void* data) const {
+    XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, frame.ctx, task, data};
+    return !dropped(api.XLA_FFI_ThreadPool_Schedule(&args));
+  }
+
+  void work(const std::vector<Leaf>& leaves, const std::vector<const Kernel*>& kinds) const {
+    Index elements = 0;
+    for (const Leaf& leaf : leaves) elements += leaf.rows * leaf.columns;
+    const int useful = (int)std::min<Index>(threads(), 1 + elements / THREAD_ELEMENTS);
+    Crew* const crew = new Crew(start_job(leaves.data(), kinds.data(), (Index)leaves.size()), useful);
+    for (int t = 1; t < useful; t++)
+      if (!schedule(help, crew)) crew->release();
+    work_at(crew->job);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    while (crew->working.load(std::memory_order_acquire)) std::this_thread::yield();
+    crew->release();
+  }
+
+  XLA_FFI_Error* run() const {
+    const auto* names = (const XLA_FFI_ByteSpan*)attribute("kernels", XLA_FFI_AttrType_STRING);
+    const auto* lists = (const XLA_FFI_Scalar*)attribute("lists", XLA_FFI_AttrType_SCALAR);
+    const auto *kinds = integers("kinds"), *records = integers("records"), *given = integers("words");
+    if (!names || !lists || lists->dtype != XLA_FFI_DataType_S64 || !kinds || !records || !given)
+      return malformed("an attribute is missing");
+    const int64_t count = (int64_t)kinds->size;
+    if ((int64_t)records->size != RECORD * count) return malformed("records");
+
+    std::vector<const Kernel*> named, of_leaf;
+    const char* const stop = names->ptr + names->len;
+    for (const char *p = names->ptr, *end; p < stop; p = end + 1) {
+      end = std::find(p, stop, ' ');
+      const std::lock_guard<std::mutex> lock(guard);
+      const auto found = kernels().find(std::string(p, end));
+      if (found == kernels().end())
+        return error("fusedbun: this program was compiled with a kernel that this process has not loaded (" +
+                     std::string(p, end) + "); trace and lower the step here once, or export it with "
+                     "implementation=\"definition\"", XLA_FFI_Error_Code_NOT_FOUND);
+      named.push_back(found->second);
+    }
+
+    int64_t in = *(const int64_t*)lists->value, out = 0;
+    if (in > frame.args.size) return malformed("lists");
+    std::vector<double> numbers;
+    for (int64_t i = 0; i < in; i++) {
+      const XLA_FFI_Buffer& list = operand(i);
+      for (int64_t k = 0; k < list.dims[0]; k++)
+        numbers.push_back(list.dtype == XLA_FFI_DataType_F64 ? ((const double*)list.data)[k] : ((const float*)list.data)[k]);
+    }
+
+    std::vector<Index> words((const Index*)given->data, (const Index*)given->data + given->size);
+    std::vector<Leaf> leaves;
+    for (int64_t n = 0; n < count; n++) {
+      const Index* const r = (const Index*)records->data + RECORD * n;
+      const auto at = [&](int field) { return words.data() + r[field]; };
+      Leaf leaf{(void* const*)at(0), at(1), at(2), (const Index* const*)at(3), at(4), numbers.data() + r[5],
+                r[6], r[7], r[8], r[9]};
+      if (in + leaf.count > frame.args.size || out + leaf.count - 1 > frame.rets.size) return malformed("arrays");
+      for (Index a = 0; a < leaf.count; a++, in++) {
+        at(0)[a] = (Index)operand(in).data;
+        if (a != 1 && result(out++).data != operand(in).data) return malformed("a result has memory of its own");
+      }
+      leaves.push_back(leaf);
+      of_leaf.push_back(named.at(((const Index*)kinds->data)[n]));
+    }
+    work(leaves, of_leaf);
+    return nullptr;
+  }
+};
+
+}  // namespace
+
+EXPORT void fusedbun_jax_driver(decltype(start_job) job, decltype(work_at) work, decltype(end_job) end) {
+  start_job = job;
+  work_at = work;
+  end_job = end;
+}
+
+EXPORT void fusedbun_jax_kernel(const char* name, const Kernel* kernel) {
+  const std::lock_guard<std::mutex> lock(guard);
+  kernels()[name] = kernel;
+}
+
+// The handler. XLA also calls it, without a step to do, to ask for the version that it is written for.
+EXPORT XLA_FFI_Error* fusedbun_jax_step(XLA_FFI_CallFrame* frame) {
+  for (auto* e = frame->extension_start; e; e = e->next) {
+    if (e->type != XLA_FFI_Extension_Metadata) continue;
+    XLA_FFI_Metadata& about = *((XLA_FFI_Metadata_Extension*)e)->metadata;
+    about.api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
+    about.api_version.major_version = XLA_FFI_API_MAJOR;
+    about.api_version.minor_version = XLA_FFI_API_MINOR;
+    about.traits = 0;
+    return nullptr;
+  }
+  if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return nullptr;
+  const Call call(*frame);
+  try {
+    return call.run();
+  } catch (const std::exception& e) {
+    return call.error(std::string("fusedbun: ") + e.what(), XLA_FFI_Error_Code_RESOURCE_EXHAUSTED);
+  }
+}

@@ -1,0 +1,234 @@
+"""From a chain to its graph: the rules are called once, with values of a graph instead of arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fusedbun.chain import Chain, step
+from fusedbun.plan.graph import Graph, UnplannableError, Value
+from fusedbun.transform import Slot, Transform
+
+PARAM, GRAD, LR = "param", "grad", "lr"
+
+
+@dataclass(frozen=True)
+class Program:
+    """The graph of one step of a chain, for parameters of some number of axes.
+
+    Args:
+        graph: the graph.
+        slots: the state that is kept, by `<transformation>.<slot>`.
+        outputs: what is written, by name: the parameter and the slots that change.
+        scalars: the numbers made of hyper-parameters that the rest is computed with, in the order of the graph.
+    """
+
+    graph: Graph
+    slots: Mapping[str, Slot]
+    outputs: Mapping[str, Value]
+    scalars: tuple[Value, ...]
+
+    def __str__(self) -> str:
+        """The values that are used, one on each line, and what is written."""
+        needed = set(used(self.outputs.values()))
+        lines = [f"{v!s:44} {v.span.name}" for v in self.graph.values if v in needed]
+        return "\n".join([*lines, *(f"{name} <- %{v.number}" for name, v in self.outputs.items())])
+
+
+def trace(chain: Chain, ndim: int, order: tuple[int, ...] | None = None, maximize: bool = False) -> Program:
+    """Traces one step of a chain.
+
+    A hyper-parameter that is a float other than 0 is an input, so that the program serves any value of it. Everything
+    else is part of the program: that a number is 0, for a rule may then leave a slot out, and what chooses code.
+
+    Args:
+        chain: the chain for one parameter; it holds no rules (`Chain.at`).
+        ndim: the parameter's number of axes; one of none is traced as one of one element.
+        order: its axes from the slowest in memory to the fastest; None: as they are.
+        maximize: climb instead of descend.
+
+    Raises:
+        UnplannableError: no plan expresses the chain; the message says why.
+    """
+    graph = Graph(max(1, ndim), order)
+    slots = chain.slots((0,) * graph.ndim)
+    inputs = {name: graph.input(name, graph.every) for name in (PARAM, GRAD)}
+    inputs |= {key: graph.input(key, slot.axes) for key, slot in slots.items()}
+    given = {name: Symbol(graph, value) for name, value in inputs.items()}
+    param, grad = given.pop(PARAM), given.pop(GRAD)
+    lr = Symbol(graph, graph.hyperparameter(LR))
+    symbolic = Chain(tuple(_with_inputs(graph, t) for t in chain))
+    if maximize:
+        grad = Symbol(graph, graph.apply("neg", grad.value))
+    try:
+        new_param, new_state = step(Symbolic(graph), symbolic, lr, param, grad, given)
+    except (TypeError, AttributeError) as error:
+        raise UnplannableError(f"a rule does to an array what a plan does not know: {error}") from error
+    outputs = {PARAM: new_param.value, **{key: symbol.value for key, symbol in new_state.items()}}
+    outputs = {name: value for name, value in outputs.items() if value is not inputs[name]}
+    for name, value in outputs.items():
+        if value.axes != inputs[name].axes:
+            raise UnplannableError(f"the new {name} does not have the axes that it is declared with")
+    known = used(outputs.values())
+    scalars = {a: None for v in known if v.span for a in v.args if not a.span and a.op != "const"}
+    return Program(graph, slots, outputs, tuple(sorted(scalars, key=lambda v: v.number)))
+
+
+def hyperparameters(chain: Chain, lr: Any) -> dict[str, Any]:
+    """The values of a traced program's hyper-parameters, for this chain."""
+    return {LR: lr, **{name: x for name, x in chain.hyperparameters().items() if is_input(x)}}
+
+
+def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp: Any = math) -> list[Any]:
+    """The numbers that a program is run with.
+
+    Args:
+        scalars: `Program.scalars`.
+        hyperparameters: their values by name.
+        xp: `math` for Python's numbers, or a namespace of array functions where some of them are arrays.
+    """
+    known: dict[Value, Any] = {}
+
+    def value(v: Value) -> Any:
+        if v not in known:
+            if v.op == "const":
+                known[v] = v.detail
+            elif v.op == "input":
+                known[v] = hyperparameters[v.detail]
+            else:
+                known[v] = _HOST[v.op](xp, *map(value, v.args))
+        return known[v]
+
+    return [value(v) for v in scalars]
+
+
+def used(outputs: Any) -> list[Value]:
+    """The values that these are made of, each after its own operands."""
+    found: dict[Value, None] = {}
+
+    def visit(v: Value) -> None:
+        if v not in found:
+            for a in v.args:
+                visit(a)
+            found[v] = None
+
+    for v in outputs:
+        visit(v)
+    return list(found)
+
+
+class Symbol:
+    """What a rule sees in the place of an array: arithmetic on it adds to the graph."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, graph: Graph, value: Value) -> None:
+        self.graph, self.value = graph, value
+        self.ndim = graph.ndim if value.span else 0
+        self.shape = (None,) * self.ndim
+
+    def __bool__(self) -> bool:
+        raise UnplannableError("a rule branches on an array's value")
+
+
+class Symbolic:
+    """The namespace (`fusedbun.transform.Namespace`) whose arrays are symbols."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def mean(self, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
+        over = x.value.axes & _axes(x, axis, keepdims)
+        if not over:
+            return x
+        total = self._graph.reduce("sum", x.value, over)
+        return Symbol(self._graph, self._graph.apply("div", total, self._graph.count(over)))
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnplannableError(f"a rule uses xp.{name}, which a plan does not know")
+
+
+def _apply(op: str, swapped: bool = False) -> Any:
+    def apply(*operands: Any) -> Symbol:
+        graph = next(x.graph for x in operands if isinstance(x, Symbol))
+        values = [x.value if isinstance(x, Symbol) else x for x in operands]
+        return Symbol(graph, graph.apply(op, *(reversed(values) if swapped else values)))
+
+    return apply
+
+
+def _reduce(function: str) -> Any:
+    def reduce(self: Symbolic, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
+        return Symbol(x.graph, x.graph.reduce(function, x.value, _axes(x, axis, keepdims)))
+
+    return reduce
+
+
+def _axes(x: Symbol, axis: Any, keepdims: bool) -> set[int]:
+    if not isinstance(axis, tuple) or not keepdims:
+        raise UnplannableError("a rule reduces without a tuple of axes, or without keepdims=True")
+    return {i % x.graph.ndim for i in axis}
+
+
+for op in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs"):
+    setattr(Symbol, f"__{op}__", _apply(op))
+for op, method in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("div", "truediv")):
+    setattr(Symbol, f"__{method}__", _apply(op))
+    setattr(Symbol, f"__r{method}__", _apply(op, swapped=True))
+for op in ("abs", "sign", "sqrt", "expm1", "log", "minimum", "maximum", "where"):
+    setattr(Symbolic, op, staticmethod(_apply(op)))
+for op in ("sum", "max", "min"):
+    setattr(Symbolic, op, _reduce(op))
+
+
+def _with_inputs(graph: Graph, transform: Transform) -> Transform:
+    named = {f.name: getattr(transform, f.name) for f in fields(transform)}
+    inputs = {
+        name: Symbol(graph, graph.hyperparameter(f"{transform.name}.{name}"))
+        for name, x in named.items()
+        if is_input(x)
+    }
+    return replace(transform, **inputs) if inputs else transform
+
+
+def is_input(value: Any) -> bool:
+    """Whether a hyper-parameter is a number that may change from step to step."""
+    is_array = getattr(value, "shape", None) == () and hasattr(value, "dtype")
+    return is_array or (isinstance(value, float) and value != 0)
+
+
+def _log(xp: Any, x: Any) -> Any:
+    return -math.inf if xp is math and x == 0 else xp.log(x)
+
+
+def _sign(xp: Any, x: Any) -> Any:
+    return xp.sign(x) if hasattr(x, "dtype") else float((x > 0) - (x < 0)) if x == x else x
+
+
+def _where(xp: Any, condition: Any, a: Any, b: Any) -> Any:
+    return xp.where(condition, a, b) if hasattr(condition, "dtype") else a if condition else b
+
+
+_HOST: dict[str, Any] = {
+    "add": lambda xp, a, b: a + b,
+    "sub": lambda xp, a, b: a - b,
+    "mul": lambda xp, a, b: a * b,
+    "div": lambda xp, a, b: a / b,
+    "neg": lambda xp, a: -a,
+    "abs": lambda xp, a: abs(a),
+    "sign": _sign,
+    "eq": lambda xp, a, b: a == b,
+    "ne": lambda xp, a, b: a != b,
+    "lt": lambda xp, a, b: a < b,
+    "le": lambda xp, a, b: a <= b,
+    "gt": lambda xp, a, b: a > b,
+    "ge": lambda xp, a, b: a >= b,
+    "sqrt": lambda xp, a: xp.sqrt(a),
+    "expm1": lambda xp, a: xp.expm1(a),
+    "log": _log,
+    "minimum": lambda xp, a, b: min(a, b) if xp is math else xp.minimum(a, b),
+    "maximum": lambda xp, a, b: max(a, b) if xp is math else xp.maximum(a, b),
+    "where": _where,
+}

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fusedbun.cli import bench, info
 from fusedbun.cli.arguments import Settings, parser
 from fusedbun.cli.errors import CommandError, missing_library
 from fusedbun.cli.listing import listing
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command == "list":
         return _print(listing(options["json"]))
+    if command == "info":
+        return _print(info.info(options["json"]))
+    if command == "bench":
+        return bench.main(options)
     settings = Settings(**options)
     try:
         from fusedbun.cli.train import train

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import fusedbun
+from fusedbun.cli import bench, info
 from fusedbun.cli.optimizers import OPTIMIZERS
+from fusedbun.cli.options import AS_JSON, Commands, Parser, Text, add_command, number, whole
 from fusedbun.hyper import Interval
 from fusedbun.recipes import RECIPES
 
@@ -23,8 +24,10 @@ _EPILOG = """\
 examples:
   fusedbun list      every optimizer: its classes, its state, its defaults, its source
   fusedbun train     train a small network in torch and in Flax, and compare
+  fusedbun bench     measure how long a step takes, beside other packages
+  fusedbun info      what steps an optimizer on this machine, and why
 
-`fusedbun train --help` describes its options.
+`fusedbun COMMAND --help` describes the options of a command.
 """
 
 _LIST_DESCRIPTION = """\
@@ -101,44 +104,22 @@ class Settings:
         return defaults if self.lr is None else {**defaults, self.optimizer: self.lr}
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the command with the message and exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
 def parser() -> Parser:
     """The parser of the whole command."""
-    root = Parser("fusedbun", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Text, allow_abbrev=False)
+    root = Parser("fusedbun", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=Text, allow_abbrev=False)
     root.add_argument("--version", action="version", version=f"fusedbun {fusedbun.__version__}")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_list(commands)
-    summary = "train a small network on real digits, in torch, in Flax, or in both"
-    train = commands.add_parser(
-        "train",
-        help=summary,
-        description=_TRAIN_DESCRIPTION,
-        epilog=_TRAIN_EPILOG.format(optimizers=_optimizers()),
-        formatter_class=_Text,
-        allow_abbrev=False,
-    )
-    _add_train_options(train)
+    _add_train(commands)
+    bench.register(commands)
+    info.register(commands)
     return root
 
 
-def _add_list(commands: argparse._SubParsersAction[Parser]) -> None:
+def _add_list(commands: Commands) -> None:
     summary = "list the optimizers with their classes, state, defaults and sources"
-    parser = commands.add_parser(
-        "list",
-        help=summary,
-        description=_LIST_DESCRIPTION,
-        epilog=_LIST_EPILOG,
-        formatter_class=_Text,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", action="store_true", help="the same as JSON, for a program to read")
+    parser = add_command(commands, "list", summary, _LIST_DESCRIPTION, _LIST_EPILOG)
+    parser.add_argument("--json", action="store_true", help=AS_JSON)
 
 
 def _optimizers() -> str:
@@ -150,7 +131,10 @@ def _optimizers() -> str:
     return "\n".join(lines)
 
 
-def _add_train_options(train: Parser) -> None:
+def _add_train(commands: Commands) -> None:
+    summary = "train a small network on real digits, in torch, in Flax, or in both"
+    epilog = _TRAIN_EPILOG.format(optimizers=_optimizers())
+    train = add_command(commands, "train", summary, _TRAIN_DESCRIPTION, epilog)
     default = "(default: %(default)s)"
     add = train.add_argument
     add("--framework", choices=[*FRAMEWORKS, "both"], default="both", help=f"where to train {default}")
@@ -158,21 +142,14 @@ def _add_train_options(train: Parser) -> None:
     add("--optimizer", **optimizer, default="fusedbun", help=f"the optimizer, one of those below {default}")
     add("--compare", **optimizer, default="adamw", help=f"a second one, at its default --lr {default}")
     add("--no-compare", dest="compare", action="store_const", const=None, help="train with --optimizer only")
-    add("--lr", type=_number(Interval(0, open_low=True)), help="its learning rate at the start (default: see below)")
-    add("--epochs", type=_whole(1), default=20, metavar="N", help=f"passes over the training images {default}")
-    add("--batch-size", type=_whole(1), default=64, metavar="N", help=f"images in a step {default}")
+    add("--lr", type=number(Interval(0, open_low=True)), help="its learning rate at the start (default: see below)")
+    add("--epochs", type=whole(1), default=20, metavar="N", help=f"passes over the training images {default}")
+    add("--batch-size", type=whole(1), default=64, metavar="N", help=f"images in a step {default}")
     seed = f"draws the split, the initial weights and the batches {default}"
-    add("--seed", type=_whole(0), default=0, metavar="N", help=seed)
+    add("--seed", type=whole(0), default=0, metavar="N", help=seed)
     add("--dtype", choices=["float32", "float64"], default="float32", help=f"of weights and arithmetic {default}")
     output = "where results.json and curves.png go; made if need be (default: %(default)s/)"
     add("--output", type=Path, default=Path("fusedbun-train"), metavar="DIR", help=output)
-
-
-class _Text(argparse.RawDescriptionHelpFormatter):
-    """Help as it is written, with room for the longest option."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
 
 
 def _optimizer(name: str) -> str:
@@ -182,29 +159,3 @@ def _optimizer(name: str) -> str:
             f"fusedbun's repository trains a network that has such weights"
         )
     return name
-
-
-def _number(interval: Interval) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if value not in interval:
-            raise argparse.ArgumentTypeError(f"must be a number in {interval}, but it is {text!r}")
-        return value
-
-    return convert
-
-
-def _whole(low: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, but it is {text!r}")
-        return value
-
-    return convert

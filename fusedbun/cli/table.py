@@ -25,13 +25,13 @@ def show(results: Results, *remarks: str) -> None:
     for run in results.runs:
         cells = [
             f"{len(run.losses):,}",
-            _cell(run.score and run.score.accuracy, ".2%"),
-            _cell(run.score and run.score.loss, ".4f"),
-            _cell(run.state_bytes, ",d"),
-            _cell(run.ms_per_step, ".2f"),
+            cell(run.score and run.score.accuracy, ".2%"),
+            cell(run.score and run.score.loss, ".4f"),
+            cell(run.state_bytes, ",d"),
+            cell(run.ms_per_step, ".2f"),
         ]
         if len(settings.frameworks) == 2:
-            cells.append(_cell(results.difference(run.optimizer), ".1e"))
+            cells.append(cell(results.difference(run.optimizer), ".1e"))
         table.add_row(run.optimizer, run.framework, *cells)
     console = Console(highlight=False)
     console.print(table)
@@ -39,5 +39,6 @@ def show(results: Results, *remarks: str) -> None:
         console.print(remark, markup=False, soft_wrap=True)  # a long path stays whole
 
 
-def _cell(value: float | None, form: str) -> str:
+def cell(value: float | None, form: str) -> str:
+    """A number in a table, or a dash where there is none."""
     return "-" if value is None else format(value, form)

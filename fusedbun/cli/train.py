@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from fusedbun.cli import picture, table
 from fusedbun.cli.arguments import Settings
 from fusedbun.cli.errors import CommandError
-from fusedbun.cli.files import write_atomically, write_json
+from fusedbun.cli.files import cannot_write, make_directory, write_atomically, write_json
 from fusedbun.cli.network import Images, batches, cosine, digits, initial_weights
 from fusedbun.cli.optimizers import OPTIMIZERS
 from fusedbun.cli.progress import Display
@@ -29,7 +27,7 @@ def train(settings: Settings) -> Results:
             f"argument --batch-size: must be at most {len(images.labels)}, the number of training images, "
             f"but it is {settings.batch_size}"
         )
-    _make_directory(settings.output)
+    make_directory(settings.output)
     results = Results(settings, parameters=sum(value.size for value in initial_weights(settings.seed).values()))
     try:
         with Display(settings.epochs) as display:
@@ -67,14 +65,6 @@ def _train_one(run: Run, framework: Any, settings: Settings, images: Images, tes
             run.state_bytes = trainer.state_bytes()
 
 
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-
-
 def _save(results: Results) -> None:
     """Writes the files, and prints the table whether or not they can be written."""
     directory = results.settings.output
@@ -84,9 +74,5 @@ def _save(results: Results) -> None:
         write_atomically(curves, picture.draw(results))
     except OSError as error:
         table.show(results)
-        raise _cannot_write(directory, error) from None
+        raise cannot_write(directory, error) from None
     table.show(results, f"numbers: {numbers}", f"curves:  {curves}")
-
-
-def _cannot_write(directory: Path, error: OSError) -> CommandError:
-    return CommandError(f"argument --output: cannot write in {str(directory)!r}: {error.strerror}")

@@ -1,0 +1,1 @@
+"""Speed: the time of a step beside the machine's limit and the other packages. See `fusedbun.bench`."""

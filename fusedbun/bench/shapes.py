@@ -1,0 +1,121 @@
+"""What is stepped: the shapes of real networks, and shapes that are hard for an optimizer. No network is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+ELEMENTS = 6_200_000  # of an odd shape: 25 MB in float32, more than a core's own caches hold
+LARGEST = 100_000_000  # the end of the linear series, which begins at `SMALLEST`
+SMALLEST = 100_000
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tensors that are stepped together.
+
+    Args:
+        name: how options and files call it.
+        title: what it is, for a reader.
+        shapes: the shapes of its tensors.
+    """
+
+    name: str
+    title: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def parameters(self) -> int:
+        """The elements of all tensors."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def gpt2() -> tuple[Shape, ...]:
+    """GPT-2 small: 148 tensors, as its code stores them (inputs first)."""
+    width, layers = 768, 12
+    block: tuple[Shape, ...] = (
+        *((width,), (width,)),
+        *((width, 3 * width), (3 * width,)),
+        *((width, width), (width,)),
+        *((width,), (width,)),
+        *((width, 4 * width), (4 * width,)),
+        *((4 * width, width), (width,)),
+    )
+    return ((50257, width), (1024, width), *(block * layers), (width,), (width,))
+
+
+def resnet50() -> tuple[Shape, ...]:
+    """ResNet-50: 161 tensors, as torchvision stores them (output channels first)."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions: list[Shape] = [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, channels, 1, 1))
+            for convolution in convolutions:  # each with the weight and the bias of its normalisation
+                shapes += [convolution, convolution[:1], convolution[:1]]
+            channels = 4 * width
+    return (*shapes, (1000, channels), (1000,))
+
+
+def small() -> tuple[Shape, ...]:
+    """400 tensors so small that what a call costs is seen."""
+    return ((64, 64), (64,)) * 200
+
+
+def convolutions(elements: int) -> tuple[Shape, ...]:
+    """Ten convolutions of the proportions of 64 x 3 x 7 x 7."""
+    scale = math.sqrt(elements / (10 * 64 * 3 * 7 * 7))
+    return ((max(1, round(64 * scale)), max(1, round(3 * scale)), 7, 7),) * 10
+
+
+def _matrix(rows: int, columns: int) -> tuple[Shape, ...]:
+    return ((max(1, rows), max(1, columns)),)
+
+
+_NETWORKS: dict[str, tuple[str, Callable[[], tuple[Shape, ...]]]] = {
+    "gpt2": ("GPT-2 small", gpt2),
+    "resnet50": ("ResNet-50", resnet50),
+    "small": ("400 small tensors", small),
+}
+_ODD: dict[str, tuple[str, Callable[[int], tuple[Shape, ...]]]] = {
+    "square": ("a square matrix", lambda n: _matrix(math.isqrt(n), math.isqrt(n))),
+    "tall": ("a matrix of 3 columns", lambda n: _matrix(n // 3, 3)),
+    "wide": ("a matrix of 3 rows", lambda n: _matrix(3, n // 3)),
+    "vocabulary": ("a matrix of 50257 columns", lambda n: _matrix(n // 50257, min(n, 50257))),
+    "convolutions": ("ten 7 x 7 convolutions", convolutions),
+}
+_SERIES = "linear"
+NAMES = (*_NETWORKS, *_ODD, _SERIES)
+GROUPS = {"networks": tuple(_NETWORKS), "odd": tuple(_ODD), "all": NAMES}
+
+
+def workloads(names: list[str], elements: int = ELEMENTS, largest: int = LARGEST) -> list[Workload]:
+    """The workloads of some names, each once.
+
+    Args:
+        names: from `NAMES` and `GROUPS`.
+        elements: about as many elements has each of the odd shapes.
+        largest: the last size of the linear series.
+    """
+    wanted = dict.fromkeys(single for name in names for single in GROUPS.get(name, (name,)))
+    found: list[Workload] = []
+    for name in wanted:
+        if name in _NETWORKS:
+            title, shapes = _NETWORKS[name]
+            found.append(Workload(name, title, shapes()))
+        elif name in _ODD:
+            title, odd = _ODD[name]
+            found.append(Workload(name, title, odd(elements)))
+        else:
+            found += _linear(largest)
+    return found
+
+
+def _linear(largest: int) -> list[Workload]:
+    exponents = range(round(math.log10(SMALLEST)), len(str(largest)))
+    return [Workload(f"{_SERIES} 1e{k}", f"{10**k:,} elements", ((10**k // 1000, 1000),)) for k in exponents]

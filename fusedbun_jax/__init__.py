@@ -13,7 +13,7 @@ from fusedbun import transforms
 from fusedbun.chain import chain
 from fusedbun_jax.axes import flax_channel_axis
 from fusedbun_jax.groups import by_name
-from fusedbun_jax.lift import TransformState, from_chain, lift, lifted
+from fusedbun_jax.lift import TransformState, lift, lifted
 from fusedbun_jax.metrics import MetricsState, with_metrics
 from fusedbun_jax.optimizers import (
     decoupled_lionw,
@@ -28,6 +28,7 @@ from fusedbun_jax.optimizers import (
 )
 from fusedbun_jax.rounding import round_to_params
 from fusedbun_jax.schedules import sm3_schedule
+from fusedbun_jax.step import SteppingTransformation, from_chain
 
 centralize = lifted(transforms.Centralize)
 clip_rms = lifted(transforms.ClipRMS)
@@ -45,6 +46,7 @@ vote = lifted(transforms.Vote)
 
 __all__ = [
     "MetricsState",
+    "SteppingTransformation",
     "TransformState",
     "by_name",
     "centralize",

@@ -1,4 +1,4 @@
-"""The optax driver: lifts a transformation, or a whole chain, to an `optax.GradientTransformationExtraArgs`."""
+"""The optax driver: lifts a transformation to an `optax.GradientTransformationExtraArgs`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fusedbun import codes
-from fusedbun.chain import Chain
 from fusedbun.hyper import NonNegative
 from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
 from fusedbun_jax import leaf
-from fusedbun_jax.rounding import round_to_params
 from fusedbun_jax.second_moment import WithSecondMoment
 
 P = ParamSpec("P")
@@ -72,22 +70,8 @@ def lifted(transform: Callable[P, Transform]) -> Callable[P, optax.GradientTrans
     return make
 
 
-def from_chain(chain: Chain, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    """An optimizer from a chain of transformations: `p = p - learning_rate*u`.
-
-    Args:
-        chain: the chain, `fusedbun.chain(...)`.
-        learning_rate: a number in [0, inf), or a schedule.
-    """
-    if callable(learning_rate):
-        scale = optax.chain(lift(_Descend(1.0)), optax.scale_by_schedule(learning_rate))
-    else:
-        scale = lift(_Descend(learning_rate))
-    return optax.chain(*map(lift, chain), scale, round_to_params())
-
-
 @dataclass(frozen=True)
-class _Descend(Transform):
+class Descend(Transform):
     """`u = -learning_rate*u`, in the precision of the chain before it, and without a second moment."""
 
     name: ClassVar[str] = "scale_by_learning_rate"

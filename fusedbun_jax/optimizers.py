@@ -9,12 +9,11 @@ from numbers import Real
 from typing import Any
 
 import jax
-import optax
 
 from fusedbun import derive
 from fusedbun.recipes import RECIPES, Recipe
 from fusedbun_jax import leaf
-from fusedbun_jax.lift import from_chain
+from fusedbun_jax.step import SteppingTransformation, from_chain
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
@@ -31,10 +30,10 @@ parameters' dtype. A momentum that is injected has state at 0 too; name it in st
 """
 
 
-def factory(recipe: Recipe) -> Callable[..., optax.GradientTransformationExtraArgs]:
+def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     """The optax factory of a recipe: its arguments behind a learning rate, spelled out in the signature."""
 
-    def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    def make(*args: Any, **kwargs: Any) -> SteppingTransformation:
         try:
             bound = spelled_out.bind(*args, **kwargs)
         except TypeError as error:

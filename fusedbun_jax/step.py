@@ -1,0 +1,224 @@
+"""Whole chains as optax optimizers, with a step that goes over memory once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fusedbun import codes
+from fusedbun.chain import Chain
+from fusedbun.hyper import plain
+from fusedbun.plan.native import KernelError
+from fusedbun_jax import leaf, primitive
+from fusedbun_jax.lift import Descend, TransformState, lift
+from fusedbun_jax.primitive import Given
+from fusedbun_jax.rounding import round_to_params
+
+Implementation = Literal["kernel", "definition"]
+
+
+class IrregularError(Exception):
+    """The definition must take the step, or say what is wrong; the message says why."""
+
+
+class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+    """An optimizer of optax's, made from a chain, that can also step the parameters itself.
+
+    params, state = tx.step(grads, state, params)
+    """
+
+    def step(
+        self,
+        grads: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params,
+        *,
+        implementation: Implementation | None = None,
+    ) -> tuple[optax.Params, optax.OptState]:
+        """What `update` and `optax.apply_updates` do, with the same state, in one pass over memory on CPUs.
+
+            @partial(jax.jit, donate_argnums=(0, 1))
+            def train(params, state, batch):
+                return tx.step(jax.grad(loss)(params, batch), state, params)
+
+        On one CPU a generated kernel steps all parameters; what is donated to `jit` is changed in place. (JAX gives
+        the first donated buffer of a shape to the first result of that shape, so donate the parameters before the
+        state, as above, where they are also returned so: otherwise they trade places, which takes copies.)
+
+        Everywhere else it is the definition that runs, as XLA compiles it: on GPUs and TPUs, on several devices, under
+        vmap, for derivatives, without a C++ compiler, and for a chain that no plan expresses.
+
+        Args:
+            grads: the gradients.
+            state: the state, of `init`, `update` or `step`.
+            params: the parameters.
+            implementation: "kernel" or "definition"; None: a kernel where there is one.
+
+        Returns:
+            The new parameters and the new state.
+
+        Raises:
+            KernelError: a kernel is asked for where there is none; the message says why.
+        """
+        if implementation not in (None, "kernel", "definition"):
+            raise ValueError(f'implementation must be "kernel", "definition" or None, but it is {implementation!r}')
+        if implementation != "definition":
+            try:
+                found: tuple[optax.Params, optax.OptState] = self.update.__self__.step(
+                    grads, state, params, implementation == "kernel"
+                )
+                return found
+            except IrregularError as error:
+                if implementation == "kernel":
+                    raise KernelError(f"these arrays cannot be stepped by a kernel: {error}") from error
+        updates, state = self.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+
+def from_chain(chain: Chain, learning_rate: optax.ScalarOrSchedule) -> SteppingTransformation:
+    """An optimizer from a chain of transformations: `p = p - learning_rate*u`.
+
+    Args:
+        chain: the chain, `fusedbun.chain(...)`.
+        learning_rate: a number in [0, inf), or a schedule.
+    """
+    driver = _Driver(chain, learning_rate)
+    return SteppingTransformation(driver.init, driver.update)
+
+
+class _Driver:
+    """A chain and its learning rate."""
+
+    def __init__(self, chain: Chain, learning_rate: optax.ScalarOrSchedule) -> None:
+        self._chain, self._learning_rate = chain, learning_rate
+        if callable(learning_rate):
+            scale = optax.chain(lift(Descend(1.0)), optax.scale_by_schedule(learning_rate))
+        else:
+            scale = lift(Descend(learning_rate))
+        self._definition = optax.chain(*map(lift, chain), scale, round_to_params())
+
+    def init(self, params: optax.Params) -> Any:
+        return self._definition.init(params)
+
+    def update(self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any) -> Any:
+        return self._definition.update(updates, state, params, **extra)
+
+    def step(self, grads: Any, state: Any, params: Any, needs_kernels: bool) -> tuple[Any, Any]:
+        """The step as one primitive. What it cannot take is an IrregularError: `update` takes it, or refuses it."""
+        tree: Any
+        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        if tree != jax.tree.structure(params):
+            raise IrregularError("the gradients and the parameters are different trees")
+        parts, scale = self._parts(state)
+        try:
+            slots = (
+                zip(*(tree.flatten_up_to(part.slots) for part in parts), strict=True) if parts else ((),) * len(leaves)
+            )
+            owned = [[*stored] for stored in slots]
+        except (TypeError, ValueError) as error:
+            raise IrregularError("the state and the parameters are different trees") from error
+        numbers = _Numbers()
+        rate, scale = self._rate(scale)
+        rate = numbers.stand_in(rate)
+        found = [
+            _Leaf(self._chain, path, param, grad, stored)
+            for (path, grad), param, stored in zip(leaves, jax.tree.leaves(params), owned, strict=True)
+        ]
+        full = [x for x in found if x.param.size]
+        described = tuple(primitive.Leaf(numbers.without(x.chain), rate, len(x.arrays)) for x in full)
+        step = primitive.Step(described, len(numbers.values), needs_kernels)
+        try:
+            hash(step)
+        except TypeError as error:
+            raise IrregularError(f"a hyper-parameter is no key: {error}") from error
+        after = iter(primitive.run(*numbers.values, *(a for x in full for a in x.arrays), step=step))
+        stepped = [x.after(after) for x in found]
+        new = [TransformState(tree.unflatten([slots[i] for _, slots in stepped])) for i in range(len(parts))]
+        return tree.unflatten([param for param, _ in stepped]), (*new, scale, state[-1])
+
+    def _parts(self, state: Any) -> tuple[tuple[TransformState, ...], Any]:
+        """The states of the chain's transformations, and that of the learning rate."""
+        count = len(self._chain.transforms)
+        is_own = isinstance(state, tuple) and len(state) == count + 2
+        if not is_own or not all(isinstance(part, TransformState) for part in state[:count]):
+            raise IrregularError("the state is another optimizer's")
+        return state[:count], state[count]
+
+    def _rate(self, state: Any) -> tuple[Any, Any]:
+        """The learning rate of this step, and its state after it."""
+        if not callable(self._learning_rate):
+            return plain(self._learning_rate), state
+        descend, counted = state
+        _, after = optax.scale_by_schedule(lambda _: 1.0).update((), counted)
+        return jnp.asarray(self._learning_rate(counted.count)), (descend, after)
+
+
+class _Leaf:
+    """A leaf as the primitive takes it: checked, and its gradient in the parameter's dtype."""
+
+    def __init__(self, chain: Chain, path: leaf.KeyPath, param: Any, grad: Any, stored: list[dict[str, Any]]) -> None:
+        try:
+            self.param, grad = leaf.as_array(path, "parameter", param), leaf.as_array(path, "update", grad)
+            computed = leaf.computed_in(path, "parameter", self.param)
+            leaf.computed_in(path, "update", grad)
+            self.chain = chain.at(leaf.names(path), self.param)
+            declared = [t.slots(self.param.shape) for t in self.chain]
+        except (TypeError, ValueError) as error:
+            raise IrregularError(str(error)) from error
+        if grad.shape != self.param.shape:
+            raise IrregularError(f"a gradient of {leaf.title(path)} has another shape")
+        if grad.dtype != self.param.dtype and self.param.dtype != computed:
+            raise IrregularError(f"the parameter at {leaf.title(path)} has fewer bits than its gradient")
+        self.stored = stored
+        for slots, arrays in zip(declared, stored, strict=True):
+            kept = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
+            if kept != {
+                n: (s.shape(self.param.shape), codes.storage_dtype(s, computed.name)) for n, s in slots.items()
+            }:
+                raise IrregularError(f"the state of {leaf.title(path)} is not as it is declared")
+        self.order = [(i, name) for i, slots in enumerate(declared) for name in slots]
+        self.arrays = [jnp.asarray(self.param), grad.astype(self.param.dtype), *(stored[i][n] for i, n in self.order)]
+
+    def after(self, results: Iterator[Any]) -> tuple[Any, list[dict[str, Any]]]:
+        """The parameter and the slots after the step, taken from its results; an empty leaf has none there."""
+        if not self.param.size:
+            return self.param, self.stored
+        param, slots = next(results), [dict(arrays) for arrays in self.stored]
+        for i, name in self.order:
+            slots[i][name] = next(results)
+        return param, slots
+
+
+class _Numbers:
+    """The hyper-parameters that are arrays, which become operands."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._places: dict[int, int] = {}
+        self._chains: dict[int, tuple[Chain, Chain]] = {}
+
+    def stand_in(self, value: Any) -> Any:
+        """The number, or what stands for it."""
+        if not isinstance(value, jax.Array):
+            return value
+        if id(value) not in self._places:
+            self._places[id(value)] = len(self.values)
+            self.values.append(value)
+        return Given(self._places[id(value)], value.dtype.name)
+
+    def without(self, chain: Chain) -> Chain:
+        """The chain with what stands for its arrays."""
+        if id(chain) not in self._chains:
+            arrays = [{name: x for name, x in vars(t).items() if isinstance(x, jax.Array)} for t in chain]
+            if any(arrays):
+                stand_ins = [{name: self.stand_in(x) for name, x in named.items()} for named in arrays]
+                made = Chain(tuple(replace(t, **named) for t, named in zip(chain, stand_ins, strict=True)))
+            else:
+                made = chain
+            self._chains[id(chain)] = chain, made
+        return self._chains[id(chain)][1]

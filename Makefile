@@ -1,18 +1,21 @@
 # make demo  the main job: a small network on real digits, in torch and in Flax
-# make test  all tests
+# make test  all tests but the longest, which make test-long runs
 # make lint  formatting, lint and types
 # Each makes .venv first, from constraints.txt, where it is not there or is out of date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-long lint format clean
 
 demo: .venv/ready
 	$(BIN)/fusedbun train --framework both
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m 'not long'
+
+test-long: .venv/ready
+	$(BIN)/python -m pytest -n auto -m long
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -23,7 +26,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fusedbun needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version); try make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
@@ -31,4 +34,4 @@ format: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist fusedbun/plan/built *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -106,7 +106,7 @@ def _is_whole(path: Path) -> bool:
     if not header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, the lowest byte first
         return True
     place, size, number = struct.unpack_from("<Q10xHH", header.ljust(64, b"\xff"), 40)
-    return path.stat().st_size >= place + size * number
+    return bool(path.stat().st_size >= place + size * number)
 
 
 def compile_in(folder: Path, source: str, registers: int = 1, prefix: str = "", extra: tuple[str, ...] = ()) -> Path:

@@ -51,14 +51,15 @@ class Chain:
 
     def at(self, path: tuple[str, ...], param: Any) -> Chain:
         """The chain for one parameter; see `Transform.at`."""
-        return Chain(tuple(t.at(path, param) for t in self)) if self._has_rules else self
+        return Chain(tuple(t.at(path, param) for t in self)) if self.has_rules else self
 
     def for_rows(self) -> Chain:
         """The chain that steps the rows a sparse gradient touches; see `Transform.for_rows`."""
         return chain(*(t.for_rows() for t in self))
 
     @cached_property
-    def _has_rules(self) -> bool:
+    def has_rules(self) -> bool:
+        """Whether a hyper-parameter is a rule, so that `at` gives another chain."""
         return any(callable(value) for t in self for value in vars(t).values())
 
     def hyperparameters(self) -> dict[str, Any]:

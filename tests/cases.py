@@ -39,7 +39,7 @@ class Case:
     name: str
     chain: Chain
     lr: float
-    torch: Callable[[Any], torch.optim.Optimizer]
+    torch: Callable[..., torch.optim.Optimizer]  # of parameters and the driver's own arguments
     optax: Callable[[], optax.GradientTransformation]
     ternary: bool = False  # the parameters are -1, 0 and +1
     # Adam divides every element by its own size: where a decay added to the gradient nearly cancels it, what is left is
@@ -58,7 +58,7 @@ def of_recipe(title: str, name: str, lr: float = LR, cancels: bool = False, **hy
         f"{name} {title}".strip(),
         recipe.make(**hyperparameters, **initial),
         lr,
-        lambda params: getattr(fusedbun, recipe.torch_class)(params, **rate, **hyperparameters),
+        lambda params, **own: getattr(fusedbun, recipe.torch_class)(params, **rate, **hyperparameters, **own),
         lambda: getattr(fusedbun_jax, name)(*rate.values(), **hyperparameters),
         ternary=recipe.fixed_lr,
         cancels=cancels,
@@ -68,7 +68,11 @@ def of_recipe(title: str, name: str, lr: float = LR, cancels: bool = False, **hy
 def of_chain(title: str, *transforms: fusedbun.Transform) -> Case:
     chain = fusedbun.chain(*transforms)
     return Case(
-        title, chain, LR, lambda params: ChainOptimizer(params, chain, LR), lambda: fusedbun_jax.from_chain(chain, LR)
+        title,
+        chain,
+        LR,
+        lambda params, **own: ChainOptimizer(params, chain, LR, **own),
+        lambda: fusedbun_jax.from_chain(chain, LR),
     )
 
 

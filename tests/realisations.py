@@ -14,17 +14,24 @@ from cases import Case
 from fusedbun.reference import Tree
 
 
-def torch_eager(case: Case, dtype: str, params: Tree, steps: list[Tree]) -> Iterator[Tree]:
-    leaves = {name: torch.nn.Parameter(torch.tensor(p, dtype=getattr(torch, dtype))) for name, p in params.items()}
-    optimizer = case.torch(leaves.values())
-    yield from _torch(optimizer.step, leaves, steps)
+def torch_definition(case: Case, dtype: str, params: Tree, steps: list[Tree]) -> Iterator[Tree]:
+    leaves = _leaves(dtype, params)
+    yield from _torch(case.torch(leaves.values(), implementation="definition").step, leaves, steps)
+
+
+def torch_kernel(case: Case, dtype: str, params: Tree, steps: list[Tree]) -> Iterator[Tree]:
+    leaves = _leaves(dtype, params)
+    yield from _torch(case.torch(leaves.values(), implementation="kernel").step, leaves, steps)
 
 
 def torch_compiled(case: Case, dtype: str, params: Tree, steps: list[Tree]) -> Iterator[Tree]:
     torch.compiler.reset()
-    leaves = {name: torch.nn.Parameter(torch.tensor(p, dtype=getattr(torch, dtype))) for name, p in params.items()}
-    optimizer = case.torch(leaves.values())
-    yield from _torch(torch.compile(optimizer.step), leaves, steps)
+    leaves = _leaves(dtype, params)
+    yield from _torch(torch.compile(case.torch(leaves.values()).step), leaves, steps)
+
+
+def _leaves(dtype: str, params: Tree) -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(torch.tensor(p, dtype=getattr(torch, dtype))) for name, p in params.items()}
 
 
 def _torch(step, leaves: dict[str, torch.nn.Parameter], steps: list[Tree]) -> Iterator[Tree]:

@@ -1,10 +1,10 @@
-"""The realisations agree: torch eager, torch compiled and jitted optax with the NumPy reference in float64."""
+"""The realisations agree: torch by rules, by kernels and compiled, and jitted optax, with NumPy in float64."""
 
 import numpy as np
 import pytest
 import torch
 from cases import CASES, LR, expected, problem
-from realisations import optax_jitted, torch_compiled, torch_eager
+from realisations import optax_jitted, torch_compiled, torch_definition, torch_kernel
 
 import fusedbun
 from fusedbun.reference import Reference
@@ -12,7 +12,7 @@ from fusedbun.reference import Reference
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}  # relative to the leaf's largest update
 OF_FUSEDBUN = [case for case in CASES if case.name.startswith("fusedbun ")]
 ROUNDED = [case for case in OF_FUSEDBUN if case.name.split()[1] in ("recommended", "clipped", "lagged")]
-REALISATIONS = [torch_eager, optax_jitted, pytest.param(torch_compiled, marks=pytest.mark.slow)]
+REALISATIONS = [torch_definition, torch_kernel, optax_jitted, pytest.param(torch_compiled, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("realise", REALISATIONS)
@@ -55,7 +55,7 @@ def test_low_precision_parameters_are_rounded_once(case, dtype, realise):
 def test_a_chain_of_its_transformations_equals_the_class(case):
     dtype = "float32"
     params, steps = problem(dtype)
-    *_, by_class = torch_eager(case, dtype, params, steps)
+    *_, by_class = torch_kernel(case, dtype, params, steps)
     leaves = {name: torch.nn.Parameter(torch.tensor(p, dtype=torch.float32)) for name, p in params.items()}
     optimizer = fusedbun.ChainOptimizer(leaves.values(), list(case.chain), lr=LR)
     for grads in steps:

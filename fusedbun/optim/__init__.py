@@ -1,5 +1,6 @@
 """fusedbun's optimizers for PyTorch."""
 
+from fusedbun.optim.dispatch import IMPLEMENTATIONS
 from fusedbun.optim.driver import TransformOptimizer
 from fusedbun.optim.groups import param_groups
 from fusedbun.optim.optimizers import (
@@ -17,6 +18,7 @@ from fusedbun.optim.optimizers import (
 )
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "SM3",
     "ChainOptimizer",
     "DecoupledLionW",

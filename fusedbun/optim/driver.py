@@ -1,39 +1,28 @@
-"""The torch driver: runs any recipe as a `torch.optim.Optimizer`, parameter by parameter, with its state in place."""
+"""The torch driver: runs any recipe as a `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun import codes, derive
-from fusedbun.chain import Chain, own
-from fusedbun.hyper import NonNegative, check, plain
+from fusedbun import derive
+from fusedbun.chain import Chain
+from fusedbun.hyper import NonNegative, check
 from fusedbun.metrics import Products, measured
-from fusedbun.optim import loading, metrics, sparse
-from fusedbun.optim import namespace as xp
-from fusedbun.optim.checks import check_gradient, check_parameter, check_state, name_of, path_of, warn_user
-from fusedbun.optim.state import State, compute_dtype, follow
+from fusedbun.optim import dispatch, loading, metrics
+from fusedbun.optim.checks import check_parameter, name_of, path_of, warn_user
+from fusedbun.optim.definition import Leaf, compilable, step_leaves
+from fusedbun.optim.kernels import Batch
+from fusedbun.optim.prepare import look, prepare, ready, with_gradient
 from fusedbun.recipes import Recipe
-from fusedbun.transform import Signal, Transform
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
-
-
-class Leaf(NamedTuple):
-    """A parameter about to be stepped, and what it is stepped with; its state by `<transformation>.<slot>`."""
-
-    chain: Chain
-    lr: float | Tensor
-    maximize: bool
-    param: Tensor
-    grad: Tensor
-    state: State
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -51,6 +40,7 @@ class TransformOptimizer(torch.optim.Optimizer):
             keeps that as `first_lr`.
         hyperparameters: their values for groups that do not give their own.
         maximize: climb instead of descend.
+        implementation: what steps the parameters (`fusedbun.optim.dispatch`); None: the best that there is.
     """
 
     densifies_sparse_gradients = False
@@ -66,14 +56,23 @@ class TransformOptimizer(torch.optim.Optimizer):
         hyperparameters: Mapping[str, Any],
         *,
         maximize: bool = False,
+        implementation: str | None = None,
     ) -> None:
+        dispatch.check_implementation(type(self).__name__, implementation)
         self.recipe = recipe
+        self._implementation = implementation
+        self._batch = Batch([], [])
         self._products: dict[Tensor, Products] = {}
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
         defaults = {"lr": lr, **hyperparameters, "maximize": maximize}
         self.chain(defaults)
         super().__init__(params, defaults)
+
+    @property
+    def implementation(self) -> str | None:
+        """What steps the parameters: one of `IMPLEMENTATIONS`, or None for the best that there is for each."""
+        return self._implementation
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
@@ -90,7 +89,7 @@ class TransformOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if notice := self.recipe.notice(group):
-            self._warn_once(notice)
+            self.warn_once(notice)
 
     def _check_parameter(self, name: str, param: Tensor) -> None:
         """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
@@ -127,12 +126,12 @@ class TransformOptimizer(torch.optim.Optimizer):
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("recipe", "record_metrics", "_hyperparameters", "_warned")
+        kept = ("recipe", "record_metrics", "_implementation", "_hyperparameters", "_warned")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._products = {}
+        self._batch, self._products = Batch([], []), {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -153,9 +152,27 @@ class TransformOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for leaf in self._prepare(torch.compiler.is_compiling()):
-            step_leaf(leaf)
+        if torch.compiler.is_compiling():
+            step_leaves(self._prepare_compiled())
+        else:
+            self._step()
         return loss
+
+    def _step(self) -> None:
+        self._products = dispatch.step_recorded(self) if self.record_metrics else {}
+        if not self.record_metrics:
+            self._batch = dispatch.step(self, self._batch)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare_compiled(self) -> list[Leaf]:
+        """The leaves to be stepped in code that the user compiles; what cannot be has been stepped."""
+        if self.record_metrics:
+            self._step()
+            return []
+        self._products, groups = {}, look(self, [])
+        leaves = [ready(self, p) for p in prepare(self, groups, with_gradient(groups), compiling=True)]
+        step_leaves([leaf for leaf in leaves if not compilable(leaf)])
+        return [leaf for leaf in leaves if compilable(leaf)]
 
     def report_per_parameter_metrics(
         self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
@@ -189,121 +206,31 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def chain(self, group: Mapping[str, Any]) -> Chain:
         """The chain that steps a param group; raises a TypeError or ValueError where a hyper-parameter is not valid."""
-        lr, owner = group["lr"], type(self).__name__
+        self.check_lr(group["lr"])
+        check(type(self).__name__, {"maximize": bool}, {"maximize": group["maximize"]})
+        given = {name: group[name] for name in self._hyperparameters}
+        if self.recipe.wants_initial_lr:
+            given[derive.INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
+        return self.recipe.make(**given)
+
+    def check_lr(self, lr: Any) -> None:
+        """Raises a TypeError or ValueError for a learning rate that is not valid."""
+        owner = type(self).__name__
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"{owner}: a tensor lr must have one element, but it has shape {tuple(lr.shape)}")
         if not isinstance(lr, Tensor) or lr.device.type == "cpu":  # reading it elsewhere would wait for the device
             check(owner, {"lr": NonNegative}, {"lr": lr.item() if isinstance(lr, Tensor) else lr})
         if self.recipe.fixed_lr and (isinstance(lr, Tensor) or lr != self.recipe.lr):
             raise ValueError(f"{owner}: lr is fixed at {self.recipe.lr:g}, but it is {lr!r}; leave out the scheduler")
-        check(owner, {"maximize": bool}, {"maximize": group["maximize"]})
-        given = {name: group[name] for name in self._hyperparameters}
-        if self.recipe.wants_initial_lr:
-            given[derive.INITIAL_LR] = float(group.get(FIRST_LR, lr))
-        return self.recipe.make(**given)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _prepare(self, compiling: bool) -> list[Leaf]:
-        """Checks every group and gradient, then brings the state of the parameters to be stepped up to date.
+    def given(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the chains of a group's parameters are made of, and how they are stepped, beside the learning rate."""
+        first = (group.get(FIRST_LR, group["lr"]),) if self.recipe.wants_initial_lr else ()
+        hyperparameters = (group[name] for name in self._hyperparameters)
+        return (group["maximize"], group.get("param_names"), *first, *hyperparameters)
 
-        A compiled step gets its learning rates as tensors, for a graph specialises on a Python float, and finds 0-d
-        parameters stepped: torch 2.13 drops in-place changes of 0-d float64 tensors in code compiled for the CPU.
-        """
-        self._products = {}
-        found = []
-        without: dict[str, None] = {}
-        for g, group in enumerate(self.param_groups):
-            chain, lr = self.chain(group), learning_rate(group["lr"], compiling)
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    name = name_of(group, g, i)
-                    check_gradient(type(self).__name__, name, param)
-                    here, grad = self._for_layout(chain.at(path_of(group, i), param), name, param.grad)
-                    slots = here.slots(tuple(param.shape))
-                    check_state(here, name, param, self.state.get(param, {}), slots)
-                    found.append((Leaf(here, lr, group["maximize"], param, grad, {}), slots))
-                    if grad.is_sparse:
-                        without |= dict.fromkeys(sparse.left_out(chain))
-        if without:
-            self._warn_once(
-                f"{', '.join(without)} is left out for parameters with sparse gradients, for it would go on in rows "
-                f"that no gradient touches"
-            )
-        leaves = [leaf._replace(state=follow(self.state[leaf.param], leaf.param, slots)) for leaf, slots in found]
-        if self.record_metrics:
-            self._products = {leaf.param: step_recorded(leaf) for leaf in leaves}
-            return []
-        if not compiling:
-            return leaves
-        for leaf in leaves:
-            if not compilable(leaf):
-                step_leaf(leaf)
-        return [leaf for leaf in leaves if compilable(leaf)]
-
-    def _for_layout(self, chain: Chain, name: str, grad: Tensor) -> tuple[Chain, Tensor]:
-        """The chain and the gradient, where that is sparse, as this optimizer takes it."""
-        if not grad.is_sparse:
-            return chain, grad
-        if self.densifies_sparse_gradients:
-            return chain, grad.to_dense()
-        return sparse.rows_chain(chain, name, grad, type(self).__name__), grad
-
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
+        """Warns of something that is the same in every step."""
         if message not in self._warned:
             self._warned.add(message)
             warn_user(f"{type(self).__name__}: {message}")
-
-
-def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
-    """The learning rate as a step takes it: a tensor of one element loses its axes, to broadcast to any shape."""
-    if isinstance(lr, Tensor):
-        return lr.reshape(())
-    number: float = plain(lr)
-    return torch.tensor(number, dtype=torch.float64) if compiling else number
-
-
-def compilable(leaf: Leaf) -> bool:
-    """Whether the leaf may be stepped in compiled code."""
-    return bool(leaf.param.ndim) and not leaf.grad.is_sparse
-
-
-def step_recorded(leaf: Leaf) -> Products:
-    """One step of one parameter, with the inner products of its metrics."""
-    before = leaf.param.clone()
-    step_leaf(leaf)
-    return metrics.record(before, leaf.param, leaf.grad, leaf.state)
-
-
-def step_leaf(leaf: Leaf) -> None:
-    """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written.
-
-    Where the gradient is sparse the rows that it touches are stepped as a parameter of their own.
-    """
-    chain, lr, maximize, param, grad, state = leaf
-    if not param.numel():
-        return
-    if grad.is_sparse:
-        rows, values = sparse.touched(grad)
-        part = Leaf(chain, lr, maximize, param[rows], values, {key: stored[rows] for key, stored in state.items()})
-        step_leaf(part)
-        for whole, new in ((param, part.param), *((state[key], part.state[key]) for key in state)):
-            whole.index_copy_(0, rows, new)
-        return
-    dtype = compute_dtype(param.dtype)
-    p, g = param.to(dtype), grad.to(dtype)
-    signal = Signal(-g if maximize else g)
-    for transform in chain:
-        signal = advance(transform, signal, state, p)
-    p -= lr * signal.update
-    if p is not param:
-        param.copy_(p)
-
-
-def advance(transform: Transform, signal: Signal, state: State, p: Tensor) -> Signal:
-    """Runs one transformation and commits its state in place, so that the new state's memory is free on return."""
-    slots, stored = transform.slots(tuple(p.shape)), own(transform, state)
-    before = {name: codes.decode(xp, slot, stored[name], p.dtype) for name, slot in slots.items()}
-    signal, after = transform.update(xp, signal, before, p)
-    for name, slot in slots.items():
-        stored[name].copy_(codes.encode(xp, slot, after[name], stored[name].dtype))
-    return signal

@@ -12,7 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from fusedbun import derive, recipes
 from fusedbun.chain import Chain
-from fusedbun.optim.driver import Leaf, TransformOptimizer, step_leaf
+from fusedbun.optim.definition import Leaf, step_leaf
+from fusedbun.optim.driver import TransformOptimizer
 from fusedbun.recipes import RECIPES, Recipe
 from fusedbun.transform import Transform
 
@@ -24,12 +25,17 @@ _RATE = """\
 """
 _REMARK = """
 `maximize=True` climbs instead of descending.
+
+`implementation=` chooses how it is computed, with the same result: "kernel" by code generated for it, on the CPU;
+"compiled" by torch.compile; "blocks" by eager torch, block by block; "definition" by its rules as they are written.
+None takes the best there is. Sparse gradients and tensor subclasses are always stepped by the definition.
 """
+_OWN = {"maximize": False, "implementation": None}  # the driver's keyword arguments
 _TORCH_FLAGS = ("foreach", "fused", "capturable", "differentiable")  # torch's choices between its implementations
 
 
 def initializer(recipe: Recipe) -> Callable[..., None]:
-    """The `__init__` of a recipe's class: the recipe's arguments between `params`, `lr` and `maximize`."""
+    """The `__init__` of a recipe's class: the recipe's arguments between `params`, `lr` and the driver's own."""
 
     def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
         for flag in _TORCH_FLAGS:
@@ -45,14 +51,16 @@ def initializer(recipe: Recipe) -> Callable[..., None]:
             raise TypeError(f"{type(self).__name__}() {error}; its arguments are {allowed}") from None
         bound.apply_defaults()
         given = {"lr": recipe.lr, **bound.arguments}
-        own = {name: given.pop(name) for name in ("self", "params", "lr", "maximize")}
-        TransformOptimizer.__init__(self, own["params"], own["lr"], recipe, given, maximize=own["maximize"])
+        del given["self"]
+        params, lr = given.pop("params"), given.pop("lr")
+        own = {name: given.pop(name) for name in _OWN}
+        TransformOptimizer.__init__(self, params, lr, recipe, given, **own)
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
     before = [inspect.Parameter(name, derive.POSITIONAL) for name in ("self", "params")]
     if not recipe.fixed_lr:
         before.append(inspect.Parameter("lr", derive.POSITIONAL, default=default))
-    after = [inspect.Parameter("maximize", derive.KEYWORD, default=False)]
+    after = [inspect.Parameter(name, derive.KEYWORD, default=value) for name, value in _OWN.items()]
     spelled_out = derive.signature(recipe.make, before, after)
     __init__.__signature__ = spelled_out  # type: ignore[attr-defined]
     __init__.__doc__ = derive.documentation(recipe.make, _ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
@@ -157,11 +165,21 @@ class ChainOptimizer(TransformOptimizer):
         transforms: the transformations in their order, or a chain of them.
         lr: the learning rate, in [0, inf); a float or a tensor of one element.
         maximize: climb instead of descend.
+        implementation: how it is computed, with the same result: "kernel" by code generated for the chain, on the CPU;
+            "compiled" by torch.compile; "blocks" by eager torch, block by block; "definition" by the rules as they are
+            written; None: by the best there is. Sparse gradients and tensor subclasses are always stepped by the
+            definition.
     """
 
     def __init__(
-        self, params: ParamsT, transforms: Iterable[Transform], lr: float | Tensor, *, maximize: bool = False
+        self,
+        params: ParamsT,
+        transforms: Iterable[Transform],
+        lr: float | Tensor,
+        *,
+        maximize: bool = False,
+        implementation: str | None = None,
     ) -> None:
         chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
         recipe = Recipe(chain.with_hyperparameters, type(self).__name__)
-        super().__init__(params, lr, recipe, chain.hyperparameters(), maximize=maximize)
+        super().__init__(params, lr, recipe, chain.hyperparameters(), maximize=maximize, implementation=implementation)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from makers import SHAPES, SM3_CHAIN, assert_same, gradient, parameters
+from makers import EVERY_SHAPE, SM3_CHAIN, assert_same, gradient, parameters
 
 from fusedbun import ChainOptimizer, Fusedbun
 
@@ -67,10 +67,10 @@ def follow(optimizer, params, formula, change=lambda g: g):
 @pytest.mark.parametrize("centralize", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fusedbun_is_its_formula(momentum, centralize, use_rms, nesterov, clip, lagged):
-    params = parameters(*SHAPES, dtype=torch.float64)
+    params = parameters(*EVERY_SHAPE, dtype=torch.float64)
     lr, eps, beta, decay = 0.02, 0.2, 0.7, 0.03  # an eps that masks some elements and shows in the root
     options = {"centralize": centralize, "use_rms": use_rms, "nesterov": nesterov, "lagged": lagged}
-    optimizer = Fusedbun(params, lr, eps, beta, decay, momentum, clip_rms=clip, **options)
+    optimizer = Fusedbun(params, lr, eps, beta, decay, momentum, clip_rms=clip, **options, implementation="definition")
     follow(
         optimizer,
         params,
@@ -80,16 +80,20 @@ def test_fusedbun_is_its_formula(momentum, centralize, use_rms, nesterov, clip, 
 
 
 def test_fusedbun_defaults_are_the_specification():
-    params = parameters(*SHAPES, dtype=torch.float64)
+    params = parameters(*EVERY_SHAPE, dtype=torch.float64)
     off = {"centralize": False, "use_rms": False, "nesterov": False, "clip": None, "lagged": False}
-    follow(Fusedbun(params, 0.01), params, lambda *a: fusedbun_step(*a, 0.01, 1e-8, 0.8, 0.01, 0.9, **off))
+    follow(
+        Fusedbun(params, 0.01, implementation="definition"),
+        params,
+        lambda *a: fusedbun_step(*a, 0.01, 1e-8, 0.8, 0.01, 0.9, **off),
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-3, 1e12])
 def test_fusedbun_is_its_formula_at_every_scale_of_gradients(scale):
-    params = parameters(*SHAPES, dtype=torch.float64)
+    params = parameters(*EVERY_SHAPE, dtype=torch.float64)
     on = {"centralize": True, "use_rms": True, "nesterov": True, "clip": None, "lagged": False}
-    optimizer = Fusedbun(params, 0.01, 1e-30, centralize=True, use_rms=True, nesterov=True)
+    optimizer = Fusedbun(params, 0.01, 1e-30, centralize=True, use_rms=True, nesterov=True, implementation="definition")
     follow(
         optimizer,
         params,
@@ -99,8 +103,12 @@ def test_fusedbun_is_its_formula_at_every_scale_of_gradients(scale):
 
 
 def test_sm3_is_its_formula():
-    params = parameters(*SHAPES, dtype=torch.float64)
-    follow(ChainOptimizer(params, SM3_CHAIN, lr=0.05), params, lambda *a: sm3_step(*a, 0.05, 0.9, 1e-30, 0.9))
+    params = parameters(*EVERY_SHAPE, dtype=torch.float64)
+    follow(
+        ChainOptimizer(params, SM3_CHAIN, 0.05, implementation="definition"),
+        params,
+        lambda *a: sm3_step(*a, 0.05, 0.9, 1e-30, 0.9),
+    )
 
 
 @pytest.mark.parametrize("lagged", [False, True])

@@ -294,7 +294,7 @@ FORCE void sweep(Index n, F body) {
 // ---------------------------------------------------------------- what passes are made of
 
 constexpr int ROWS = 4;          // in a block: enough loads under way at once, and few enough to stay in registers
-constexpr int AHEAD = 256;       // elements of a row to ask for ahead: far enough for memory to answer in time
+constexpr int AHEAD = 192;       // elements of a row to ask for ahead: far enough for memory to answer in time
 constexpr int LONG_AHEAD = 512;  // and in a leaf that is one long row
 
 // Asks for memory that is needed soon.

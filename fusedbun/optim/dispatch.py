@@ -1,0 +1,169 @@
+"""Which implementation steps which parameter, and a step of them all.
+
+    kernel       generated code, on the CPU
+    compiled     torch.compile of the definition
+    blocks       the plan of the kernel, run block by block with eager torch
+    definition   the rules as they are written, a whole parameter at a time
+
+All of them do what the definition says, and differ in speed and memory only. The definition serves what is no plain
+array of numbers: sparse gradients, tensor subclasses such as DTensor, and empty parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedbun.metrics import Products
+from fusedbun.optim import in_blocks, kernels, metrics
+from fusedbun.optim.definition import Leaf, compilable, learning_rate, step_leaf, step_leaves
+from fusedbun.optim.kernels import Batch, Described
+from fusedbun.optim.overlap import Written, check_overlap
+from fusedbun.optim.prepare import Group, Prepared, look, prepare, ready, with_gradient
+from fusedbun.plan.graph import UnplannableError
+from fusedbun.plan.native import KernelError
+
+if TYPE_CHECKING:
+    from fusedbun.optim.driver import TransformOptimizer
+
+KERNEL, COMPILED, BLOCKS, DEFINITION = IMPLEMENTATIONS = ("kernel", "compiled", "blocks", "definition")
+# By the type of device, the best first. CUDA has no kernels in use yet.
+BEST = {"cpu": (KERNEL, BLOCKS, DEFINITION), "cuda": (COMPILED, BLOCKS, DEFINITION)}
+ELSEWHERE = (BLOCKS, DEFINITION)
+
+
+class Chosen(NamedTuple):
+    """What steps a parameter: an implementation and what it found for this parameter."""
+
+    prepared: Prepared
+    implementation: str
+    found: Any
+
+
+def check_implementation(owner: str, name: str | None) -> None:
+    """Raises a ValueError for a name that is none of an implementation."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{owner}: implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, or None for the best "
+            f"that there is, but it is {name!r}"
+        )
+
+
+def step(optimizer: TransformOptimizer, batch: Batch) -> Batch:
+    """Steps every parameter that has a gradient; everything is checked before anything is changed.
+
+    Args:
+        optimizer: the optimizer.
+        batch: the leaves that its kernels stepped last.
+
+    Returns:
+        Those that they step now.
+    """
+    groups = look(optimizer, batch.groups)
+    if not batch.holds(groups, optimizer.state):
+        batch = Batch(groups, [])
+    chosen = [choose(optimizer, p, groups) for p in prepare(optimizer, groups, batch.others_with_gradient())]
+    check_memory(optimizer, batch, chosen)
+    leaves = [ready(optimizer, one.prepared) for one in chosen]
+    batch = batch.extended(described(chosen, leaves))
+    batch.step()
+    step_without_kernels(chosen, leaves)
+    return batch
+
+
+def step_recorded(optimizer: TransformOptimizer) -> dict[Tensor, Products]:
+    """The same step, one parameter after the other, with the inner products of their metrics."""
+    groups = look(optimizer, [])
+    chosen = [choose(optimizer, p, groups) for p in prepare(optimizer, groups, with_gradient(groups))]
+    check_memory(optimizer, Batch(groups, []), chosen)
+    leaves = [ready(optimizer, one.prepared) for one in chosen]
+    products = {}
+    for one, leaf in zip(chosen, leaves, strict=True):
+        before = leaf.param.clone()
+        if one.implementation == COMPILED:  # which is for all parameters together
+            step_leaf(leaf)
+        else:
+            Batch(groups, []).extended(described([one], [leaf])).step()
+            step_without_kernels([one], [leaf])
+        products[leaf.param] = metrics.record(before, leaf.param, leaf.grad, leaf.state)
+    return products
+
+
+def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group]) -> Chosen:
+    """What steps a parameter; raises a KernelError where that was asked for by name and does not serve it."""
+    param, asked = prepared.leaf.param, optimizer.implementation
+    if not (kernels.is_dense(param) and kernels.is_dense(param.grad)):
+        return Chosen(prepared, DEFINITION, None)
+    options = (asked,) if asked else BEST.get(param.device.type, ELSEWHERE)
+    for name in options:
+        try:
+            return Chosen(prepared, name, _find(name, optimizer, prepared, groups))
+        except (KernelError, UnplannableError) as error:
+            if asked:
+                owner = type(optimizer).__name__
+                raise KernelError(f"{owner}: implementation={asked!r} cannot step {prepared.name}: {error}") from error
+            if not isinstance(error, kernels.UnsuitedError):
+                optimizer.warn_once(f"its steps take longer than they need to, for {error}")
+    raise AssertionError("the definition serves everything")
+
+
+def _find(name: str, optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group]) -> Any:
+    leaf = prepared.leaf
+    if name == KERNEL:
+        return kernels.find(prepared, groups[prepared.place[0]], optimizer.state.get(leaf.param, {}))
+    if name == COMPILED and leaf.param.is_cuda and find_spec("triton") is None:
+        raise KernelError("torch.compile needs triton, which is not installed")
+    return in_blocks.find(leaf) if name == BLOCKS else None
+
+
+def check_memory(optimizer: TransformOptimizer, batch: Batch, chosen: list[Chosen]) -> None:
+    """Raises a ValueError where new leaves of kernels share memory with others, or with themselves."""
+    arrays = []
+    for one in chosen:
+        if one.implementation == KERNEL:
+            name, param, grad = one.prepared.name, one.prepared.leaf.param, one.prepared.leaf.grad
+            arrays += [Written(name, param), Written(f"the gradient of {name}", grad, is_written=False)]
+            state = optimizer.state.get(param, {})
+            arrays += [
+                Written(f"the state {key!r} of {name}", state[key]) for key in one.prepared.slots if key in state
+            ]
+    if arrays:
+        check_overlap([*arrays, *batch.written()])
+
+
+def described(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> list[Described]:
+    """Those of the leaves that kernels step."""
+    return [
+        Described(
+            one.prepared.place, one.prepared.name, one.found, leaf.chain, leaf.param, leaf.state, leaf.grad.stride()
+        )
+        for one, leaf in zip(chosen, leaves, strict=True)
+        if one.implementation == KERNEL
+    ]
+
+
+def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> None:
+    """Steps the leaves that other implementations serve."""
+    rates: dict[int, Any] = {}
+    to_compile = []
+    for (_, implementation, found), leaf in zip(chosen, leaves, strict=True):
+        if implementation == BLOCKS:
+            in_blocks.step_leaf(leaf, found)
+        elif implementation == COMPILED and compilable(leaf):
+            lr = rates.setdefault(id(leaf.lr), learning_rate(leaf.lr, compiling=True))
+            to_compile.append(leaf._replace(lr=lr))
+        elif implementation != KERNEL:
+            step_leaf(leaf)
+    if to_compile:
+        compiled()(to_compile)
+
+
+@cache
+def compiled() -> Callable[[list[Leaf]], None]:
+    """`step_leaves`, compiled by torch when it is first called."""
+    return torch.compile(step_leaves)

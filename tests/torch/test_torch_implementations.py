@@ -1,0 +1,661 @@
+"""The implementations of a step: all do what the definition does, whatever tensors they meet and whatever changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, SHAPES, problem
+from makers import MAKERS, SM3_CHAIN, assert_same, assert_same_run, copies, parameters, run, set_gradients, unchanged
+from torch._dynamo.utils import counters
+
+from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, MupAdamW, ScaledOptum, Signal, Slot, Transform
+from fusedbun.optim import IMPLEMENTATIONS, dispatch, openmp
+from fusedbun.optim.overlap import Written, check_overlap
+from fusedbun.plan import build, native
+from fusedbun.plan.graph import Span
+from fusedbun.plan.native import KernelError
+from fusedbun.plan.trace import trace, used
+
+FAST = ("kernel", "blocks")
+TOLERANCE = 2e-6  # of the largest number, as for the reference in test_equivalence.py
+each_fast = pytest.mark.parametrize("implementation", FAST)
+# Several passes over memory; sums over all of a parameter; elementwise steps, without state and with a counter
+STEPPED = ("fusedbun-recommended", "fusedbun-clipped-lagged", "sm3-momentum", "scaled-optum", "mup-adamw")
+each_make = pytest.mark.parametrize("make", [MAKERS[name] for name in STEPPED], ids=STEPPED)
+
+
+def is_exact(chain, ndim):
+    """Whether every operation of a step is rounded alike everywhere: no sums, and no functions.
+
+    Not even a root: torch's is MKL's on some machines, and off by the last bit.
+    """
+    values = used(trace(chain, ndim).outputs.values())
+    return not any(v.span > Span.HOST and (v.detail == "sum" or v.op in ("sqrt", "expm1", "log")) for v in values)
+
+
+def assert_near(found, wanted):
+    """Equal up to float32's rounding, relative to the largest number of each tensor."""
+    for x, y in zip(found, wanted, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        torch.testing.assert_close(x, y, rtol=0, atol=TOLERANCE * float(y.abs().max()) if y.numel() else 0)
+
+
+def everything(optimizer):
+    """The parameters and the state."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [x for p in params for x in (p.detach(), *optimizer.state[p].values())]
+
+
+def assert_near_run(optimizer, other):
+    assert [list(s) for s in optimizer.state.values()] == [list(s) for s in other.state.values()]
+    assert_near(everything(optimizer), everything(other))
+
+
+def twins(make, params, implementation="kernel", **options):
+    """Two optimizers over equal parameters: by an implementation, and by the definition."""
+    return [
+        make(p, lr=0.1, implementation=i, **options)
+        for p, i in ((params, implementation), (copies(params), "definition"))
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_the_definition(case):
+    """To the last bit where every operation is rounded alike."""
+    dtype = "float64" if case.cancels else "float32"
+    start, steps = problem(dtype, case.ternary)
+    leaves = {}
+    optimizers = {}
+    for name in ("definition", *FAST):
+        leaves[name] = {k: torch.nn.Parameter(torch.tensor(x, dtype=getattr(torch, dtype))) for k, x in start.items()}
+        optimizers[name] = case.torch(leaves[name].values(), implementation=name)
+        for grads in steps[:3]:
+            for k, p in leaves[name].items():
+                p.grad = torch.tensor(grads[k], dtype=p.dtype)
+            optimizers[name].step()
+    for name in FAST:
+        for k, p in leaves[name].items():
+            q = leaves["definition"][k]
+            found, wanted = ([x.detach(), *optimizers[i].state[x].values()] for i, x in ((name, p), ("definition", q)))
+            if is_exact(case.chain.at((), p), p.ndim):
+                assert_same(found, wanted)
+            else:
+                assert_near(found, wanted)
+
+
+# The argument
+
+
+@pytest.mark.parametrize("value", ["fast", "Kernel", "", 1, True])
+def test_another_name_is_refused(value):
+    with pytest.raises(ValueError, match=rf"Fusedbun: implementation must be one of 'kernel', .*, but it is {value!r}"):
+        Fusedbun(parameters((2,)), 0.1, implementation=value)
+    with pytest.raises(ValueError, match="ChainOptimizer: implementation must"):
+        ChainOptimizer(parameters((2,)), SM3_CHAIN, 0.1, implementation=value)
+
+
+@pytest.mark.parametrize("name", [None, *IMPLEMENTATIONS])
+def test_is_the_optimizers_own_and_is_not_saved_with_its_state(name):
+    optimizer = Fusedbun(parameters((2,)), 0.1, implementation=name)
+    assert optimizer.implementation == name
+    assert "implementation" not in {**optimizer.defaults, **optimizer.param_groups[0]}
+    assert [clone.implementation for clone in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)))] == [
+        name
+    ] * 2
+    other = Fusedbun(parameters((2,)), 0.1, implementation="definition")
+    other.load_state_dict(optimizer.state_dict())
+    assert other.implementation == "definition"
+
+
+# Tensors
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "strided": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+GRADIENTS = {
+    **LAYOUTS,
+    "expanded": lambda x: x[:1, :1].expand(x.shape),
+    "repeated": lambda x: x[..., :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("of_gradient", GRADIENTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_make
+def test_layouts(make, layout, of_gradient):
+    """Of a parameter and of its gradients, the one whatever the other is."""
+    (plain,) = parameters((3, 4, 5, 2))
+    param = LAYOUTS[layout](plain).detach().requires_grad_()
+    optimizer, wanted = (
+        make([param], lr=0.1, implementation="kernel"),
+        make([plain], lr=0.1, implementation="definition"),
+    )
+    for step in range(2):
+        set_gradients([plain], step)
+        plain.grad = GRADIENTS[of_gradient](plain.grad)
+        param.grad = plain.grad
+        optimizer.step()
+        wanted.step()
+    assert_near_run(optimizer, wanted)
+
+
+@each_fast
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@each_make
+def test_dtypes(make, dtype, implementation):
+    """Almost every number of a smaller dtype is the same; the rest are its neighbours."""
+    optimizer, wanted = twins(make, parameters(*SHAPES.values(), dtype=dtype), implementation)
+    for step in range(3):
+        for o in (optimizer, wanted):
+            run(o, range(step, step + 1))
+        pairs = [x.param_groups[0]["params"] for x in (optimizer, wanted)]
+        for p, q in zip(*pairs, strict=True):
+            torch.testing.assert_close(
+                p, q, rtol=max(1e-12, torch.finfo(dtype).eps), atol=1e-6 if dtype != torch.float64 else 1e-12
+            )
+            p.data.copy_(q.detach())
+
+
+def sparse_rows(param):
+    param.grad = torch.sparse_coo_tensor([[1, 3]], torch.ones(2, *param.shape[1:]), param.shape, check_invariants=True)
+
+
+def of_another_dtype(param):
+    param.grad.data = param.grad.data.double()
+
+
+def negated(param):
+    param.grad = torch._neg_view(-param.grad)
+    assert param.grad.is_neg()
+
+
+class Halved(torch.Tensor):
+    """A tensor that says what it is made of in its own way."""
+
+    def to(self, *args, **kwargs):
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+def of_a_subclass(param):
+    param.grad = param.grad.as_subclass(Halved)
+
+
+UNUSUAL = {"sparse": sparse_rows, "another dtype": of_another_dtype, "negated": negated, "subclass": of_a_subclass}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_kernels_do_not_serve_is_stepped_beside_what_they_do_without_a_word(kind):
+    optimizers = [
+        ChainOptimizer(parameters((4, 3), (5, 2), (0,)), SM3_CHAIN[:2], 0.1, implementation=i)
+        for i in (None, "definition")
+    ]
+    for step in range(3):
+        for optimizer in optimizers:
+            params = optimizer.param_groups[0]["params"]
+            set_gradients(params, step)
+            if step or kind == "sparse":  # all gradients are, or none
+                UNUSUAL[kind](params[0])
+            optimizer.step()
+    assert_near_run(*optimizers)
+    for state in optimizers[1].state.values():
+        assert state
+
+
+def test_a_parameter_cut_short_in_its_place_is_seen():
+    params = parameters((4, 3), (5,))
+    optimizer = ScaledOptum(params)
+    run(optimizer, 2)
+    params[0].data = params[0].data[:3]
+    with unchanged(optimizer), pytest.raises(ValueError, match=r"the gradient of parameter 0 .* has shape \(4, 3\)"):
+        optimizer.step()
+
+
+def filled(value, number):
+    if isinstance(value, list):
+        value[:] = [number, number]
+    else:
+        value[...] = number
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (Fusedbun, "momentum_beta", torch.tensor(0.25)),
+        (Fusedbun, "momentum_beta", np.array(0.25)),
+        (DecoupledLionW, "betas", [0.25, 0.25]),
+    ],
+    ids=["tensor", "array", "list"],
+)
+def test_hyper_parameters_that_are_changed_in_place(make, name, value):
+    optimizer, wanted = twins(make, parameters((4, 3)), None, **{name: value})
+    for number in (0.25, 0.75, 0.5):
+        filled(value, number)
+        wanted.param_groups[0][name] = (number, number) if name == "betas" else number
+        run(optimizer, 2)
+        run(wanted, 2)
+        assert_near_run(optimizer, wanted)
+
+
+def test_kernels_take_no_tensors_but_for_a_learning_rate():
+    optimizer = Fusedbun(parameters((4, 3)), torch.tensor(0.1), eps=torch.tensor(0.1), implementation="kernel")
+    with pytest.raises(KernelError, match="one of its hyper-parameters is a tensor"):
+        run(optimizer, 1)
+
+
+# Memory that is shared
+
+
+def test_interleaved_views_of_one_tensor_are_parameters_of_their_own():
+    whole = parameters((8, 6))[0].detach()
+    views = [whole[::2, :3], whole[1::2, :3], whole[:, 3:].T]
+    optimizer, wanted = twins(Fusedbun, [v.requires_grad_() for v in views], use_rms=True)
+    run(optimizer, 3)
+    run(wanted, 3)
+    assert_near_run(optimizer, wanted)
+
+
+def expanded(whole):
+    return [whole[:1].expand(4, 6)], "parameter 0 of group 0 has several elements in one place"
+
+
+def overlapping(whole):
+    return [whole[:5], whole[4:]], "parameter 0 of group 0 and parameter 1 of group 0 share memory"
+
+
+@pytest.mark.parametrize("make", [expanded, overlapping])
+def test_parameters_that_overlap_are_refused(make):
+    views, message = make(parameters((8, 6))[0].detach())
+    optimizer = SM3([v.requires_grad_() for v in views])
+    set_gradients(views, 0)
+    with unchanged(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+def test_a_gradient_or_a_state_in_a_parameters_memory_is_refused():
+    p, q = parameters((4, 3), (4, 3))
+    optimizer = DecoupledLionW([p, q])
+    set_gradients([p, q], 0)
+    q.grad = p.detach()
+    with unchanged(optimizer), pytest.raises(ValueError, match="the gradient of parameter 1 of group 0 share memory"):
+        optimizer.step()
+    run(optimizer, 1)
+    optimizer.state[q]["scale_by_lion.moment"] = optimizer.state[p]["scale_by_lion.moment"]
+    with unchanged(optimizer), pytest.raises(ValueError, match=r"the state 'scale_by_lion.moment' of .* share memory"):
+        optimizer.step()
+
+
+def test_overlap_is_found_exactly():
+    """Against counting, for random strides."""
+    rng = np.random.default_rng(0)
+    memory = torch.zeros(60)
+    found = {True: 0, False: 0}
+    for _ in range(400):
+        places, views = [], []
+        for _ in range(2):
+            shape, strides = rng.integers(1, 4, 3).tolist(), rng.integers(0, 6, 3).tolist()
+            views.append(torch.as_strided(memory, shape, strides, int(rng.integers(0, 12))))
+            places.append(
+                (torch.as_strided(torch.arange(60), shape, strides, views[-1].storage_offset())).flatten().tolist()
+            )
+        overlaps = any(len(set(p)) < len(p) for p in places) or bool(set(places[0]) & set(places[1]))
+        found[overlaps] += 1
+        try:
+            check_overlap([Written("a", views[0]), Written("b", views[1])])
+        except ValueError:
+            assert overlaps, views
+        else:
+            assert not overlaps, views
+    assert min(found.values()) > 20
+    check_overlap([Written("a", memory, is_written=False), Written("b", memory, is_written=False)])
+
+
+# What changes between steps
+
+
+def some_without_gradient(optimizer, params):
+    params[1].grad = params[3].grad = None
+
+
+def none_with_gradient(optimizer, params):
+    optimizer.zero_grad()
+
+
+def state_deleted(optimizer, params):
+    del optimizer.state[params[2]]
+
+
+def all_state_deleted(optimizer, params):
+    optimizer.state.clear()
+
+
+def state_replaced(optimizer, params):
+    optimizer.state[params[2]] = {key: 2 * value for key, value in optimizer.state[params[2]].items()}
+
+
+def state_moved(optimizer, params):
+    for value in optimizer.state[params[2]].values():
+        value.data = value.data.clone()
+
+
+def state_transposed_in_place(optimizer, params):
+    """Another tensor at the same address."""
+    for key, value in optimizer.state[params[4]].items():
+        if value.shape == params[4].shape:
+            optimizer.state[params[4]][key] = value.T
+
+
+def state_loaded(optimizer, params):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def data_reassigned(optimizer, params):
+    params[2].data = 2 * params[2].data
+
+
+def data_transposed_in_place(optimizer, params):
+    """At the same address with other strides, as its state and gradient."""
+    square = params[4]
+    square.data = square.data.T
+
+
+def strides_changed(optimizer, params):
+    params[3].data = params[3].data.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def gradient_of_other_strides(optimizer, params):
+    params[3].grad = params[3].grad.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def rate_changed(optimizer, params):
+    optimizer.param_groups[0]["lr"] = 0.03
+
+
+def rate_a_tensor(optimizer, params):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.03, dtype=torch.float64)
+
+
+def rate_filled(optimizer, params):
+    rate_a_tensor(optimizer, params)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+
+
+def numbers_changed(optimizer, params):
+    group = optimizer.param_groups[0]
+    for name in ("betas", "momentum_beta", "beta_decay", "momentum.beta", "momentum"):
+        if name in group:
+            group[name] = (0.5, 0.75) if name == "betas" else 0.5
+
+
+def momentum_switched_off(optimizer, params):
+    for name in {"momentum_beta", "momentum.beta", "momentum"} & optimizer.param_groups[0].keys():
+        optimizer.param_groups[0][name] = 0.0
+
+
+def climbing(optimizer, params):
+    optimizer.param_groups[0]["maximize"] = True
+
+
+def group_added(optimizer, params):
+    params += parameters((3, 2))
+    set_gradients(params[-1:], 9)
+    optimizer.add_param_group({"params": params[-1:], "lr": 0.3})
+
+
+def parameter_removed(optimizer, params):
+    del optimizer.state[optimizer.param_groups[0]["params"].pop(1)]
+
+
+CHANGES = [
+    some_without_gradient,
+    none_with_gradient,
+    state_deleted,
+    all_state_deleted,
+    state_replaced,
+    state_moved,
+    state_transposed_in_place,
+    state_loaded,
+    data_reassigned,
+    data_transposed_in_place,
+    strides_changed,
+    gradient_of_other_strides,
+    rate_changed,
+    rate_a_tensor,
+    rate_filled,
+    numbers_changed,
+    momentum_switched_off,
+    climbing,
+    group_added,
+    parameter_removed,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@each_make
+def test_a_change_between_steps_is_seen(make, change):
+    """At once, and when it is taken back by the next gradients."""
+    optimizers = twins(make, parameters((), (5,), (4, 3), (2, 3, 4), (3, 3)))
+    for optimizer in optimizers:
+        params = list(optimizer.param_groups[0]["params"])
+        run(optimizer, 2)
+        set_gradients(params, 2)
+        change(optimizer, params)
+        optimizer.step()
+        run(optimizer, range(3, 5))
+    assert_near_run(*optimizers)
+
+
+def test_parameters_get_their_first_gradients_one_by_one():
+    optimizers = twins(MAKERS["sm3-momentum"], parameters((4, 3), (5,), (2, 2)))
+    for optimizer in optimizers:
+        params = optimizer.param_groups[0]["params"]
+        for step in range(4):
+            set_gradients(params[: step + 1], step)
+            optimizer.step()
+    assert_near_run(*optimizers)
+
+
+def test_each_parameter_may_have_numbers_of_its_own_with_one_kernel():
+    """Rules that say something else of each parameter; hyper-parameters that move with every step."""
+    types = {f"p{i}": ("weight", i + 1) for i in range(6)}
+    values = parameters(*[(4, 3)] * 6)
+    optimizers = []
+    for implementation in ("kernel", "definition"):
+        named = list(zip(types, copies(values), strict=True))
+        optimizers.append(MupAdamW(named, lr=0.1, mup=types, weight_decay=0.1, implementation=implementation))
+        run(optimizers[-1], 1)
+    known = len(native._KERNELS)
+    for step in range(1, 4):
+        for optimizer in optimizers:
+            optimizer.param_groups[0].update(lr=0.1 / step, betas=(0.9 - 0.1 * step, 0.99))
+            run(optimizer, range(step, step + 1))
+    assert_near_run(*optimizers)
+    assert len(native._KERNELS) == known
+
+
+def test_a_steady_step_asks_no_rule_and_calls_the_driver_once(monkeypatch):
+    asked, calls = [], []
+
+    def rule(path, param):
+        asked.append(path)
+        return "weight"
+
+    params = parameters((4, 3), (5,), (2, 2))
+    optimizer = MupAdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}], lr=0.1, mup=rule)
+    step = native.Leaves.step
+    monkeypatch.setattr(native.Leaves, "step", lambda self, *args: (calls.append(args), step(self, *args)))
+    run(optimizer, 1)
+    asked.clear()
+    for rate in (0.1, 0.2, 0.3):
+        optimizer.param_groups[0]["lr"] = rate
+        run(optimizer, 1)
+    assert asked == []
+    assert len(calls) == 4
+
+
+def test_gradients_are_let_go_after_the_step():
+    (p,) = parameters((4, 3))
+    optimizer = Fusedbun([p], 0.1)
+    run(optimizer, 2)
+    gone = weakref.ref(p.grad)
+    optimizer.zero_grad()
+    assert gone() is None
+
+
+def test_an_optimizer_is_let_go():
+    optimizer = Fusedbun(parameters((4, 3)), 0.1)
+    run(optimizer, 2)
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# Threads, and autograd
+
+
+@pytest.mark.parametrize("name", ["fusedbun-recommended", "fusedbun-clipped-lagged", "sm3-momentum", "mup-adamw"])
+def test_any_number_of_threads_gives_the_same_bits(name):
+    optimizers = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            optimizers.append(
+                MAKERS[name](parameters((700, 300), (3, 70_000), (5,), (100_000,)), lr=0.1, implementation="kernel")
+            )
+            run(optimizers[-1], 2)
+    finally:
+        torch.set_num_threads(1)
+    for other in optimizers[1:]:
+        assert_same_run(optimizers[0], other)
+
+
+def test_threads_are_torchs_own_where_it_has_openmp():
+    assert bool(openmp.parallel()) == ("libgomp" in openmp.MAPS.read_text())
+
+
+@each_fast
+def test_backward_through_what_has_been_stepped_is_refused(implementation):
+    params = parameters((4, 3), (5,))
+    optimizer = Fusedbun(params, 0.1, implementation=implementation)
+    run(optimizer, 2)
+    loss = params[0].square().sum()
+    versions = [x._version for x in everything(optimizer)]
+    params[1].grad = None
+    optimizer.step()
+    changed = [x._version > version for x, version in zip(everything(optimizer), versions, strict=True)]
+    count = 1 + len(optimizer.state[params[0]])
+    assert changed == [True] * count + [False] * (len(changed) - count)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Where there is no kernel
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    """A machine without a compiler, for which nothing has been compiled."""
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    monkeypatch.setattr(build, "_in_bundle", lambda *args: None)
+    monkeypatch.setattr(build, "BUILT", tmp_path)
+    monkeypatch.setenv("FUSEDBUN_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_KERNELS", {})
+
+
+@pytest.mark.usefixtures("no_compiler")
+@each_make
+def test_without_a_compiler_it_says_so_once_and_gives_the_same_numbers(make):
+    optimizer, wanted = twins(make, parameters((), (5,), (4, 3), (2, 3, 4)), None)
+    with pytest.warns(UserWarning, match="longer than they need to, for there is no C.. compiler: install") as warned:
+        run(optimizer, 2)
+    assert len(warned) == 1
+    assert warned[0].filename.endswith("makers.py")  # the line that called step
+    run(wanted, 2)
+    assert_near_run(optimizer, wanted)
+    run(copy.deepcopy(optimizer), 1)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_kernel_that_was_asked_for_and_cannot_be_is_an_error():
+    optimizer = Fusedbun(parameters((5,)), 0.1, implementation="kernel")
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    message = "Fusedbun: implementation='kernel' cannot step parameter 0 of group 0: there is no C.. compiler"
+    with unchanged(optimizer), pytest.raises(KernelError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@dataclass(frozen=True)
+class Sorted(Transform):
+    """A rule that no plan knows."""
+
+    name: ClassVar[str] = "sorted"
+    table: Any = None
+
+    def slots(self, shape):
+        return {"last": Slot.full(len(shape))}
+
+    def update(self, xp, signal, state, param):
+        return Signal(signal.update.flip(0) + state["last"]), {"last": signal.update}
+
+
+@pytest.mark.parametrize("table", [None, [1.0]], ids=["unplannable", "unhashable"])
+def test_a_chain_that_cannot_be_planned(table):
+    optimizer = ChainOptimizer(parameters((4, 3)), [Sorted(table)], 0.1)
+    with pytest.warns(UserWarning, match="longer than they need to, for") as warned:
+        run(optimizer, 3)
+    assert len(warned) == 1
+    wanted = ChainOptimizer(parameters((4, 3)), [Sorted(table)], 0.1, implementation="definition")
+    run(wanted, 3)
+    assert_same_run(optimizer, wanted)
+    for implementation in FAST:
+        optimizer = ChainOptimizer(parameters((4, 3)), [Sorted(table)], 0.1, implementation=implementation)
+        with pytest.raises(KernelError, match=f"implementation='{implementation}' cannot step parameter 0 of group 0"):
+            run(optimizer, 1)
+
+
+def test_a_leaf_that_kernels_do_not_serve_is_an_error_where_they_were_asked_for():
+    optimizer = Fusedbun(parameters((4, 3)), 0.1, implementation="kernel")
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    of_another_dtype(optimizer.param_groups[0]["params"][0])
+    with pytest.raises(KernelError, match=r"its gradient is torch\.float64, but it is torch\.float32"):
+        optimizer.step()
+
+
+def test_the_best_of_each_device():
+    assert dispatch.BEST == {"cpu": ("kernel", "blocks", "definition"), "cuda": ("compiled", "blocks", "definition")}
+    assert dispatch.ELSEWHERE == ("blocks", "definition")
+
+
+@pytest.mark.slow
+@each_make
+def test_compiled(make):
+    """By torch, when that was asked for: one graph, however the learning rate moves."""
+    torch.compiler.reset()
+    counters.clear()
+    optimizer, wanted = twins(make, parameters((), (5,), (4, 3), dtype=torch.float64), "compiled")
+    for step, rate in enumerate((0.1, 0.2, 0.05)):
+        for o in (optimizer, wanted):
+            o.param_groups[0]["lr"] = rate
+            run(o, range(step, step + 1))
+    for x, y in zip(everything(optimizer), everything(wanted), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()

@@ -113,15 +113,12 @@ class PackedRows(Way):
     def function(self, t: int) -> list[str]:
         return [line.replace("pass{t}", f"pass{t}") for line in super().function(t)]
 
+    def pointers(self, arrays: list[str]) -> Iterator[str]:
+        for name in arrays:
+            yield f"auto* const p{self.arrays.number(name)} = {self.arrays.pointer(name)} + i * n;"
+
     def loop(self, arrays: list[str], body: list[str]) -> list[str]:
-        pointers = [
-            f"auto* const p{self.arrays.number(name)} = {self.arrays.pointer(name)} + i * n;" for name in arrays
-        ]
-        return [
-            "{",
-            *indented([*pointers, "for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {", *indented(body), "}"]),
-            "}",
-        ]
+        return ["for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {", *indented(body), "}"]
 
     def load_block(self, pointer: str) -> str:
         return f"lanes.template load<T>({pointer} + i)"

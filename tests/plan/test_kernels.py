@@ -43,7 +43,7 @@ SHAPES = {
 }
 EMPTY = ((0,), (0, 5), (3, 0), (2, 0, 4))
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}
-EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # of the parameter, where it is rounded
+DIGITS = {"bfloat16": 8, "float16": 11}  # binary, of the parameter, where it is rounded
 NAMED = {case.name: case for case in CASES}
 RECOMMENDED, CLIPPED = NAMED["fusedbun recommended"].chain, NAMED["fusedbun clipped"].chain
 SM3, LION = NAMED["sm3 momentum"].chain, NAMED["decoupled_lionw"].chain
@@ -65,9 +65,19 @@ def check(transforms, got, want):
     if not adds_up(transforms, len(shape)):
         assert_same(got, want)
         return
-    if dtype in EPS:
-        assert_near({"param": got.pop("param")}, {"param": want.pop("param")}, EPS[dtype])
+    if dtype in DIGITS:
+        assert_rounded_alike(got.pop("param"), want.pop("param"), DIGITS[dtype])
     assert_near(got, want, TOLERANCE[dtype])
+
+
+def assert_rounded_alike(got, want, digits):
+    """Numbers that differ by float32's noise are rounded to the same one, or to neighbours where the middle lies
+    between them, which is rare."""
+    assert got.shape == want.shape
+    apart = np.abs(got - want)
+    noise = TOLERANCE["float32"] * np.abs(want).max(initial=0)
+    assert (apart <= np.ldexp(1.0, np.frexp(want)[1] - digits) + noise).all()
+    assert np.count_nonzero(apart > noise) <= max(2, 0.01 * apart.size)
 
 
 def defined(transforms, arrays, **options):
@@ -210,7 +220,7 @@ def test_every_kind_of_number_flows_as_in_the_definition(name, dtype):
         transforms = case.chain.at((), np.empty(shape))
         if adds_up(transforms, len(shape)):
             arrays = leaf(transforms, shape, dtype) | {"grad": gradient(shape, dtype)}
-            for scale in (1e-15, 1e15, 0.0):
+            for scale in (2.0**-50, 2.0**50, 0.0):  # powers of 2 keep the sums exact
                 scaled = {**arrays, "grad": arrays["grad"] * np.asarray(scale, dtype)}
                 check(transforms, by_kernel(transforms, scaled), defined(transforms, scaled))
             for where, value in ((0, np.nan), (17, np.inf), (34, -np.inf)):

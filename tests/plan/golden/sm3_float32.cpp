@@ -132,39 +132,37 @@ void packed0(const Work& w, Index begin, Index end) {
   const Whole lanes;
   Index i = begin;
   for (; i + LANES<T> <= end; i += LANES<T>) {
+    auto* const p0 = ((P*)w.arrays[0]) + i * n;
+    auto* const p1 = ((P*)w.arrays[1]) + i * n;
     Vector<T> b2[K]; each<K>([&](auto k) __attribute__((always_inline)) { b2[k] = lanes.template load<T>(((T*)w.arrays[2]) + i); });
 
-    {
-      auto* const p0 = ((P*)w.arrays[0]) + i * n;
-      auto* const p1 = ((P*)w.arrays[1]) + i * n;
-      for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {
-        const auto v3 = lanes.template load<T>(v3_ + j);
-        auto a12 = lanes.template load<T>(a12_ + j);
-        Vector<T> o0[K];
-        each<K>([&](auto k) __attribute__((always_inline)) {
-          ask(p1 + j + LONG_AHEAD);
-          ask(p0 + j + LONG_AHEAD);
-          const auto x7 = minimum<Vector<T>>(v3, spread(b2[k], row_of + j));
-          const auto x1 = lanes.template load<T>(p1 + j);
-          const auto x6 = x1 * x1;
-          const auto x9 = x7 + x6;
-          const auto x0 = lanes.template load<T>(p0 + j);
-          const auto x14 = x9 + s5;
-          const auto x15 = root(x14);
-          const auto x17 = absolute(x1);
-          const auto x18 = x15 + x17;
-          const auto x19 = x18 == T(0.0);
-          const auto x20 = select<Vector<T>>(x19, T(1.0), x15);
-          const auto x21 = x1 / x20;
-          const auto x22 = s4 * x21;
-          const auto x23 = x0 - x22;
-          lanes.store(q10_ + j, x9);
-          a12 = Max::of(a12, x9);
-          o0[k] = x23;
-        });
-        lanes.store(a12_ + j, a12);
-        each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(p0 + j, o0[k]); });
-      }
+    for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {
+      const auto v3 = lanes.template load<T>(v3_ + j);
+      auto a12 = lanes.template load<T>(a12_ + j);
+      Vector<T> o0[K];
+      each<K>([&](auto k) __attribute__((always_inline)) {
+        ask(p1 + j + LONG_AHEAD);
+        ask(p0 + j + LONG_AHEAD);
+        const auto x7 = minimum<Vector<T>>(v3, spread(b2[k], row_of + j));
+        const auto x1 = lanes.template load<T>(p1 + j);
+        const auto x6 = x1 * x1;
+        const auto x9 = x7 + x6;
+        const auto x0 = lanes.template load<T>(p0 + j);
+        const auto x14 = x9 + s5;
+        const auto x15 = root(x14);
+        const auto x17 = absolute(x1);
+        const auto x18 = x15 + x17;
+        const auto x19 = x18 == T(0.0);
+        const auto x20 = select<Vector<T>>(x19, T(1.0), x15);
+        const auto x21 = x1 / x20;
+        const auto x22 = s4 * x21;
+        const auto x23 = x0 - x22;
+        lanes.store(q10_ + j, x9);
+        a12 = Max::of(a12, x9);
+        o0[k] = x23;
+      });
+      lanes.store(a12_ + j, a12);
+      each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(p0 + j, o0[k]); });
     }
     Vector<T> b10[K]; each<K>([&](auto k) __attribute__((always_inline)) { b10[k] = fold_rows<Max>(q10_, n); });
     Vector<T> b11[K]; each<K>([&](auto k) __attribute__((always_inline)) { b11[k] = maximum<Vector<T>>(b2[k], b10[k]); });

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+from fusedbun import codes, rounding
+from fusedbun.codes import Stored
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a step's results are rounded where they are stored in fewer bits than they are computed in.
+
+    Args:
+        stochastic: round a bfloat16 parameter to either neighbour, without a bias, instead of to the nearest.
+        seed: any integer; with the parameter's name and the number of steps it decides the noise of all rounding.
+        name: the parameter's name; `Chain.at` puts it here.
+    """
+
+    stochastic: bool = False
+    seed: int = 0
+    name: str = ""
+
+    def start(self, key: str) -> int:
+        """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.rounding`)."""
+        stream = rounding.PARAM_STREAM if key == PARAM else zlib.crc32(key.encode())
+        return rounding.start(self.seed, self.name, stream)
+
+
+PARAM = "param"
+COUNTER = "rounding.step"  # the state that stochastic rounding keeps: how many steps came before
 
 
 @dataclass(frozen=True)
 class Chain:
     """Transformations in the order in which they are applied. Build it with `chain(...)`.
+
+    Args:
+        transforms: the transformations.
+        rounding: how their results are rounded.
 
     Raises:
         TypeError: something in it is not a transformation.
@@ -20,6 +51,7 @@ class Chain:
     """
 
     transforms: tuple[Transform, ...]
+    rounding: Rounding = Rounding()
 
     def __post_init__(self) -> None:
         before: Transform | None = None
@@ -49,13 +81,48 @@ class Chain:
         """The state kept for a parameter of this shape, by `<transformation>.<slot>`, in the order of the chain."""
         return {f"{t.name}.{name}": slot for t in self for name, slot in t.slots(shape).items()}
 
-    def at(self, path: tuple[str, ...], param: Any) -> Chain:
-        """The chain for one parameter; see `Transform.at`."""
-        return Chain(tuple(t.at(path, param) for t in self)) if self.has_rules else self
+    def arrays(self, shape: Shape, dtype: str) -> dict[str, Stored]:
+        """The arrays that the state of such a parameter is stored in, by `<transformation>.<slot>` and what follows.
+
+        Args:
+            shape: the parameter's shape.
+            dtype: its dtype's name.
+
+        Raises:
+            ValueError: a parameter of this dtype cannot be rounded so.
+        """
+        found = {
+            key + part: array
+            for key, slot in self.slots(shape).items()
+            for part, array in codes.arrays(slot, dtype).items()
+        }
+        if self.rounding.stochastic:
+            if dtype != "bfloat16":
+                raise ValueError(f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}")
+            found[COUNTER] = Stored("int32", ())
+        return found
+
+    def at(self, path: tuple[str, ...], param: Any, name: str | None = None) -> Chain:
+        """The chain for one parameter; see `Transform.at`.
+
+        Args:
+            path: the names that lead to the parameter; empty where it has none.
+            param: the parameter.
+            name: the name that decides the noise of its rounding; None: the path's.
+        """
+        here = Chain(tuple(t.at(path, param) for t in self), self.rounding) if self.has_rules else self
+        if not here.is_noisy(tuple(param.shape)):
+            return here
+        named = replace(self.rounding, name=".".join(path) if name is None else name)
+        return Chain(here.transforms, named)
+
+    def is_noisy(self, shape: Shape) -> bool:
+        """Whether the rounding of such a parameter, or of its state, takes noise."""
+        return self.rounding.stochastic or any(codes.may_be_noisy(slot.code) for slot in self.slots(shape).values())
 
     def for_rows(self) -> Chain:
         """The chain that steps the rows a sparse gradient touches; see `Transform.for_rows`."""
-        return chain(*(t.for_rows() for t in self))
+        return replace(chain(*(t.for_rows() for t in self)), rounding=self.rounding)
 
     @cached_property
     def has_rules(self) -> bool:
@@ -68,7 +135,7 @@ class Chain:
 
     def with_hyperparameters(self, **values: Any) -> Chain:
         """The same chain with other hyper-parameters, by the names that `hyperparameters` gives."""
-        return Chain(tuple(replace(t, **own(t, values)) for t in self))
+        return Chain(tuple(replace(t, **own(t, values)) for t in self), self.rounding)
 
 
 def chain(*transforms: Transform | None) -> Chain:

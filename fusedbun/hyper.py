@@ -54,6 +54,16 @@ class Whole:
         return f"an integer from {self.low} " + ("up" if self.high is None else f"to {self.high}")
 
 
+@dataclass(frozen=True)
+class Dtypes:
+    """Some dtypes, by name; a framework's own objects for them are taken too."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(map(repr, self.names))
+
+
 NonNegative = Annotated[Scalar, Interval(0)]
 Positive = Annotated[Scalar, Interval(0, open_low=True)]
 UnitInterval = Annotated[Scalar, Interval(0, 1)]
@@ -61,6 +71,9 @@ Axis = Annotated[int, Whole()]  # from the front, or from the back where it is n
 # What may differ between parameters: a value, or a rule (the names that lead to a parameter, the parameter) -> value.
 PerParam = Annotated[T, "or a rule"]
 Votes = Annotated[int, Whole(1, 127)]  # as many as an int8 counts
+# What a moment is stored in: "param" is the parameter's dtype, None float32 (float64 for float64 parameters).
+MomentDtype = Annotated[Any, Dtypes(("param", "float32", "bfloat16", "int8", "int4"))] | None
+SecondMomentDtype = Annotated[Any, Dtypes(("param", "float32", "bfloat16"))] | None
 
 
 @cache
@@ -103,12 +116,22 @@ def is_structural(hint: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """The value as every framework computes with it: NumPy's scalars and fractions become Python's numbers."""
+    """The value as every framework takes it: NumPy's scalars and fractions become Python's numbers, dtypes names."""
+    if (name := dtype_name(value)) is not None:
+        return name
     if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
         return value.item()
     if isinstance(value, Real) and not isinstance(value, (Integral, float)):
         return float(value)
     return value
+
+
+def dtype_name(value: Any) -> str | None:
+    """The name of a dtype of NumPy's, torch's or JAX's; None for anything else."""
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    value = getattr(value, "dtype", None) if callable(value) else value  # of JAX's scalar types
+    return value.name if isinstance(value, np.dtype) else None
 
 
 def is_concrete_zero(value: Any) -> bool:
@@ -160,7 +183,8 @@ def _check_one(label: str, hint: Any, value: Any) -> None:
             _check_one(f"{label}[{i}]", part, item)
     elif get_origin(kind) is Annotated:
         allowed = kind.__metadata__[0]
-        (_check_whole if isinstance(allowed, Whole) else _check_number)(label, allowed, also, value)
+        checks = {Whole: _check_whole, Interval: _check_number, Dtypes: _check_dtype}
+        checks[type(allowed)](label, allowed, also, value)
 
 
 def _check_choice(label: str, options: tuple[Any, ...], also: str, value: Any) -> None:
@@ -169,6 +193,14 @@ def _check_choice(label: str, options: tuple[Any, ...], also: str, value: Any) -
         raise TypeError(f"{label} must be one of {listed}{also}{_but(value)}{_static(value)}")
     if value not in options:
         raise ValueError(f"{label} must be one of {listed}{also}, but it is {value!r}")
+
+
+def _check_dtype(label: str, allowed: Dtypes, also: str, value: Any) -> None:
+    name = dtype_name(value) or value
+    if not isinstance(name, str):
+        raise TypeError(f"{label} must be {allowed}{also}{_but(value)}")
+    if name not in allowed.names:
+        raise ValueError(f"{label} must be {allowed}{also}, but it is {value!r}")
 
 
 def _check_whole(label: str, allowed: Whole, also: str, value: Any) -> None:

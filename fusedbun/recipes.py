@@ -14,7 +14,18 @@ from typing import Any, ParamSpec
 
 from fusedbun.chain import Chain, chain
 from fusedbun.derive import INITIAL_LR
-from fusedbun.hyper import Axis, NonNegative, PerParam, Positive, UnitInterval, Votes, checked, is_concrete_zero
+from fusedbun.hyper import (
+    Axis,
+    MomentDtype,
+    NonNegative,
+    PerParam,
+    Positive,
+    SecondMomentDtype,
+    UnitInterval,
+    Votes,
+    checked,
+    is_concrete_zero,
+)
 from fusedbun.mup import Constraint, MupScale, Types, independent, relative_decay
 from fusedbun.transforms import (
     Centralize,
@@ -102,6 +113,7 @@ def fusedbun(
     clip_rms: Positive | None = None,
     lagged: bool = False,
     channel_axis: PerParam[Axis] = 0,
+    momentum_dtype: MomentDtype = None,
 ) -> Chain:
     """Fusedbun: SM3's accumulators, one vector per axis, with Adalite's centralization, RMS scaling and momentum.
 
@@ -122,6 +134,9 @@ def fusedbun(
         clip_rms: the largest root mean square of a parameter's scaled update, in (0, inf); None: no clipping.
         lagged: let the second moment use the step before's statistics of all axes but the first (one pass over memory).
         channel_axis: the axis that `centralize` keeps.
+        momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
 
     State: `sum(n_i)` float32 numbers for a parameter of shape `(n_1 … n_k)`, k > 1, and its own shape for k <= 1;
         with momentum one more array of its shape.
@@ -134,13 +149,19 @@ def fusedbun(
         SM3Accumulate(beta_decay, statistic="mean", combine="product", lagged=lagged),
         RMSScale(eps) if use_rms else None,
         None if clip_rms is None else ClipRMS(clip_rms),
-        Momentum(momentum_beta, nesterov=nesterov),
+        Momentum(momentum_beta, nesterov=nesterov, dtype=momentum_dtype),
         Decay(Lambda),
     )
 
 
 @recipe("SM3", lr=0.1)
-def sm3(momentum: UnitInterval = 0.0, beta: UnitInterval = 0.0, eps: NonNegative = 1e-30) -> Chain:
+def sm3(
+    momentum: UnitInterval = 0.0,
+    beta: UnitInterval = 0.0,
+    eps: NonNegative = 1e-30,
+    *,
+    momentum_dtype: MomentDtype = None,
+) -> Chain:
     """SM3-II: the smallest of a vector per axis bounds the second moment of every element.
 
         sm3_accumulate → rms_scale → momentum
@@ -155,12 +176,16 @@ def sm3(momentum: UnitInterval = 0.0, beta: UnitInterval = 0.0, eps: NonNegative
             momentum is stored.
         beta: the share of the past that the second moment keeps, in [0, 1); at 0 squares are summed.
         eps: added under the root, in [0, inf).
+        momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
 
     State: `sum(n_i)` float32 numbers for a parameter of shape `(n_1 … n_k)`, k > 1, and its own shape for k <= 1;
         with momentum one more array of its shape.
     Source: Anil, Gupta, Koren, Singer 2019 (arXiv 1901.11150).
     """
-    return chain(SM3Accumulate(beta, "max", "min"), RMSScale(0.0, eps), Momentum(momentum, dampening=momentum))
+    damped = Momentum(momentum, dampening=momentum, dtype=momentum_dtype)
+    return chain(SM3Accumulate(beta, "max", "min"), RMSScale(0.0, eps), damped)
 
 
 @recipe("ScaledOptum", lr=1e-2)
@@ -207,6 +232,8 @@ def mup_adam(
     allow_non_unit_scaling_params: bool = False,
     mup: Types = None,
     channel_axis: PerParam[Axis] = 0,
+    momentum_dtype: MomentDtype = None,
+    second_moment_dtype: SecondMomentDtype = None,
     initial_lr: NonNegative | None = None,
 ) -> Chain:
     """Adam with u-muP's learning rates: what is tuned on a narrow model serves a wide one.
@@ -224,13 +251,17 @@ def mup_adam(
         mup: the parameters' types, as a mapping by name, a tree of names or a rule `(path, param) -> type`; None reads
             the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.
         channel_axis: the axis of a parameter's outputs; its fan-in is the product of the others.
+        momentum_dtype: what the mean is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
+        second_moment_dtype: what the mean of squares is stored in, among the same; int8 and int4 are too coarse for it.
 
     State: two arrays of the parameter's shape (amsgrad: three) and a step counter.
     Source: Blake et al. 2024 (arXiv 2407.17465); Kingma, Ba 2015 (arXiv 1412.6980).
     """
     scale = MupScale(mup, channel_axis, allow_non_unit_scaling_params)
     decay = independent(weight_decay, initial_lr, scale) if independent_weight_decay else weight_decay
-    return chain(Decay(decay), ScaleByAdam(*betas, eps, amsgrad), ScaleByMup(scale))
+    return chain(Decay(decay), ScaleByAdam(*betas, eps, amsgrad, momentum_dtype, second_moment_dtype), ScaleByMup(scale))
 
 
 @recipe("MupAdamW", lr=1e-3)
@@ -244,6 +275,8 @@ def mup_adamw(
     allow_non_unit_scaling_params: bool = False,
     mup: Types = None,
     channel_axis: PerParam[Axis] = 0,
+    momentum_dtype: MomentDtype = None,
+    second_moment_dtype: SecondMomentDtype = None,
     initial_lr: NonNegative | None = None,
 ) -> Chain:
     """AdamW with u-muP's learning rates: what is tuned on a narrow model serves a wide one.
@@ -262,13 +295,17 @@ def mup_adamw(
         mup: the parameters' types, as a mapping by name, a tree of names or a rule `(path, param) -> type`; None reads
             the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.
         channel_axis: the axis of a parameter's outputs; its fan-in is the product of the others.
+        momentum_dtype: what the mean is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
+        second_moment_dtype: what the mean of squares is stored in, among the same; int8 and int4 are too coarse for it.
 
     State: two arrays of the parameter's shape (amsgrad: three) and a step counter.
     Source: Blake et al. 2024 (arXiv 2407.17465); Loshchilov, Hutter 2019 (arXiv 1711.05101).
     """
     scale = MupScale(mup, channel_axis, allow_non_unit_scaling_params)
     decay = independent(weight_decay, initial_lr, scale) if independent_weight_decay else weight_decay
-    return chain(ScaleByAdam(*betas, eps, amsgrad), Decay(decay), ScaleByMup(scale))
+    return chain(ScaleByAdam(*betas, eps, amsgrad, momentum_dtype, second_moment_dtype), Decay(decay), ScaleByMup(scale))
 
 
 @recipe("MupSGD", lr=1e-3)
@@ -283,6 +320,7 @@ def mup_sgd(
     allow_non_unit_scaling_params: bool = False,
     mup: Types = None,
     channel_axis: PerParam[Axis] = 0,
+    momentum_dtype: MomentDtype = None,
     initial_lr: NonNegative | None = None,
 ) -> Chain:
     """SGD with u-muP's learning rates: what is tuned on a narrow model serves a wide one.
@@ -301,6 +339,9 @@ def mup_sgd(
         mup: the parameters' types, as a mapping by name, a tree of names or a rule `(path, param) -> type`; None reads
             the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.
         channel_axis: the axis of a parameter's outputs; its fan-in is the product of the others.
+        momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
 
     State: with momentum one array of the parameter's shape, and with dampening a step counter.
     Source: Blake et al. 2024 (arXiv 2407.17465).
@@ -312,13 +353,18 @@ def mup_sgd(
         )
     scale = MupScale(mup, channel_axis, allow_non_unit_scaling_params, readout_constraint)
     decay = independent(weight_decay, initial_lr, scale) if independent_weight_decay else weight_decay
-    steady = Momentum(momentum, 0.0 if is_concrete_zero(momentum) else dampening, nesterov, undampened_start=True)
+    dampening = 0.0 if is_concrete_zero(momentum) else dampening
+    steady = Momentum(momentum, dampening, nesterov, undampened_start=True, dtype=momentum_dtype)
     return chain(Decay(decay), steady, ScaleByMup(scale))
 
 
 @recipe("DecoupledLionW", lr=1e-4, notice=notice_strong_decay)
 def decoupled_lionw(
-    betas: Betas = (0.9, 0.99), weight_decay: NonNegative = 0.0, *, initial_lr: NonNegative | None = None
+    betas: Betas = (0.9, 0.99),
+    weight_decay: NonNegative = 0.0,
+    *,
+    momentum_dtype: MomentDtype = None,
+    initial_lr: NonNegative | None = None,
 ) -> Chain:
     """Lion with a weight decay that follows the schedule, but not the learning rate's size.
 
@@ -329,8 +375,16 @@ def decoupled_lionw(
         betas: the share of the mean in a step, and of the past that the mean keeps; in [0, 1).
         weight_decay: what every weight loses in a step at the initial learning rate, in [0, inf); 1e-3 or more gives a
             warning. Where the initial learning rate is 0 nothing decays.
+        momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "param" for the
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8
+            is codes with an exponent for every 32, and leaves parameters of fewer than two axes in float32.
 
     State: one array of the parameter's shape.
     Source: Chen et al. 2023 (arXiv 2302.06675).
     """
-    return chain(ScaleByLion(*betas), Decay(relative_decay(weight_decay, initial_lr)))
+    if momentum_dtype == "int4":
+        raise ValueError(
+            'decoupled_lionw: momentum_dtype="int4" is too coarse, for a step is the sign of the momentum, whatever its '
+            'size: its losses are far higher; "int8" serves'
+        )
+    return chain(ScaleByLion(*betas, momentum_dtype), Decay(relative_decay(weight_decay, initial_lr)))

@@ -49,7 +49,7 @@ class Slot:
     Args:
         axes: the array has the parameter's size along these axes and size 1 along the others.
         code: how it is stored between steps (`fusedbun.codes`): "compute" as it is computed, in float32 (float64 for
-            float64 parameters), or by name as something else, such as "int32" for a step counter.
+            float64 parameters), or as something else, such as "int32" for a step counter.
     """
 
     axes: tuple[int, ...]
@@ -62,6 +62,13 @@ class Slot:
     def full(ndim: int, code: str = "compute") -> Slot:
         """A slot of the parameter's own shape."""
         return Slot(tuple(range(ndim)), code)
+
+    @staticmethod
+    def moment(ndim: int, dtype: str | None) -> Slot:
+        """A slot of the parameter's own shape, in a `hyper.MomentDtype`; "int8" and "int4" for two or more axes."""
+        if dtype in ("int8", "int4"):
+            return Slot.full(ndim, f"block{dtype[3:]}" if ndim > 1 else "compute")
+        return Slot.full(ndim, dtype or "compute")
 
 
 class Signal(NamedTuple):

@@ -1,6 +1,6 @@
 """Generated kernels as a call that XLA makes on CPUs: one call for all leaves, in place.
 
-The call knows kernels by name (`fusedbun/plan/runtime/jax_ffi.cpp`), so that a compiled program may be kept in a file.
+The call knows kernels by name (`fusedbun/compiler/runtime/jax_ffi.cpp`), so that a compiled program may be kept in a file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusedbun.chain import Chain
-from fusedbun.plan import build, native
-from fusedbun.plan.trace import evaluate, hyperparameters
+from fusedbun.compiler import build, native
+from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun_jax import leaf as leaves_of_trees
 
 HEADER = "xla/ffi/api/c_api.h"

@@ -20,8 +20,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from fusedbun.chain import Chain
-from fusedbun.plan.build import BuildError
-from fusedbun.plan.native import KernelError
+from fusedbun.compiler.build import BuildError
+from fusedbun.compiler.native import KernelError
 from fusedbun_jax import kernels
 from fusedbun_jax.lift import Descend, TransformState, lift
 from fusedbun_jax.rounding import round_to_params

@@ -13,7 +13,7 @@ import optax
 from fusedbun import codes
 from fusedbun.chain import Chain
 from fusedbun.hyper import plain
-from fusedbun.plan.native import KernelError
+from fusedbun.compiler.native import KernelError
 from fusedbun_jax import leaf, primitive
 from fusedbun_jax.lift import Descend, TransformState, lift
 from fusedbun_jax.primitive import Given

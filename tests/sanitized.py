@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from fusedbun import Chain
-from fusedbun.plan import build, native
-from fusedbun.plan.trace import evaluate, hyperparameters
+from fusedbun.compiler import build, native
+from fusedbun.compiler.trace import evaluate, hyperparameters
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,12 @@ def run(job: Job, rng: np.random.Generator) -> None:
     native.registers = lambda: job.registers
     native._KERNELS.clear()  # of other registers
     kernel = native.kernel(job.chain, len(job.shape), job.order, job.dtype)
-    computed = "float64" if job.dtype == "float64" else "float32"
     leaves = []
     for _ in range(2):
         values = rng.standard_normal(job.shape)
         leaf = [array(job, x, job.dtype) for x in (np.sign(values) if job.ternary else values, values)]
-        for slot in kernel.program.slots.values():
-            dtype, zeros = computed if slot.code == "compute" else slot.code, np.zeros(slot.shape(job.shape))
+        for stored in kernel.program.arrays.values():
+            dtype, zeros = stored.dtype, np.zeros(stored.shape(job.shape))
             leaf.append(array(job, zeros, dtype) if zeros.shape == job.shape else zeros.astype(dtype))
         leaves.append(leaf)
     for t in range(3):
@@ -90,7 +89,7 @@ def run(job: Job, rng: np.random.Generator) -> None:
             leaf[1] = array(job, values, job.dtype)
         told = [native.Description(kernel, job.shape, [described(x) for x in leaf], 0) for leaf in leaves]
         batch = native.Leaves(told, 1)
-        batch.set_numbers(0, evaluate(kernel.program.scalars, hyperparameters(job.chain, 0.1)))
+        batch.set_numbers(0, evaluate(kernel.program.scalars, hyperparameters(kernel.program, job.chain, 0.1)))
         batch.step(job.threads)
 
 

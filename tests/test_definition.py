@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from cases import CASES, SHAPES, by_case, problem
 
+from fusedbun import in_numpy
 from fusedbun.chain import step
-from fusedbun.plan.blocks import Blocks, plan
-from fusedbun.plan.trace import evaluate, hyperparameters
+from fusedbun.compiler.blocks import Blocks, plan
+from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.transform import Signal
 
 SMALL = [name for name in SHAPES if name != "tall"]
@@ -39,9 +40,9 @@ def test_runs_on_the_strict_array_api(case, name):
 def test_traces_to_a_graph_that_gives_the_same_numbers(case, name):
     chain, param, grad, state = leaf(case, name)
     want_param, want_state = step(np, chain, 0.5, param, grad, state)
-    whole = plan(chain, param.shape, param.strides)
+    whole = plan(chain, param.shape, param.strides, dtype="float64")
     arrays = {"param": param.copy(), "grad": grad, **{key: value.copy() for key, value in state.items()}}
-    Blocks(whole, np).run(evaluate(whole.program.scalars, hyperparameters(chain, 0.5)), arrays, param.dtype)
+    Blocks(whole, in_numpy).run(evaluate(whole.program.scalars, hyperparameters(whole.program, chain, 0.5)), arrays, param.dtype)
     np.testing.assert_allclose(arrays["param"], want_param, rtol=1e-14, atol=1e-14)
     for key in want_state:
         np.testing.assert_allclose(arrays[key], want_state[key], rtol=1e-14, atol=1e-14)

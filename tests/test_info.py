@@ -9,7 +9,7 @@ import torch
 
 import fusedbun
 from fusedbun.cli import main
-from fusedbun.plan import build, native
+from fusedbun.compiler import build, native
 from fusedbun.recipes import RECIPES
 
 ABSENT = "import sys; sys.modules.update(torch=None, jax=None); from fusedbun.cli import main; sys.exit(main(['info']))"
@@ -66,10 +66,10 @@ def test_what_a_step_has_compiled_is_in_the_cache(capsys, fresh):
 
 def test_what_came_with_the_package(capsys, fresh):
     registers = native.registers()
-    from fusedbun.plan import family
+    from fusedbun.compiler import family
 
     build.compile_in(fresh / "built", build.DRIVER.read_text())
-    code = build.bundle([family.emit(family.trace(fusedbun.recipes.sm3(), 2), "float32")], registers)
+    code = build.bundle([family.emit(family.trace(fusedbun.recipes.sm3(), 2, dtype="float32"))], registers)
     build.compile_in(fresh / "built", code, registers, build.bundle_prefix(registers))
     found = told(capsys)
     assert found["driver"] == "package"

@@ -11,9 +11,9 @@ from zipfile import ZipFile
 
 import pytest
 
-from fusedbun.plan import build, family, native
-from fusedbun.plan.cpp import TYPES, emit
-from fusedbun.plan.trace import trace
+from fusedbun.compiler import build, family, native
+from fusedbun.compiler.cpp import TYPES, emit
+from fusedbun.compiler.trace import trace
 from fusedbun.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ TYPES = {"float32": TYPES["float32"]}
 STEP = """
 import sys, torch, fusedbun
 from pathlib import Path
-from fusedbun.plan import build
+from fusedbun.compiler import build
 
 def stepped(make, implementation):
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def source(tmp_path_factory):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "built"))
         else:
             shutil.copy(ROOT / part, copy)
-    with (copy / "fusedbun" / "plan" / "family.py").open("a") as file:
+    with (copy / "fusedbun" / "compiler" / "family.py").open("a") as file:
         file.write(FEWER)
     return copy
 
@@ -98,7 +98,7 @@ def test_kernels_come_with_the_wheel(source, tmp_path):
     assert made.name.endswith(f"-py3-none-{platform}.whl")
     names = ZipFile(made).namelist()
     assert not any(name.startswith("fusedbun-0.1.0.data") for name in names)
-    for needed in ("plan/runtime/driver.cpp", "plan/runtime/vectors.h", "bench/limits.c", "py.typed"):
+    for needed in ("compiler/runtime/driver.cpp", "compiler/runtime/vectors.h", "bench/limits.c", "py.typed"):
         assert f"fusedbun/{needed}" in names
     assert steps(made, tmp_path, compiler=False, implementation="kernel") == (0, "")
 
@@ -119,7 +119,7 @@ def test_an_editable_install_compiles_into_the_source_what_it_lacks(source, tmp_
     if build.find_compiler() is None:
         pytest.skip("there is no C++ compiler")
     copy = shutil.copytree(source, tmp_path / "copy")
-    built = copy / "fusedbun" / "plan" / "built"
+    built = copy / "fusedbun" / "compiler" / "built"
     install = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
     times = []
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_an_editable_install_compiles_into_the_source_what_it_lacks(source, tmp_
 def test_every_recipe_comes_with_the_package_at_its_defaults(dtype):
     built = set(family.sources(dtype))
     for name, ndim in product(RECIPES, range(5)):
-        assert emit(trace(family.chain_of(name, {}, ndim), ndim), dtype) in built
+        assert emit(trace(family.chain_of(name, {}, ndim), ndim, dtype=dtype)) in built
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -152,7 +152,7 @@ def test_a_bundle_has_every_kernel_under_a_name_of_its_own(dtype):
 
 def test_kernels_are_found_in_a_bundle_and_not_compiled(monkeypatch, tmp_path):
     registers = native.registers()
-    kernels = [emit(trace(family.chain_of(name, {}, 1), 1), "float32") for name in ("sm3", "scaled_optum")]
+    kernels = [emit(trace(family.chain_of(name, {}, 1), 1, dtype="float32")) for name in ("sm3", "scaled_optum")]
     build.compile_in(tmp_path, build.bundle(kernels, registers), registers, build.bundle_prefix(registers))
     (tmp_path / f"{build.bundle_prefix(registers)}broken.so").write_text("no library")
     monkeypatch.setattr(build, "BUILT", tmp_path)

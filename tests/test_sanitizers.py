@@ -13,9 +13,9 @@ import pytest
 from cases import CASES
 from sanitized import Job
 
-from fusedbun.plan import build, native
-from fusedbun.plan.cpp import TYPES, emit
-from fusedbun.plan.trace import trace
+from fusedbun.compiler import build, native
+from fusedbun.compiler.cpp import TYPES, emit
+from fusedbun.compiler.trace import trace
 
 pytestmark = pytest.mark.slow
 
@@ -65,8 +65,8 @@ def job(case, shape, registers=1, **about):
 
 
 def code(job):
-    program = trace(job.chain, len(job.shape), job.order or None)
-    return emit(program, job.dtype)
+    program = trace(job.chain, len(job.shape), job.order or None, dtype=job.dtype)
+    return emit(program)
 
 
 def compiled(folder, jobs, sanitizers, change=lambda text: text):

@@ -48,14 +48,14 @@ class JaxStepper:
         self._arena = _shared(arena)
         tx = factory()
         self._state = jax.block_until_ready(jax.jit(tx.init)(self._arena["params"]))
-        self._step = jax.jit(partial(_stepped if whole else _updated, tx), donate_argnums=(1, 2))
+        self._step = jax.jit(partial(_stepped if whole else _updated, tx), donate_argnums=(0, 1))
 
     def prepare(self) -> None:
         """Nothing: the gradients are not donated."""
 
     def step(self) -> None:
         """One step; the parameters are donated, and the next contender steps what came back."""
-        self._arena["params"], self._state = self._step(self._arena["grads"], self._state, self._arena["params"])
+        self._arena["params"], self._state = self._step(self._arena["params"], self._state, self._arena["grads"])
         jax.block_until_ready((self._arena["params"], self._state))
 
     def state_bytes(self) -> int:
@@ -64,7 +64,7 @@ class JaxStepper:
 
     def temporaries(self) -> int | None:
         """As XLA planned them."""
-        lowered = self._step.lower(self._arena["grads"], self._state, self._arena["params"])
+        lowered = self._step.lower(self._arena["params"], self._state, self._arena["grads"])
         analysis = lowered.compile().memory_analysis()
         return None if analysis is None else int(analysis.temp_size_in_bytes)
 
@@ -117,12 +117,15 @@ def _on_cpus(number: int) -> Iterator[None]:
                 continue  # it has ended
 
 
-def _updated(tx: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
+# The parameters are donated before the state, in the order of the results, so that none of them trade places.
+
+
+def _updated(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Any, Any]:
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
 
-def _stepped(tx: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
+def _stepped(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Any, Any]:
     params, state = tx.step(grads, state, params)
     return params, state
 

@@ -59,7 +59,7 @@ def report() -> dict[str, Any]:
     """What is found, for a JSON file."""
     from fusedbun.bench.machine import cpu_model, cpus
     from fusedbun.cli.results import versions
-    from fusedbun.plan import build, native
+    from fusedbun.compiler import build, native
     from fusedbun.recipes import RECIPES
 
     driver = _origin(build.DRIVER.read_text(), 1)
@@ -79,10 +79,10 @@ def report() -> dict[str, Any]:
 
 def _kernel(name: str, shape: str, registers: int | None) -> dict[str, str]:
     """What steps a parameter of a shape, and why where it is the definition."""
-    from fusedbun.plan import UnplannableError, trace
-    from fusedbun.plan.build import find_compiler
-    from fusedbun.plan.cpp import emit
-    from fusedbun.plan.family import chain_of
+    from fusedbun.compiler import UnplannableError, trace
+    from fusedbun.compiler.build import find_compiler
+    from fusedbun.compiler.cpp import emit
+    from fusedbun.compiler.family import chain_of
 
     order = _SHAPES[shape]
     try:
@@ -95,13 +95,13 @@ def _kernel(name: str, shape: str, registers: int | None) -> dict[str, str]:
 
 
 def _origin(code: str, registers: int) -> str:
-    from fusedbun.plan.build import find_compiler, origin
+    from fusedbun.compiler.build import find_compiler, origin
 
     return origin(code, registers) or ("compile" if find_compiler() else "definition")
 
 
 def _compiler() -> dict[str, str] | None:
-    from fusedbun.plan.build import find_compiler
+    from fusedbun.compiler.build import find_compiler
 
     command = find_compiler()
     if command is None:
@@ -135,7 +135,7 @@ def _jax() -> dict[str, Any] | None:
         jax = import_module("jax")
     except ModuleNotFoundError:
         return None
-    from fusedbun.plan.build import jax_handler
+    from fusedbun.compiler.build import jax_handler
 
     devices = [device.device_kind for device in jax.devices()]
     handler = jax_handler()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedbun.chain import Chain, own
-from fusedbun.optim.state import State
-from fusedbun.transform import Slot
+from fusedbun.codes import Stored
+from fusedbun.optim.state import State, name_of_dtype, stored_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,6 +20,22 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def path_of(group: Mapping[str, Any], index: int) -> tuple[str, ...]:
     """The names that lead to a parameter of a group; empty where it has none."""
     return tuple(group["param_names"][index].split(".")) if "param_names" in group else ()
+
+
+def chain_at(chain: Chain, groups: Sequence[Mapping[str, Any]], g: int, i: int) -> Chain:
+    """The chain of a param group for one of its parameters.
+
+    Where parameters have no names, their place among all decides the noise of their rounding.
+
+    Args:
+        chain: the chain of group `g`.
+        groups: all param groups.
+        g: which of them.
+        i: which of its parameters.
+    """
+    names = groups[g].get("param_names")
+    name = names[i] if names else str(sum(len(group["params"]) for group in groups[:g]) + i)
+    return chain.at(path_of(groups[g], i), groups[g]["params"][i], name)
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -52,7 +68,7 @@ def check_gradient(owner: str, name: str, param: Tensor) -> None:
         )
 
 
-def check_state(chain: Chain, name: str, param: Tensor, state: State, slots: Mapping[str, Slot]) -> None:
+def check_state(chain: Chain, name: str, param: Tensor, state: State, arrays: Mapping[str, Stored]) -> None:
     """Raises a ValueError where the state was kept for a parameter of another shape or for gradients of another kind.
 
     Args:
@@ -60,17 +76,25 @@ def check_state(chain: Chain, name: str, param: Tensor, state: State, slots: Map
         name: what a message calls it.
         param: the parameter.
         state: what is kept for it.
-        slots: what the chain declares for it.
+        arrays: what the chain declares for it.
     """
     shape = tuple(param.shape)
     for key, stored in state.items():
-        if key in slots and stored.shape != slots[key].shape(shape):
+        if key not in arrays:
+            continue
+        if stored.shape != arrays[key].shape(shape):
             raise ValueError(
                 f"the state {key!r} of {name} has shape {tuple(stored.shape)}, but a parameter of shape {shape} keeps "
-                f"{slots[key].shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
+                f"{arrays[key].shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
+            )
+        if stored.dtype != stored_dtype(arrays[key]):
+            raise ValueError(
+                f"the state {key!r} of {name} is {name_of_dtype(stored.dtype)}, but {arrays[key].dtype} is stored now; "
+                f"what it is stored in must not change in a run: load its state_dict into a new optimizer with "
+                f"convert=True"
             )
     for transform in chain:
-        kept, wanted = own(transform, state).keys(), own(transform, slots).keys()
+        kept, wanted = own(transform, state).keys(), own(transform, arrays).keys()
         if kept and wanted and kept != wanted:
             raise ValueError(
                 f"the state of {name} has {', '.join(kept)} for {transform.name}, but this step needs "

@@ -25,8 +25,8 @@ from fusedbun.optim.definition import Leaf, compilable, learning_rate, step_leaf
 from fusedbun.optim.kernels import Batch, Described
 from fusedbun.optim.overlap import Written, check_overlap
 from fusedbun.optim.prepare import Group, Prepared, look, prepare, ready, with_gradient
-from fusedbun.plan.graph import UnplannableError
-from fusedbun.plan.native import KernelError
+from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.native import KernelError
 
 if TYPE_CHECKING:
     from fusedbun.optim.driver import TransformOptimizer
@@ -130,7 +130,7 @@ def check_memory(optimizer: TransformOptimizer, batch: Batch, chosen: list[Chose
             arrays += [Written(name, param), Written(f"the gradient of {name}", grad, is_written=False)]
             state = optimizer.state.get(param, {})
             arrays += [
-                Written(f"the state {key!r} of {name}", state[key]) for key in one.prepared.slots if key in state
+                Written(f"the state {key!r} of {name}", state[key]) for key in one.prepared.arrays if key in state
             ]
     if arrays:
         check_overlap([*arrays, *batch.written()])

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedbun import derive
-from fusedbun.chain import Chain
-from fusedbun.hyper import NonNegative, check
+from fusedbun.chain import Chain, Rounding
+from fusedbun.hyper import NonNegative, Whole, check
 from fusedbun.metrics import Products, measured
 from fusedbun.optim import dispatch, loading, metrics
-from fusedbun.optim.checks import check_parameter, name_of, path_of, warn_user
+from fusedbun.optim.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.optim.definition import Leaf, compilable, step_leaves
 from fusedbun.optim.kernels import Batch
+from fusedbun.optim.state import name_of_dtype
 from fusedbun.optim.prepare import look, prepare, ready, with_gradient
 from fusedbun.recipes import Recipe
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
+_OWN = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -40,6 +43,8 @@ class TransformOptimizer(torch.optim.Optimizer):
             keeps that as `first_lr`.
         hyperparameters: their values for groups that do not give their own.
         maximize: climb instead of descend.
+        stochastic_rounding: round bfloat16 parameters without a bias instead of to the nearest.
+        seed: any integer; it decides the noise of all rounding.
         implementation: what steps the parameters (`fusedbun.optim.dispatch`); None: the best that there is.
     """
 
@@ -56,6 +61,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         hyperparameters: Mapping[str, Any],
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         implementation: str | None = None,
     ) -> None:
         dispatch.check_implementation(type(self).__name__, implementation)
@@ -65,7 +72,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._products: dict[Tensor, Products] = {}
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
-        defaults = {"lr": lr, **hyperparameters, "maximize": maximize}
+        own = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        defaults = {"lr": lr, **hyperparameters, **own}
         self.chain(defaults)
         super().__init__(params, defaults)
 
@@ -84,7 +92,8 @@ class TransformOptimizer(torch.optim.Optimizer):
                 group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
             for index, param in enumerate(group["params"]):
                 self._check_parameter(name_of(group, len(self.param_groups) - 1, index), param)
-                chain.at(path_of(group, index), param).slots(tuple(param.shape))
+                here = chain_at(chain, self.param_groups, len(self.param_groups) - 1, index)
+                here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
         except Exception:
             self.param_groups.pop()
             raise
@@ -207,11 +216,11 @@ class TransformOptimizer(torch.optim.Optimizer):
     def chain(self, group: Mapping[str, Any]) -> Chain:
         """The chain that steps a param group; raises a TypeError or ValueError where a hyper-parameter is not valid."""
         self.check_lr(group["lr"])
-        check(type(self).__name__, {"maximize": bool}, {"maximize": group["maximize"]})
+        check(type(self).__name__, _OWN, {name: group[name] for name in _OWN})
         given = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
             given[derive.INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
-        return self.recipe.make(**given)
+        return replace(self.recipe.make(**given), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
 
     def check_lr(self, lr: Any) -> None:
         """Raises a TypeError or ValueError for a learning rate that is not valid."""
@@ -227,7 +236,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         """What the chains of a group's parameters are made of, and how they are stepped, beside the learning rate."""
         first = (group.get(FIRST_LR, group["lr"]),) if self.recipe.wants_initial_lr else ()
         hyperparameters = (group[name] for name in self._hyperparameters)
-        return (group["maximize"], group.get("param_names"), *first, *hyperparameters)
+        own = (group[name] for name in _OWN)
+        return (*own, *first, *hyperparameters)
 
     def warn_once(self, message: str) -> None:
         """Warns of something that is the same in every step."""

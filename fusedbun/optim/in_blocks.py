@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fusedbun.optim import namespace
 from fusedbun.optim.definition import Leaf
-from fusedbun.optim.state import compute_dtype
-from fusedbun.plan.blocks import Blocks, plan
-from fusedbun.plan.native import structure
-from fusedbun.plan.trace import GRAD, PARAM, evaluate, hyperparameters
+from fusedbun.optim.state import compute_dtype, name_of_dtype
+from fusedbun.compiler.blocks import Blocks, plan
+from fusedbun.compiler.native import structure
+from fusedbun.compiler.trace import GRAD, PARAM, evaluate, hyperparameters
 
 _BLOCKS: dict[Any, Blocks] = {}  # by what decides the plan
 
@@ -20,15 +20,17 @@ _BLOCKS: dict[Any, Blocks] = {}  # by what decides the plan
 def find(leaf: Leaf) -> Blocks:
     """The plan of a dense leaf; raises an UnplannableError where there is none."""
     shape, strides = tuple(leaf.param.shape), leaf.param.stride()
-    key = (structure(leaf.chain), shape, strides, leaf.maximize)
+    dtype = name_of_dtype(leaf.param.dtype)
+    key = (structure(leaf.chain), shape, strides, leaf.maximize, dtype)
     if key not in _BLOCKS:
-        _BLOCKS[key] = Blocks(plan(leaf.chain, shape, strides, leaf.maximize), namespace)
+        _BLOCKS[key] = Blocks(plan(leaf.chain, shape, strides, leaf.maximize, dtype), namespace)
     return _BLOCKS[key]
 
 
 def step_leaf(leaf: Leaf, blocks: Blocks) -> None:
     """One step of one parameter."""
-    values = hyperparameters(leaf.chain, leaf.lr)
+    program = blocks.schedule.program
+    values = hyperparameters(program, leaf.chain, leaf.lr)
     xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else math
-    scalars = evaluate(blocks.schedule.program.scalars, values, xp)
+    scalars = evaluate(program.scalars, values, xp)
     blocks.run(scalars, {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}, compute_dtype(leaf.param.dtype))

@@ -22,10 +22,10 @@ from fusedbun.chain import Chain
 from fusedbun.optim.openmp import parallel
 from fusedbun.optim.overlap import Written
 from fusedbun.optim.prepare import Group, Place, Prepared
-from fusedbun.optim.state import State, slot_dtype
-from fusedbun.plan import native
-from fusedbun.plan.graph import UnplannableError
-from fusedbun.plan.trace import evaluate, hyperparameters
+from fusedbun.optim.state import State, stored_dtype
+from fusedbun.compiler import native
+from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.trace import evaluate, hyperparameters
 
 DENSE = (Tensor, torch.nn.Parameter)  # a subclass may be anything
 KIND = attrgetter("dtype", "layout", "is_cpu", "shape")
@@ -61,7 +61,7 @@ class Described(NamedTuple):
         """What the driver is told; it learns where the gradient is with every step."""
         width = self.param.element_size()
         grad = native.Array(native.ABSENT, width, tuple(step * width for step in self.grad_strides))
-        slots = [_array(self.state[key]) for key in self.kernel.program.slots]
+        slots = [_array(self.state[key]) for key in self.kernel.program.arrays]
         return native.Description(self.kernel, tuple(self.param.shape), [_array(self.param), grad, *slots], numbers)
 
 
@@ -97,7 +97,7 @@ def find(prepared: Prepared, group: Group, state: Mapping[str, Tensor]) -> nativ
 
 def _unsuited(prepared: Prepared, group: Group, state: Mapping[str, Tensor]) -> str | None:
     """Why kernels do not serve such tensors, whatever the chain is."""
-    chain, _, _, param, grad, _ = prepared.leaf
+    chain, param, grad = prepared.leaf.chain, prepared.leaf.param, prepared.leaf.grad
     if not (param.is_cpu and grad.is_cpu):
         return f"kernels step parameters on the CPU, but it is on {param.device}"
     if grad.dtype != param.dtype:
@@ -106,13 +106,12 @@ def _unsuited(prepared: Prepared, group: Group, state: Mapping[str, Tensor]) -> 
         return "one of its hyper-parameters is a tensor"
     if param.is_neg() or grad.is_neg():
         return "it is stored as its negative"
-    kept = {key: stored for key, stored in state.items() if key in prepared.slots}
-    for key, stored in kept.items():
-        slot = prepared.slots[key]
-        kind = (type(stored), stored.dtype, stored.layout, stored.is_cpu)
-        if kind != (Tensor, slot_dtype(slot, param), torch.strided, True):
-            return f"its state {key!r} is {stored.dtype} on {stored.device}"
-        if len(slot.axes) < param.ndim and not stored.is_contiguous():
+    kept = {key: x for key, x in state.items() if key in prepared.arrays}
+    for key, x in kept.items():
+        stored = prepared.arrays[key]
+        if (type(x), x.dtype, x.layout, x.is_cpu) != (Tensor, stored_dtype(stored), torch.strided, True):
+            return f"its state {key!r} is {x.dtype} on {x.device}"
+        if not (len(stored.axes) == param.ndim and stored.part == "element") and not x.is_contiguous():
             return f"its state {key!r} is not contiguous"
     return None
 
@@ -155,7 +154,7 @@ class Batch:
 
     def _evaluate(self, row: int, groups: list[Group]) -> None:
         g, kernel, chain = self._numbers[row]
-        self._native.set_numbers(row, evaluate(kernel.program.scalars, hyperparameters(chain, groups[g].rate)))
+        self._native.set_numbers(row, evaluate(kernel.program.scalars, hyperparameters(kernel.program, chain, groups[g].rate)))
 
     @cached_property
     def _others(self) -> list[Place]:

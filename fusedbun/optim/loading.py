@@ -1,7 +1,7 @@
 """Loading a torch `state_dict`: checked as a whole before anything changes, and kept in its declared precision.
 
 torch casts every floating-point state tensor to the parameter's dtype, which would round the float32 state of a
-bfloat16 parameter. Here a state tensor gets the dtype that its slot declares.
+bfloat16 parameter. Here a state tensor gets the dtype that is declared for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedbun.optim.checks import path_of
-from fusedbun.optim.state import State, zeros
+from fusedbun.optim.checks import chain_at
+from fusedbun.optim.state import State, name_of_dtype, zeros
 
 if TYPE_CHECKING:
     from fusedbun.optim.driver import TransformOptimizer
@@ -62,36 +62,37 @@ def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any]) ->
     owner = type(optimizer).__name__
     saved: Saved = {}
     ours, theirs = optimizer.param_groups, state_dict["param_groups"]
-    for group, saved_group in zip(ours, theirs, strict=True):
+    for g, (group, saved_group) in enumerate(zip(ours, theirs, strict=True)):
         chain = optimizer.chain({**optimizer.defaults, **saved_group})
         names = {t.name for t in chain}
         for i, (param, index) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
             entries = state_dict["state"].get(index, {})
-            slots = chain.at(path_of(group, i), param).slots(tuple(param.shape))
+            arrays = chain_at(chain, ours, g, i).arrays(tuple(param.shape), name_of_dtype(param.dtype))
             for key, value in entries.items():
                 if key.partition(".")[0] not in names:
                     raise ValueError(
                         f"{owner}: the saved state of parameter {index} has {key!r}, which no transformation of "
-                        f"{owner} keeps ({', '.join(slots) or 'it keeps none'}); was it saved by another optimizer?"
+                        f"{owner} keeps ({', '.join(arrays) or 'it keeps none'}); was it saved by another optimizer?"
                     )
                 found = tuple(value.shape) if isinstance(value, Tensor) else None
-                if key in slots and found != slots[key].shape(tuple(param.shape)):
+                if key in arrays and found != arrays[key].shape(tuple(param.shape)):
                     raise ValueError(
                         f"{owner}: the saved {key!r} of parameter {index} has shape {found}, but a "
-                        f"parameter of shape {tuple(param.shape)} keeps {slots[key].shape(tuple(param.shape))}"
+                        f"parameter of shape {tuple(param.shape)} keeps {arrays[key].shape(tuple(param.shape))}"
                     )
-            saved[param] = {key: value for key, value in entries.items() if key in slots}
+            saved[param] = {key: value for key, value in entries.items() if key in arrays}
     return saved
 
 
 def restore(optimizer: TransformOptimizer, saved: Saved) -> None:
     """Puts copies of the saved state in place, each laid out as its slot's start: device, dtype and strides."""
-    for group in optimizer.param_groups:
+    for g, group in enumerate(optimizer.param_groups):
         chain = optimizer.chain(group)
         for i, param in enumerate(group["params"]):
             if param in optimizer.state:
-                slots = chain.at(path_of(group, i), param).slots(tuple(param.shape))
+                here = chain_at(chain, optimizer.param_groups, g, i)
+                arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
                 state: State = {
-                    key: zeros(slots[key], param).copy_(value.detach()) for key, value in saved[param].items()
+                    key: zeros(arrays[key], param).copy_(value.detach()) for key, value in saved[param].items()
                 }
                 optimizer.state[param] = state

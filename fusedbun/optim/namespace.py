@@ -1,11 +1,19 @@
-"""torch's functions as the namespace that a rule is written over (`fusedbun.transform.Namespace`)."""
+"""torch's functions as the namespace that rules, rounding and codes are written over."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, abs, expm1, log, sqrt, where
+from torch import Tensor, abs, expm1, floor, log, sqrt
+
+from fusedbun import codes
+
+Number = Tensor | float
 
 __all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
+__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "from_pairs", "index", "real", "single"]
+__all__ += ["to_blocks", "to_pairs", "whole"]
 
 
 def astype(x: Tensor, dtype: torch.dtype, /) -> Tensor:
@@ -16,11 +24,15 @@ def sign(x: Tensor, /) -> Tensor:
     return torch.where(x.isnan(), x, torch.sign(x))  # torch's own sign of NaN is 0
 
 
-def minimum(a: Tensor | float, b: Tensor | float, /) -> Tensor:
+def where(condition: Tensor, a: Number, b: Number, /) -> Tensor:
+    return torch.where(condition, a, b)
+
+
+def minimum(a: Number, b: Number, /) -> Tensor:
     return torch.minimum(*_tensors(a, b))
 
 
-def maximum(a: Tensor | float, b: Tensor | float, /) -> Tensor:
+def maximum(a: Number, b: Number, /) -> Tensor:
     return torch.maximum(*_tensors(a, b))
 
 
@@ -52,7 +64,53 @@ def _summed_in(x: Tensor) -> torch.dtype:
     return torch.float64 if torch.compiler.is_compiling() and x.device.type == "cpu" else x.dtype
 
 
-def _tensors(a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
+def single(x: Tensor, /) -> Tensor:
+    return x.to(torch.float32)
+
+
+real = single
+
+
+def bits(x: Tensor, /) -> Tensor:
+    return x.view(torch.int32)
+
+
+def from_bits(word: Tensor, /) -> Tensor:
+    return word.view(torch.float32)
+
+
+def whole(x: Tensor, /) -> Tensor:
+    return x.to(torch.int32)
+
+
+def index(like: Tensor, axes: Sequence[int], /) -> list[Tensor]:
+    shape = tuple(like.shape)
+    return [
+        torch.arange(shape[i], dtype=torch.int32, device=like.device).reshape(codes.along(shape, i)) for i in axes
+    ]
+
+
+def block_max(words: Tensor, /) -> Tensor:
+    return words.amax(-1, keepdim=True)
+
+
+def to_blocks(x: Tensor, /) -> Tensor:
+    return codes.to_blocks(x, lambda rows, n: torch.nn.functional.pad(rows, (0, n)))
+
+
+def from_blocks(x: Tensor, shape: tuple[int, ...], /) -> Tensor:
+    return codes.from_blocks(x, shape)
+
+
+def to_pairs(x: Tensor, /) -> Tensor:
+    return codes.to_pairs(x)
+
+
+def from_pairs(stored: Tensor, /) -> Tensor:
+    return codes.from_pairs(whole(stored), torch.cat)
+
+
+def _tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:
     if not isinstance(a, Tensor):
         assert isinstance(b, Tensor)
         a = torch.full((), a, dtype=b.dtype, device=b.device)

@@ -26,11 +26,16 @@ _RATE = """\
 _REMARK = """
 `maximize=True` climbs instead of descending.
 
+`stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest, so
+that steps much smaller than a parameter's precision still move it. `seed`, an integer, decides the noise of this and of
+all rounding of state; with the same seed, parameter names and number of steps, it is the same on any device and in JAX.
+
 `implementation=` chooses how it is computed, with the same result: "kernel" by code generated for it, on the CPU;
 "compiled" by torch.compile; "blocks" by eager torch, block by block; "definition" by its rules as they are written.
 None takes the best there is. Sparse gradients and tensor subclasses are always stepped by the definition.
 """
-_OWN = {"maximize": False, "implementation": None}  # the driver's keyword arguments
+# the driver's keyword arguments
+_OWN = {"maximize": False, "stochastic_rounding": False, "seed": 0, "implementation": None}
 _TORCH_FLAGS = ("foreach", "fused", "capturable", "differentiable")  # torch's choices between its implementations
 
 
@@ -165,6 +170,8 @@ class ChainOptimizer(TransformOptimizer):
         transforms: the transformations in their order, or a chain of them.
         lr: the learning rate, in [0, inf); a float or a tensor of one element.
         maximize: climb instead of descend.
+        stochastic_rounding: round bfloat16 parameters without a bias instead of to the nearest.
+        seed: any integer; it decides the noise of all rounding.
         implementation: how it is computed, with the same result: "kernel" by code generated for the chain, on the CPU;
             "compiled" by torch.compile; "blocks" by eager torch, block by block; "definition" by the rules as they are
             written; None: by the best there is. Sparse gradients and tensor subclasses are always stepped by the
@@ -178,8 +185,19 @@ class ChainOptimizer(TransformOptimizer):
         lr: float | Tensor,
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         implementation: str | None = None,
     ) -> None:
         chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
         recipe = Recipe(chain.with_hyperparameters, type(self).__name__)
-        super().__init__(params, lr, recipe, chain.hyperparameters(), maximize=maximize, implementation=implementation)
+        super().__init__(
+            params,
+            lr,
+            recipe,
+            chain.hyperparameters(),
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            implementation=implementation,
+        )

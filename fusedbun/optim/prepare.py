@@ -15,12 +15,12 @@ import numpy as np
 from torch import Tensor
 
 from fusedbun.chain import Chain
+from fusedbun.codes import Stored
 from fusedbun.hyper import plain
 from fusedbun.optim import sparse
-from fusedbun.optim.checks import check_gradient, check_state, name_of, path_of
+from fusedbun.optim.checks import chain_at, check_gradient, check_state, name_of
 from fusedbun.optim.definition import Leaf, learning_rate
-from fusedbun.optim.state import follow
-from fusedbun.transform import Slot
+from fusedbun.optim.state import follow, name_of_dtype
 
 if TYPE_CHECKING:
     from fusedbun.optim.driver import TransformOptimizer
@@ -35,6 +35,7 @@ class Group(NamedTuple):
     Args:
         entries: the group itself.
         params: its parameters.
+        names: their names, if they have any.
         given: what its chain is made of.
         chain: what steps it; rules among its hyper-parameters are not yet asked.
         lr: its learning rate.
@@ -44,6 +45,7 @@ class Group(NamedTuple):
 
     entries: Mapping[str, Any]
     params: tuple[Tensor, ...]
+    names: tuple[str, ...]
     given: tuple[Any, ...]
     chain: Chain
     lr: Any
@@ -52,12 +54,12 @@ class Group(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A parameter that has been checked; its leaf has no state yet, which has to become what the slots declare."""
+    """A parameter that has been checked; its leaf has no state yet, which has to become these arrays."""
 
     place: Place
     name: str
     leaf: Leaf
-    slots: Mapping[str, Slot]
+    arrays: Mapping[str, Stored]
 
 
 def look(optimizer: TransformOptimizer, before: list[Group]) -> list[Group]:
@@ -72,8 +74,10 @@ def look(optimizer: TransformOptimizer, before: list[Group]) -> list[Group]:
 def _group(optimizer: TransformOptimizer, entries: Mapping[str, Any], old: Group | None) -> Group:
     lr, given = entries["lr"], optimizer.given(entries)
     params = old.params if old and _same(entries["params"], old.params) else tuple(entries["params"])
-    if old is None or params is not old.params or not _same(given, old.given) or any(map(_may_change, given)):
-        return Group(entries, params, given, optimizer.chain(entries), lr, _rate(lr), entries["maximize"])
+    names = tuple(entries.get("param_names", ()))
+    is_as_before = old is not None and params is old.params and names == old.names and _same(given, old.given)
+    if old is None or not is_as_before or any(map(_may_change, given)):
+        return Group(entries, params, names, given, optimizer.chain(entries), lr, _rate(lr), entries["maximize"])
     if lr is old.lr and not isinstance(lr, MUTABLE):
         return old if entries is old.entries else old._replace(entries=entries)
     optimizer.check_lr(lr)
@@ -111,10 +115,10 @@ def prepare(
         param = group.params[i]
         check_gradient(owner, name, param)
         assert param.grad is not None
-        here, grad = _for_layout(optimizer, group.chain.at(path_of(group.entries, i), param), name, param.grad)
-        slots = here.slots(tuple(param.shape))
-        check_state(here, name, param, optimizer.state.get(param, {}), slots)
-        found.append(Prepared((g, i), name, Leaf(here, rates[g], group.maximize, param, grad, {}), slots))
+        here, grad = _for_layout(optimizer, chain_at(group.chain, optimizer.param_groups, g, i), name, param.grad)
+        arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
+        check_state(here, name, param, optimizer.state.get(param, {}), arrays)
+        found.append(Prepared((g, i), name, Leaf(here, rates[g], group.maximize, param, grad, {}), arrays))
         if grad.is_sparse:
             without |= dict.fromkeys(sparse.left_out(group.chain))
     if without:
@@ -142,4 +146,4 @@ def with_gradient(groups: list[Group]) -> list[Place]:
 def ready(optimizer: TransformOptimizer, prepared: Prepared) -> Leaf:
     """The leaf, with its state brought up to date."""
     leaf = prepared.leaf
-    return leaf._replace(state=follow(optimizer.state[leaf.param], leaf.param, prepared.slots))
+    return leaf._replace(state=follow(optimizer.state[leaf.param], leaf.param, prepared.arrays))

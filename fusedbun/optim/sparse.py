@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fusedbun.chain import Chain
+from fusedbun.optim import namespace as xp
 from fusedbun.optim.state import compute_dtype
 
 
@@ -31,6 +33,18 @@ def rows_chain(chain: Chain, name: str, grad: Tensor, owner: str) -> Chain:
 def left_out(chain: Chain) -> list[str]:
     """The transformations with a state of their own that sparse gradients go without."""
     return [t.name for t in chain if t.for_rows() is None and t.slots((1, 1))]
+
+
+def places(rows: Tensor | None, like: Tensor) -> list[Tensor] | None:
+    """The places along each axis of some rows of a parameter, as rounding's noise asks for them; None for all rows.
+
+    Args:
+        rows: which rows these are.
+        like: the rows.
+    """
+    if rows is None:
+        return None
+    return [rows.to(torch.int32).reshape(-1, *[1] * (like.ndim - 1)), *xp.index(like, range(1, like.ndim))]
 
 
 def touched(grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A parameter's state in torch, made from the slots that its chain declares."""
+"""A parameter's state in torch, made from the arrays that its chain declares."""
 
 from __future__ import annotations
 
@@ -8,36 +8,41 @@ import torch
 from torch import Tensor
 
 from fusedbun import codes
-from fusedbun.transform import Slot
+from fusedbun.codes import Stored
 
-State = dict[str, Tensor]  # by `<transformation>.<slot>`
+State = dict[str, Tensor]  # by `<transformation>.<slot>` and what its code appends (`fusedbun.codes`)
 
 
-def follow(state: State, param: Tensor, slots: Mapping[str, Slot]) -> State:
-    """Makes `state` hold exactly these slots: new ones start at zero, stale ones are freed."""
-    for key in state.keys() - slots.keys():
+def follow(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> State:
+    """Makes `state` hold exactly these arrays: new ones start at zero, stale ones are freed."""
+    for key in state.keys() - arrays.keys():
         del state[key]
-    for key, slot in slots.items():
+    for key, stored in arrays.items():
         if key not in state:
-            state[key] = zeros(slot, param)
+            state[key] = zeros(stored, param)
     return state
 
 
-def zeros(slot: Slot, param: Tensor) -> Tensor:
-    """The slot at its start; a full-size one has the parameter's strides."""
-    dtype = slot_dtype(slot, param)
-    if len(slot.axes) == param.ndim:
+def zeros(stored: Stored, param: Tensor) -> Tensor:
+    """The array at its start; one of the parameter's shape has the parameter's strides."""
+    dtype, shape = stored_dtype(stored), tuple(param.shape)
+    if stored.part == "element" and len(stored.axes) == param.ndim:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    return torch.zeros(slot.shape(tuple(param.shape)), dtype=dtype, device=param.device)
+    return torch.zeros(stored.shape(shape), dtype=dtype, device=param.device)
 
 
-def slot_dtype(slot: Slot, param: Tensor) -> torch.dtype:
-    """The dtype in which the slot of this parameter is stored."""
-    name = codes.storage_dtype(slot, str(compute_dtype(param.dtype)).removeprefix("torch."))
-    dtype: torch.dtype = getattr(torch, name)
+def stored_dtype(stored: Stored) -> torch.dtype:
+    """torch's own for the dtype of an array."""
+    dtype: torch.dtype = getattr(torch, stored.dtype)
     return dtype
 
 
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """A dtype's name, without torch's in front."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, and float32 for every smaller one."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """What a parameter of this dtype is stepped in."""
+    computed: torch.dtype = getattr(torch, codes.computed_in(name_of_dtype(dtype)))
+    return computed

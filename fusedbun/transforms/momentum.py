@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import UnitInterval, is_concrete_zero
+from fusedbun.hyper import MomentDtype, UnitInterval, is_concrete_zero
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
 
 
@@ -25,6 +25,7 @@ class Momentum(Transform):
         dampening: how much of the new update is left out, in [0, 1).
         nesterov: look ahead one step.
         undampened_start: leave nothing out in the first step.
+        dtype: what the sum is stored in (`fusedbun.codes`).
 
     State: one array of the parameter's shape, and an int32 step counter where the first step is another; none when
         `beta` is 0.
@@ -35,12 +36,13 @@ class Momentum(Transform):
     dampening: UnitInterval = 0.0
     nesterov: bool = False
     undampened_start: bool = False
+    dtype: MomentDtype = None
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
         if is_concrete_zero(self.beta):
             return {}
         counts = self.undampened_start and not is_concrete_zero(self.dampening)
-        return {"moment": Slot.full(len(shape)), **({"count": Slot((), "int32")} if counts else {})}
+        return {"moment": Slot.moment(len(shape), self.dtype), **({"count": Slot((), "int32")} if counts else {})}
 
     def for_rows(self) -> None:
         """Left out: a momentum goes on in rows that no gradient touches."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import NonNegative, Scalar, UnitInterval, log
+from fusedbun.hyper import MomentDtype, NonNegative, Scalar, SecondMomentDtype, UnitInterval, log
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
 
 
@@ -24,6 +24,9 @@ class ScaleByAdam(Transform):
         beta2: the share of the past that the mean of squares keeps, in [0, 1).
         eps: added to the root, in [0, inf).
         amsgrad: divide by the largest mean of squares so far (Reddi, Kale, Kumar 2018, arXiv 1904.09237).
+        dtype: what the mean is stored in (`fusedbun.codes`).
+        second_dtype: what the mean of squares is stored in. Codes of 8 and 4 bits are not for it: they have no number
+            between 0 and a hundredth of a block's largest, and a root of 0 is divided by.
 
     State: two arrays of the parameter's shape (amsgrad: three) and an int32 step counter.
     """
@@ -33,11 +36,15 @@ class ScaleByAdam(Transform):
     beta2: UnitInterval = 0.999
     eps: NonNegative = 1e-8
     amsgrad: bool = False
+    dtype: MomentDtype = None
+    second_dtype: SecondMomentDtype = None
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
-        full = Slot.full(len(shape))
-        largest = {"largest": full} if self.amsgrad else {}
-        return {"count": Slot((), "int32"), "moment": full, "second_moment": full, **largest}
+        k = len(shape)
+        second = Slot.moment(k, self.second_dtype)
+        largest = {"largest": second} if self.amsgrad else {}
+        moments = {"moment": Slot.moment(k, self.dtype), "second_moment": second, **largest}
+        return {"count": Slot((), "int32"), **moments}
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u = signal.update

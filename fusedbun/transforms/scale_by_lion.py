@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import UnitInterval
+from fusedbun.hyper import MomentDtype, UnitInterval
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
 
 
@@ -21,6 +21,7 @@ class ScaleByLion(Transform):
     Args:
         beta1: the share of the mean in the step, in [0, 1).
         beta2: the share of the past that the mean keeps, in [0, 1).
+        dtype: what the mean is stored in (`fusedbun.codes`).
 
     State: one array of the parameter's shape.
     """
@@ -28,9 +29,10 @@ class ScaleByLion(Transform):
     name: ClassVar[str] = "scale_by_lion"
     beta1: UnitInterval = 0.9
     beta2: UnitInterval = 0.99
+    dtype: MomentDtype = None
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
-        return {"moment": Slot.full(len(shape))}
+        return {"moment": Slot.moment(len(shape), self.dtype)}
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u, m = signal.update, state["moment"]

@@ -19,10 +19,10 @@ from torch._dynamo.utils import counters
 from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, MupAdamW, ScaledOptum, Signal, Slot, Transform
 from fusedbun.optim import IMPLEMENTATIONS, dispatch, openmp
 from fusedbun.optim.overlap import Written, check_overlap
-from fusedbun.plan import build, native
-from fusedbun.plan.graph import Span
-from fusedbun.plan.native import KernelError
-from fusedbun.plan.trace import trace, used
+from fusedbun.compiler import build, native
+from fusedbun.compiler.graph import Span
+from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.trace import trace, used
 
 FAST = ("kernel", "blocks")
 TOLERANCE = 2e-6  # of the largest number, as for the reference in test_equivalence.py

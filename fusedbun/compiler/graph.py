@@ -1,0 +1,257 @@
+"""The graph of a step: every value that a chain computes for one parameter, each computed once.
+
+A value spans some of the parameter's axes. One axis, the slowest in memory, is the *row* axis; the others together are
+the *columns*, so that every parameter is a matrix of rows and columns here. By what it spans a value is
+
+    FULL     of the parameter's size
+    BLOCK    one number for every 32 elements along a row
+    ROW      one number for each row
+    COLUMN   one number for each column, or for each index along some of the column axes
+    SCALAR   one number
+    HOST     one number made of hyper-parameters alone; Python computes it before the step runs
+
+Reductions come in three kinds: `across` a row (FULL to ROW), `down` the rows (FULL to COLUMN, ROW to SCALAR), and
+`within` the columns (COLUMN to fewer of the column axes); `block_max` is the one within blocks (FULL to BLOCK). `expand`
+repeats a number for every column it stands for.
+
+Beside numbers there are conditions, the results of comparisons, and *words*: integers of 32 bits whose arithmetic wraps,
+of which rounding's noise and codes are made (`fusedbun.rounding`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+BITWISE = {"and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>"}  # of words
+FUNCTIONS = ("neg", "abs", "sign", "sqrt", "expm1", "log", "floor", "minimum", "maximum", "where")
+CONVERSIONS = {"bits": "word", "whole": "word", "from_bits": "number", "real": "number"}  # and what they give
+REDUCTIONS = ("across", "down", "within")
+
+
+class UnplannableError(Exception):
+    """A chain that no plan expresses, with the reason. The definition itself runs instead."""
+
+
+class Span(enum.IntEnum):
+    """What a value spans, from little to much."""
+
+    HOST = 0
+    SCALAR = 1
+    COLUMN = 2
+    ROW = 3
+    BLOCK = 4
+    FULL = 5
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # a repr of the arguments' arguments would have no end
+class Value:
+    """One value of a graph.
+
+    Args:
+        number: its place in the graph.
+        op: the operation that makes it: one of those above, "input", "const", "count" or "index".
+        args: the values that it is made of.
+        axes: the parameter's axes that it spans.
+        span: see `Span`.
+        detail: what else says what it is: an input's name, a constant's number, a reduction's function ("sum", "max",
+            "min"), the axes whose elements are counted, or the axis along which places are.
+        varies: those of its axes along which its numbers may differ. Along the others they are repeated.
+        kind: "number", "condition" or "word".
+    """
+
+    number: int
+    op: str
+    args: tuple[Value, ...]
+    axes: frozenset[int]
+    span: Span
+    detail: Any
+    varies: frozenset[int]
+    kind: str = "number"
+
+    @property
+    def is_condition(self) -> bool:
+        return self.kind == "condition"
+
+    @property
+    def is_word(self) -> bool:
+        return self.kind == "word"
+
+    def __str__(self) -> str:
+        parts = [self.op, *([str(self.detail)] if self.detail is not None else [])]
+        return f"%{self.number} = {' '.join([*parts, *(f'%{a.number}' for a in self.args)])}"
+
+    __repr__ = __str__
+
+
+class Graph:
+    """Values by what they are, so that what is computed twice becomes one.
+
+    Args:
+        ndim: the parameter's number of axes, at least 1. A parameter of one axis is one row.
+        order: its axes from the slowest in memory to the fastest; None: as they are.
+    """
+
+    def __init__(self, ndim: int, order: tuple[int, ...] | None = None) -> None:
+        self.ndim = ndim
+        self.order = order or tuple(range(ndim))
+        self.every = frozenset(range(ndim))
+        self.row = frozenset(self.order[:1]) if ndim > 1 else frozenset()
+        self.columns = self.every - self.row
+        self.values: list[Value] = []
+        self._known: dict[tuple[Any, ...], Value] = {}
+
+    def input(self, name: str, axes: Iterable[int], is_word: bool = False, part: str = "element") -> Value:
+        """An array that is given: the parameter, its gradient, or one of the state.
+
+        Args:
+            name: its name.
+            axes: the axes that it spans.
+            is_word: whether its numbers are words.
+            part: what it has numbers for (`fusedbun.codes.Stored`).
+        """
+        axes = self.every & set(axes)
+        kind = "word" if is_word else "number"
+        if part != "element":
+            if self.order != tuple(range(self.ndim)):
+                raise UnplannableError(f"{name} is for blocks along the parameter's axes as they are, not {self.order}")
+            return self._value("input", (), axes, name, Span.BLOCK if part == "block" else Span.FULL, kind)
+        if self.row < axes < self.every:
+            raise UnplannableError(
+                f"{name} spans the axes {sorted(axes)}: with the slowest in memory, some of the others"
+            )
+        return self._value("input", (), axes, name, kind=kind)
+
+    def hyperparameter(self, name: str, is_word: bool = False) -> Value:
+        """A number that Python gives with every step."""
+        return self._value("input", (), frozenset(), name, Span.HOST, "word" if is_word else "number")
+
+    def constant(self, number: float) -> Value:
+        return self._value("const", (), frozenset(), float(number), Span.HOST)
+
+    def word(self, number: int) -> Value:
+        return self._value("const", (), frozenset(), int(number), Span.HOST, "word")
+
+    def index(self, axis: int) -> Value:
+        """The elements' places along an axis, from 0 up."""
+        return self._value("index", (), frozenset([axis]), axis, kind="word")
+
+    def count(self, axes: Iterable[int]) -> Value:
+        """How many elements the parameter has along these axes."""
+        return self._value("count", (), frozenset(), tuple(sorted(axes)), Span.SCALAR)
+
+    def apply(self, op: str, *operands: Any) -> Value:
+        """An operation on values and numbers, element by element."""
+        is_of_words = any(isinstance(x, Value) and x.is_word for x in operands)
+        constant = self.word if is_of_words else self.constant
+        args = tuple(x if isinstance(x, Value) else constant(x) for x in operands)
+        if is_of_words and any(x.kind == "number" for x in args):
+            raise UnplannableError(f"a rule computes with words and numbers at once ({op})")
+        if is_of_words and op not in CONVERSIONS:
+            return self._elementwise(op, args, "word")
+        if (same := _unchanged(op, args)) is not None:
+            return same
+        if any(a.is_condition for a in (args[1:] if op == "where" else args)):
+            raise UnplannableError(f"a rule computes with a comparison as a number ({op}); write it with xp.where")
+        if op in ("minimum", "maximum"):
+            return self._extreme(op, args)
+        return self._elementwise(op, args, CONVERSIONS.get(op, "number"))
+
+    def block_max(self, x: Value) -> Value:
+        """The largest of the words of each block, as numbers without a sign."""
+        return self._value("block_max", (x,), self.every, None, Span.BLOCK, "word")
+
+    def reduce(self, function: str, x: Value, axes: Iterable[int]) -> Value:
+        """The sum, maximum or minimum over some of the parameter's axes, which stay with size 1."""
+        over = x.axes & set(axes)
+        if not over:
+            return x
+        if function == "sum" and not over <= x.varies:
+            raise UnplannableError("a rule takes the sum over axes along which its numbers are only repeated by a plan")
+        if x.span == Span.COLUMN:
+            return self._value("within", (x,), x.axes - over, function)
+        if x.span == Span.FULL and (over == self.every or not self.row & over):
+            if over | self.row != self.every:
+                raise UnplannableError(
+                    f"a rule takes the {function} over some, but not all, of the axes {sorted(self.columns)}, "
+                    f"which follow the slowest in memory"
+                )
+            x = self._value("across", (x,), self.row, function, Span.ROW)
+            return self._value("down", (x,), frozenset(), function) if over == self.every else x
+        x = self._value("down", (x,), x.axes - self.row, function)
+        over -= self.row
+        return self._value("within", (x,), x.axes - over, function) if over else x
+
+    def _extreme(self, op: str, args: tuple[Value, ...]) -> Value:
+        """Minima and maxima are exact in any order, so the small operands come first and the full ones last."""
+        flat = [y for x in args for y in (x.args if x.op == op and x.span > Span.HOST else (x,))]
+        small, *others = sorted(flat, key=lambda x: (x.span, x.number))
+        for x in others:
+            small = self._elementwise(op, (small, x), "number")
+        return small
+
+    def _elementwise(self, op: str, args: tuple[Value, ...], kind: str) -> Value:
+        if op in COMPARISONS:
+            kind = "condition"
+        axes = frozenset[int]().union(*(a.axes for a in args))
+        if any(a.span == Span.BLOCK for a in args) and all(a.span <= Span.SCALAR or a.span == Span.BLOCK for a in args):
+            return self._value(op, args, axes, None, Span.BLOCK, kind)
+        if self.row & axes and axes - self.row:
+            axes = self.every  # a row's number beside a column's is a full value
+            args = tuple(self._expand(a) for a in args)
+        span = Span.HOST if all(a.span == Span.HOST for a in args) else None
+        return self._value(op, args, axes, None, span, kind)
+
+    def _expand(self, x: Value) -> Value:
+        in_part = x.span == Span.COLUMN and x.axes != self.columns
+        return self._value("expand", (x,), self.columns, None, kind=x.kind) if in_part else x
+
+    def _value(
+        self,
+        op: str,
+        args: tuple[Value, ...],
+        axes: frozenset[int],
+        detail: Any,
+        span: Span | None = None,
+        kind: str = "number",
+    ) -> Value:
+        span = self._span(axes) if span is None else span
+        key = (op, tuple(a.number for a in args), detail, axes, span, kind)
+        if key not in self._known:
+            varies = axes.intersection(frozenset[int]().union(*(a.varies for a in args))) if args else axes
+            self._known[key] = Value(len(self.values), op, args, axes, span, detail, varies, kind)
+            self.values.append(self._known[key])
+        return self._known[key]
+
+    def _span(self, axes: frozenset[int]) -> Span:
+        if axes == self.every:
+            return Span.FULL
+        if not axes:
+            return Span.SCALAR
+        return Span.ROW if axes == self.row else Span.COLUMN
+
+
+def _unchanged(op: str, args: tuple[Value, ...]) -> Value | None:
+    """The operand that the result is equal to in every bit, or None: `1*x`, `x/1`, and `x + 0` where x is never -0."""
+    for x, other in zip(args, reversed(args), strict=True) if len(args) == 2 else ():
+        if op == "mul" and _is_constant(other, 1):
+            return x
+        if op == "add" and _is_constant(other, 0) and _is_never_minus_zero(x):
+            return x
+    return args[0] if op == "div" and _is_constant(args[1], 1) else None
+
+
+def _is_constant(v: Value, number: float) -> bool:
+    return v.op == "const" and v.detail == number
+
+
+def _is_never_minus_zero(v: Value) -> bool:
+    if v.op == "add":  # -0 only where both are
+        return any(map(_is_never_minus_zero, v.args))
+    if v.op == "mul":
+        return v.args[0] is v.args[1]
+    return v.op == "abs" or (v.op == "sqrt" and _is_never_minus_zero(v.args[0]))

@@ -1,0 +1,290 @@
+"""From a chain to its graph: the rules are called once, with values of a graph instead of arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fusedbun import codes
+from fusedbun.chain import PARAM, Chain, step
+from fusedbun.codes import Stored
+from fusedbun.compiler.graph import BITWISE, Graph, UnplannableError, Value
+from fusedbun.storage import Storage
+from fusedbun.transform import Transform
+
+GRAD, LR = "grad", "lr"
+START = ".start"  # behind the name of an array: where its noise begins
+
+
+@dataclass(frozen=True)
+class Program:
+    """The graph of one step of a chain, for parameters of some number of axes.
+
+    Args:
+        graph: the graph.
+        dtype: the parameters' dtype.
+        arrays: the state's arrays, by `<transformation>.<slot>` and what its code appends.
+        outputs: what is written, by name: the parameter and the arrays that change.
+        scalars: the numbers made of hyper-parameters that the rest is computed with, in the order of the graph.
+    """
+
+    graph: Graph
+    dtype: str
+    arrays: Mapping[str, Stored]
+    outputs: Mapping[str, Value]
+    scalars: tuple[Value, ...]
+
+    def __str__(self) -> str:
+        """The values that are used, one on each line, and what is written."""
+        needed = set(used(self.outputs.values()))
+        lines = [f"{v!s:44} {v.span.name}" for v in self.graph.values if v in needed]
+        return "\n".join([*lines, *(f"{name} <- %{v.number}" for name, v in self.outputs.items())])
+
+
+def trace(
+    chain: Chain, ndim: int, order: tuple[int, ...] | None = None, maximize: bool = False, dtype: str = "float32"
+) -> Program:
+    """Traces one step of a chain.
+
+    A hyper-parameter that is a float other than 0 is an input, so that the program serves any value of it. Everything
+    else is part of the program: that a number is 0, for a rule may then leave a slot out, and what chooses code.
+
+    Args:
+        chain: the chain for one parameter; it holds no rules (`Chain.at`).
+        ndim: the parameter's number of axes; one of none is traced as one of one element.
+        order: its axes from the slowest in memory to the fastest; None: as they are.
+        maximize: climb instead of descend.
+        dtype: the parameter's dtype.
+
+    Raises:
+        UnplannableError: no plan expresses the chain; the message says why.
+    """
+    graph = Graph(max(1, ndim), order)
+    slots, arrays = chain.slots((0,) * graph.ndim), chain.arrays((0,) * graph.ndim, dtype)
+    if dtype == "float64" and any(codes.is_noisy(codes.resolved(slot.code, dtype)) for slot in slots.values()):
+        raise UnplannableError("noise and codes are computed in float32, but a float64 parameter is not")
+    inputs = {name: graph.input(name, graph.every) for name in (PARAM, GRAD)}
+    inputs |= {key: graph.input(key, x.axes, "int" in x.dtype, x.part) for key, x in arrays.items()}
+    stored = {name: Symbol(graph, value) for name, value in inputs.items()}
+    param, grad = stored.pop(PARAM), stored.pop(GRAD)
+    lr = Symbol(graph, graph.hyperparameter(LR))
+    symbolic = Chain(tuple(_with_inputs(graph, t) for t in chain))
+    xp = Symbolic(graph, bool(ndim))
+    storage = Storage(xp, _Starts(graph, chain.rounding.stochastic), param, dtype)
+    if maximize:
+        grad = Symbol(graph, graph.apply("neg", grad.value))
+    try:
+        given = {key: storage.decode(key, slot, stored, None) for key, slot in slots.items()}
+        exact, state = step(xp, symbolic, lr, param, grad, given)
+        new_param, new = storage.round(exact, stored)
+        for key, slot in slots.items():
+            new |= storage.encode(key, slot, state[key], stored)
+    except (TypeError, AttributeError) as error:
+        raise UnplannableError(f"a rule does to an array what a plan does not know: {error}") from error
+    outputs = {PARAM: new_param.value, **{key: new[key].value for key in arrays}}
+    outputs = {name: value for name, value in outputs.items() if value is not inputs[name]}
+    for name, value in outputs.items():
+        if value.axes != inputs[name].axes:
+            raise UnplannableError(f"the new {name} does not have the axes that it is declared with")
+    known = used(outputs.values())
+    scalars = {a: None for v in known if v.span for a in v.args if not a.span and a.op != "const"}
+    return Program(graph, dtype, arrays, outputs, tuple(sorted(scalars, key=lambda v: v.number)))
+
+
+def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
+    """The values of a traced program's hyper-parameters, for this chain."""
+    noise = [v.detail for v in program.scalars if v.is_word]
+    starts = {name: chain.rounding.start(name.removesuffix(START)) for name in noise}
+    return {LR: lr, **starts, **{name: x for name, x in chain.hyperparameters().items() if is_input(x)}}
+
+
+def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp: Any = math) -> list[Any]:
+    """The numbers that a program is run with.
+
+    Args:
+        scalars: `Program.scalars`.
+        hyperparameters: their values by name.
+        xp: `math` for Python's numbers, or a namespace of array functions where some of them are arrays.
+    """
+    known: dict[Value, Any] = {}
+
+    def value(v: Value) -> Any:
+        if v not in known:
+            if v.op == "const":
+                known[v] = v.detail
+            elif v.op == "input":
+                known[v] = hyperparameters[v.detail]
+            else:
+                known[v] = _HOST[v.op](xp, *map(value, v.args))
+        return known[v]
+
+    return [value(v) for v in scalars]
+
+
+def used(outputs: Any) -> list[Value]:
+    """The values that these are made of, each after its own operands."""
+    found: dict[Value, None] = {}
+
+    def visit(v: Value) -> None:
+        if v not in found:
+            for a in v.args:
+                visit(a)
+            found[v] = None
+
+    for v in outputs:
+        visit(v)
+    return list(found)
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """Where noise begins is a number that is given with every step."""
+
+    graph: Graph
+    stochastic: bool
+
+    def start(self, key: str) -> Symbol:
+        return Symbol(self.graph, self.graph.hyperparameter(f"{key}{START}", is_word=True))
+
+
+class Symbol:
+    """What a rule sees in the place of an array: arithmetic on it adds to the graph."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, graph: Graph, value: Value) -> None:
+        self.graph, self.value = graph, value
+        self.ndim = graph.ndim if value.span else 0
+        self.shape = (None,) * self.ndim
+
+    def __bool__(self) -> bool:
+        raise UnplannableError("a rule branches on an array's value")
+
+
+class Symbolic:
+    """The namespace (`fusedbun.transform.Namespace`, `fusedbun.codes.Storing`) whose arrays are symbols.
+
+    Args:
+        graph: what they are values of.
+        has_axes: whether the parameter has any; one of none is traced as one of one element.
+    """
+
+    def __init__(self, graph: Graph, has_axes: bool = True) -> None:
+        self._graph, self._has_axes = graph, has_axes
+
+    def astype(self, x: Symbol, dtype: Any) -> Symbol:
+        """In the precision that is computed in, which numbers are in already."""
+        return Symbol(x.graph, x.graph.apply("real", x.value)) if x.value.is_word else x
+
+    def whole(self, x: Symbol) -> Symbol:
+        return x if x.value.is_word else Symbol(x.graph, x.graph.apply("whole", x.value))
+
+    def index(self, like: Symbol, axes: Any) -> list[Symbol]:
+        return [Symbol(self._graph, self._graph.index(axis)) for axis in axes] if self._has_axes else []
+
+    def block_max(self, words: Symbol) -> Symbol:
+        return Symbol(words.graph, words.graph.block_max(words.value))
+
+    def single(self, x: Symbol) -> Symbol:
+        return x
+
+    to_blocks = to_pairs = from_pairs = single  # symbols have no shape, and kernels see to pairs where they load them
+
+    def from_blocks(self, x: Symbol, shape: Any) -> Symbol:
+        return x
+
+    def mean(self, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
+        over = x.value.axes & _axes(x, axis, keepdims)
+        if not over:
+            return x
+        total = self._graph.reduce("sum", x.value, over)
+        return Symbol(self._graph, self._graph.apply("div", total, self._graph.count(over)))
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnplannableError(f"a rule uses xp.{name}, which a plan does not know")
+
+
+def _apply(op: str, swapped: bool = False) -> Any:
+    def apply(*operands: Any) -> Symbol:
+        graph = next(x.graph for x in operands if isinstance(x, Symbol))
+        values = [x.value if isinstance(x, Symbol) else x for x in operands]
+        return Symbol(graph, graph.apply(op, *(reversed(values) if swapped else values)))
+
+    return apply
+
+
+def _reduce(function: str) -> Any:
+    def reduce(self: Symbolic, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
+        return Symbol(x.graph, x.graph.reduce(function, x.value, _axes(x, axis, keepdims)))
+
+    return reduce
+
+
+def _axes(x: Symbol, axis: Any, keepdims: bool) -> set[int]:
+    if not isinstance(axis, tuple) or not keepdims:
+        raise UnplannableError("a rule reduces without a tuple of axes, or without keepdims=True")
+    return {i % x.graph.ndim for i in axis}
+
+
+for op in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs"):
+    setattr(Symbol, f"__{op}__", _apply(op))
+for op, method in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("div", "truediv"), *((op, op) for op in BITWISE)):
+    setattr(Symbol, f"__{method}__", _apply(op))
+    setattr(Symbol, f"__r{method}__", _apply(op, swapped=True))
+for op in ("abs", "sign", "sqrt", "expm1", "log", "floor", "minimum", "maximum", "where", "bits", "from_bits", "real"):
+    setattr(Symbolic, op, staticmethod(_apply(op)))
+for op in ("sum", "max", "min"):
+    setattr(Symbolic, op, _reduce(op))
+
+
+def _with_inputs(graph: Graph, transform: Transform) -> Transform:
+    named = {f.name: getattr(transform, f.name) for f in fields(transform)}
+    inputs = {
+        name: Symbol(graph, graph.hyperparameter(f"{transform.name}.{name}"))
+        for name, x in named.items()
+        if is_input(x)
+    }
+    return replace(transform, **inputs) if inputs else transform
+
+
+def is_input(value: Any) -> bool:
+    """Whether a hyper-parameter is a number that may change from step to step."""
+    is_array = getattr(value, "shape", None) == () and hasattr(value, "dtype")
+    return is_array or (isinstance(value, float) and value != 0)
+
+
+def _log(xp: Any, x: Any) -> Any:
+    return -math.inf if xp is math and x == 0 else xp.log(x)
+
+
+def _sign(xp: Any, x: Any) -> Any:
+    return xp.sign(x) if hasattr(x, "dtype") else float((x > 0) - (x < 0)) if x == x else x
+
+
+def _where(xp: Any, condition: Any, a: Any, b: Any) -> Any:
+    return xp.where(condition, a, b) if hasattr(condition, "dtype") else a if condition else b
+
+
+_HOST: dict[str, Any] = {
+    "add": lambda xp, a, b: a + b,
+    "sub": lambda xp, a, b: a - b,
+    "mul": lambda xp, a, b: a * b,
+    "div": lambda xp, a, b: a / b,
+    "neg": lambda xp, a: -a,
+    "abs": lambda xp, a: abs(a),
+    "sign": _sign,
+    "eq": lambda xp, a, b: a == b,
+    "ne": lambda xp, a, b: a != b,
+    "lt": lambda xp, a, b: a < b,
+    "le": lambda xp, a, b: a <= b,
+    "gt": lambda xp, a, b: a > b,
+    "ge": lambda xp, a, b: a >= b,
+    "sqrt": lambda xp, a: xp.sqrt(a),
+    "expm1": lambda xp, a: xp.expm1(a),
+    "log": _log,
+    "minimum": lambda xp, a, b: min(a, b) if xp is math else xp.minimum(a, b),
+    "maximum": lambda xp, a, b: max(a, b) if xp is math else xp.maximum(a, b),
+    "where": _where,
+}

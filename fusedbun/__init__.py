@@ -6,6 +6,7 @@ The optax side is the package `fusedbun_jax`.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fusedbun import recipes, transforms
@@ -14,6 +15,8 @@ from fusedbun.schedules import sm3_schedule
 from fusedbun.transform import Signal, Slot, Transform
 
 if TYPE_CHECKING:
+    from fusedbun import memory
+    from fusedbun.memory import plan
     from fusedbun.optim import (
         SM3,
         ChainOptimizer,
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
         SignSGD,
         TernaryVote,
         param_groups,
+        release_gradients,
     )
 
 __version__ = "0.1.0"
@@ -36,6 +40,7 @@ _OF_TORCH = (
     "FusionOptimizer",
     "SignSGD",
     "param_groups",
+    "release_gradients",
     *(r.torch_class for r in recipes.RECIPES.values()),
 )
 
@@ -56,14 +61,20 @@ __all__ = [
     "TernaryVote",
     "Transform",
     "chain",
+    "memory",
     "param_groups",
+    "plan",
     "recipes",
+    "release_gradients",
     "sm3_schedule",
     "transforms",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("memory", "plan"):  # when first used, for they import the compiler
+        found = import_module("fusedbun.memory")
+        return found if name == "memory" else found.plan
     if name not in _OF_TORCH:
         raise AttributeError(f"module 'fusedbun' has no attribute {name!r}")
     try:

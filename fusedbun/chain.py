@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -21,16 +21,26 @@ class Rounding:
         stochastic: round a bfloat16 parameter to either neighbour, without a bias, instead of to the nearest.
         seed: any integer; with the parameter's name and the number of steps it decides the noise of all rounding.
         name: the parameter's name; `Chain.at` puts it here.
+        starts: where the noise of arrays begins, by name, as far as it is known already.
     """
 
     stochastic: bool = False
     seed: int = 0
     name: str = ""
+    starts: tuple[tuple[str, int], ...] = ()
 
     def start(self, key: str) -> int:
         """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.rounding`)."""
+        for known, start in self.starts:
+            if known == key:
+                return start
         stream = rounding.PARAM_STREAM if key == PARAM else zlib.crc32(key.encode())
         return rounding.start(self.seed, self.name, stream)
+
+    def of(self, name: str, keys: Iterable[str]) -> Rounding:
+        """The same for a parameter of this name, where the noise of these arrays begins being looked up at once."""
+        named = replace(self, name=name, starts=())
+        return replace(named, starts=tuple((key, named.start(key)) for key in keys))
 
 
 PARAM = "param"
@@ -111,14 +121,14 @@ class Chain:
             name: the name that decides the noise of its rounding; None: the path's.
         """
         here = Chain(tuple(t.at(path, param) for t in self), self.rounding) if self.has_rules else self
-        if not here.is_noisy(tuple(param.shape)):
+        if not (keys := here.noisy(tuple(param.shape))):
             return here
-        named = replace(self.rounding, name=".".join(path) if name is None else name)
-        return Chain(here.transforms, named)
+        return Chain(here.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
 
-    def is_noisy(self, shape: Shape) -> bool:
-        """Whether the rounding of such a parameter, or of its state, takes noise."""
-        return self.rounding.stochastic or any(codes.may_be_noisy(slot.code) for slot in self.slots(shape).values())
+    def noisy(self, shape: Shape) -> list[str]:
+        """The arrays of such a parameter, its own among them, that may be rounded with noise."""
+        slots = [key for key, slot in self.slots(shape).items() if codes.may_be_noisy(slot.code)]
+        return [*([PARAM] if self.rounding.stochastic else []), *slots]
 
     def for_rows(self) -> Chain:
         """The chain that steps the rows a sparse gradient touches; see `Transform.for_rows`."""

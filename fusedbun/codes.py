@@ -164,7 +164,7 @@ def from_blocks(x: Array, shape: Shape) -> Array:
 
 
 def to_pairs(codes: Array) -> Array:
-    """Blocks of codes of 4 bits as words of 8: in the low bits the first half of a block, in the high ones the other."""
+    """Blocks of codes of 4 bits as words of 8: the low bits hold a block's first half, the high bits the other."""
     return (codes[..., : BLOCK // 2] & 15) | ((codes[..., BLOCK // 2 :] & 15) << 4)
 
 

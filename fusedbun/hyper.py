@@ -183,6 +183,7 @@ def _check_one(label: str, hint: Any, value: Any) -> None:
             _check_one(f"{label}[{i}]", part, item)
     elif get_origin(kind) is Annotated:
         allowed = kind.__metadata__[0]
+        checks: dict[Any, Callable[[str, Any, str, Any], None]]
         checks = {Whole: _check_whole, Interval: _check_number, Dtypes: _check_dtype}
         checks[type(allowed)](label, allowed, also, value)
 
@@ -198,7 +199,7 @@ def _check_choice(label: str, options: tuple[Any, ...], also: str, value: Any) -
 def _check_dtype(label: str, allowed: Dtypes, also: str, value: Any) -> None:
     name = dtype_name(value) or value
     if not isinstance(name, str):
-        raise TypeError(f"{label} must be {allowed}{also}{_but(value)}")
+        raise TypeError(f"{label} must be {allowed}{also}{_but(value)}{_static(value)}")
     if name not in allowed.names:
         raise ValueError(f"{label} must be {allowed}{also}, but it is {value!r}")
 

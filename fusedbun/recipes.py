@@ -261,7 +261,9 @@ def mup_adam(
     """
     scale = MupScale(mup, channel_axis, allow_non_unit_scaling_params)
     decay = independent(weight_decay, initial_lr, scale) if independent_weight_decay else weight_decay
-    return chain(Decay(decay), ScaleByAdam(*betas, eps, amsgrad, momentum_dtype, second_moment_dtype), ScaleByMup(scale))
+    return chain(
+        Decay(decay), ScaleByAdam(*betas, eps, amsgrad, momentum_dtype, second_moment_dtype), ScaleByMup(scale)
+    )
 
 
 @recipe("MupAdamW", lr=1e-3)
@@ -305,7 +307,9 @@ def mup_adamw(
     """
     scale = MupScale(mup, channel_axis, allow_non_unit_scaling_params)
     decay = independent(weight_decay, initial_lr, scale) if independent_weight_decay else weight_decay
-    return chain(ScaleByAdam(*betas, eps, amsgrad, momentum_dtype, second_moment_dtype), Decay(decay), ScaleByMup(scale))
+    return chain(
+        ScaleByAdam(*betas, eps, amsgrad, momentum_dtype, second_moment_dtype), Decay(decay), ScaleByMup(scale)
+    )
 
 
 @recipe("MupSGD", lr=1e-3)

@@ -18,7 +18,7 @@ from fusedbun.transform import Array
 BLOCK = 32  # numbers that share an exponent
 PARAM_STREAM = 0  # the noise of the parameter; that of the coded slots follows
 GOLDEN = 0x9E3779B9  # keys of streams and axes lie this far apart
-EXPONENT, SIGN, QUIET = 0x7F800000, 0x7FFFFFFF, 0x00400000  # of float32: its exponent, all but its sign, a quiet NaN
+SIGNLESS, QUIET = 0x7FFFFFFF, 0x00400000  # of float32: all bits but the sign, and the one that makes a NaN quiet
 LEAST, MOST = 27, 254  # exponents that a block may have: below, its numbers count as 0; above are infinities and NaN
 
 
@@ -58,7 +58,7 @@ def mix(h: Array) -> Array:
 def start(seed: int, name: str, stream: int) -> int:
     """Where the noise of one array begins: a word made of the run's seed, the parameter's name and the stream.
 
-        mix(mix(seed + stream*GOLDEN) + crc32(name))
+    mix(mix(seed + stream*GOLDEN) + crc32(name))
     """
     seeded = mix(np.array([word(seed + stream * GOLDEN)], np.int32))
     return int(mix(seeded + np.int32(word(zlib.crc32(name.encode()))))[0])
@@ -93,9 +93,7 @@ def to_bfloat16(xp: Words, x: Array, n: Array) -> Array:
         n: their noise.
     """
     b = xp.bits(x)
-    is_finite = (b & EXPONENT) != EXPONENT
-    is_nan = (b & SIGN) > EXPONENT
-    return xp.from_bits(xp.where(is_finite, b + n, xp.where(is_nan, b | QUIET, b)) & word(0xFFFF0000))
+    return xp.from_bits(xp.where(x == x, b + n, b | QUIET) & word(0xFFFF0000))  # to an infinity's zeros n adds nothing
 
 
 def encode(xp: Words, x: Array, n: Array, bits: int) -> tuple[Array, Array]:
@@ -103,6 +101,7 @@ def encode(xp: Words, x: Array, n: Array, bits: int) -> tuple[Array, Array]:
 
         e    = the largest exponent in the block, of float32
         code = floor(x*2^(125 + bits - e) + (n + 0.5)/2^16), within [-q, q], q = 2^(bits - 1) - 1
+        code = 0 where e < 27, which is too small for a scale, or e = 255, that of NaN and infinities
 
     Args:
         xp: the functions.
@@ -114,19 +113,17 @@ def encode(xp: Words, x: Array, n: Array, bits: int) -> tuple[Array, Array]:
         The codes and the blocks' exponents, as words.
     """
     q = 2 ** (bits - 1) - 1
-    e = shifted(xp.block_max(xp.bits(x) & SIGN), 23)  # an integer maximum: exact, and NaN is the largest
+    e = shifted(xp.block_max(xp.bits(x) & SIGNLESS), 23)  # an integer maximum: exact, and NaN is the largest
     scale = xp.from_bits((252 + bits - _within(xp, e)) << 23)  # a power of two: the product is exact
+    scale = xp.where(e < LEAST, 0.0, xp.where(e == 255, float("nan"), scale))
     y = xp.floor(x * scale + (xp.real(n) + 0.5) * 2.0**-16)
-    y = xp.minimum(xp.maximum(y, -float(q)), float(q))
-    is_zero = e < LEAST
-    codes = xp.whole(xp.where(is_zero, 0.0, xp.where(e == 255, 0.0, y)))
-    return codes, xp.where(is_zero, 0, e)
+    codes = xp.whole(xp.minimum(xp.maximum(xp.where(y == y, y, 0.0), -float(q)), float(q)))
+    return codes, xp.where(e < LEAST, 0, e)
 
 
 def decode(xp: Words, codes: Array, e: Array, bits: int) -> Array:
     """The numbers that blocks of codes stand for: `code*2^(e - 125 - bits)`, NaN where the exponent is that of NaN."""
-    x = xp.real(codes) * xp.from_bits((2 - bits + _within(xp, e)) << 23)
-    return xp.where(e == 255, float("nan"), x)
+    return xp.real(codes) * xp.where(e == 255, float("nan"), xp.from_bits((2 - bits + _within(xp, e)) << 23))
 
 
 def _within(xp: Words, e: Array) -> Array:

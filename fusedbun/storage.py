@@ -74,5 +74,3 @@ class Storage:
 
     def _parts(self, key: str, slot: Slot, stored: Mapping[str, Array]) -> dict[str, Array]:
         return {part: stored[key + part] for part in codes.arrays(slot, self.dtype)}
-
-

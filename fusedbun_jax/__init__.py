@@ -13,7 +13,7 @@ from fusedbun import transforms
 from fusedbun.chain import chain
 from fusedbun_jax.axes import flax_channel_axis
 from fusedbun_jax.groups import by_name
-from fusedbun_jax.lift import TransformState, lift, lifted
+from fusedbun_jax.lift import lift, lifted
 from fusedbun_jax.metrics import MetricsState, with_metrics
 from fusedbun_jax.optimizers import (
     decoupled_lionw,
@@ -26,8 +26,9 @@ from fusedbun_jax.optimizers import (
     sm3,
     ternary_vote,
 )
-from fusedbun_jax.rounding import round_to_params
+from fusedbun_jax.rounding import round_stochastically, round_to_params
 from fusedbun_jax.schedules import sm3_schedule
+from fusedbun_jax.state import TransformState
 from fusedbun_jax.step import SteppingTransformation, from_chain
 
 centralize = lifted(transforms.Centralize)
@@ -65,6 +66,7 @@ __all__ = [
     "mup_adamw",
     "mup_sgd",
     "rms_scale",
+    "round_stochastically",
     "round_to_params",
     "scale_by_adam",
     "scale_by_lion",

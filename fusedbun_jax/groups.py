@@ -87,7 +87,7 @@ class _Groups:
     def _groups(self, tree: Any) -> tuple[list[str], dict[str, Any]]:
         """The group of each leaf, and the optimizers by group."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        names = [".".join(leaf.names(path)) for path, _ in leaves]
+        names = [leaf.name(path) for path, _ in leaves]
         found = overrides(names, self._rules)
         if self._no_decay is not None:
             for name, (_, x) in zip(names, leaves, strict=True):

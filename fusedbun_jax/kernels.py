@@ -1,6 +1,7 @@
 """Generated kernels as a call that XLA makes on CPUs: one call for all leaves, in place.
 
-The call knows kernels by name (`fusedbun/compiler/runtime/jax_ffi.cpp`), so that a compiled program may be kept in a file.
+The call (`fusedbun/compiler/runtime/jax_ffi.cpp`) knows kernels by name, so that a compiled program may be kept in a
+file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Leaf:
     Args:
         chain: the chain for it.
         lr: the learning rate.
-        arrays: the parameter, the gradient and the slots, in the chain's order.
+        arrays: the parameter, the gradient and those of the state, in the chain's order.
     """
 
     def __init__(self, chain: Chain, lr: Any, *arrays: Any) -> None:
@@ -44,13 +45,14 @@ class Leaf:
 
     def kernel(self) -> native.Kernel:
         found = native.kernel(self.chain, self.param.ndim, tuple(range(self.param.ndim)), self.param.dtype.name)
-        if list(found.program.slots) != list(self.chain.slots(self.param.shape)):
+        needed = self.chain.arrays(self.param.shape, self.param.dtype.name)
+        if list(found.program.arrays) != list(needed):
             raise native.KernelError(f"the state of a parameter of shape {self.param.shape} is not the one planned for")
         return found
 
     def numbers(self, kernel: native.Kernel) -> list[Any]:
         """The numbers that a step is computed with, Python's or in the dtype that is computed in."""
-        named = hyperparameters(self.chain, self.lr)
+        named = hyperparameters(kernel.program, self.chain, self.lr)
         cast = {name: x.astype(self.computed) if isinstance(x, jax.Array) else x for name, x in named.items()}
         return evaluate(kernel.program.scalars, cast, _Numbers)
 
@@ -60,7 +62,7 @@ class Leaf:
 
 
 def step(leaves: list[Leaf]) -> list[Any]:
-    """Every leaf's parameter and slots after a step, in the memory of those before it.
+    """Every leaf's parameter and the state's arrays after a step, in the memory of those before it.
 
     Raises:
         BuildError: the call cannot be compiled.
@@ -72,60 +74,55 @@ def step(leaves: list[Leaf]) -> list[Any]:
     for kernel in named.values():
         library.fusedbun_jax_kernel(kernel.name.encode(), ctypes.c_void_p(kernel.address))
     words: list[int] = []
-    records, lists = [], _Lists()
+    records, numbers = [], _List()
     for leaf in leaves:
         kernel = known[leaf.kind]
         record = native.describe(leaf.description(kernel), words)
         steps, count = record[3], record[6]
         words[steps : steps + count] = [0] * count  # the elements of every array follow one another
-        record[NUMBERS] = lists.place(leaf, kernel)
+        record[NUMBERS] = numbers.place(leaf, kernel)
         records.append(record)
-    for leaf, record in zip(leaves, records, strict=True):
-        record[NUMBERS] += lists.offset(leaf)
-    numbers = lists.arrays()
     operands = [x for leaf in leaves for x in leaf.arrays]
     written = [i for i, a in enumerate(a for leaf in leaves for a in range(len(leaf.arrays))) if a != GRAD]
     call = jax.ffi.ffi_call(
         target,
         [jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in written],
-        input_output_aliases={len(numbers) + i: out for out, i in enumerate(written)},
+        input_output_aliases={1 + i: out for out, i in enumerate(written)},
     )
     return list(
         call(
-            *numbers,
+            numbers.array(),
             *operands,
             kernels="".join(f"{name} " for name in named),
             kinds=np.array([list(named).index(known[leaf.kind].name) for leaf in leaves], np.int64),
-            lists=np.int64(len(numbers)),
+            lists=np.int64(1),
             records=np.array(records, np.int64).ravel(),
             words=np.array(words, np.int64),
         )
     )
 
 
-class _Lists:
-    """The numbers of all leaves, each list once, by the dtype that is computed in."""
+class _List:
+    """The numbers of all leaves; leaves of one chain, one learning rate and one kernel share theirs."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Any]] = {}
+        self._values: list[Any] = []
         self._places: dict[Any, int] = {}
 
     def place(self, leaf: Leaf, kernel: native.Kernel) -> int:
-        """Where a leaf's numbers begin among those of its dtype."""
+        """Where a leaf's numbers begin."""
         key = (id(leaf.chain), id(leaf.lr), kernel.name)
-        values = self._values.setdefault(leaf.computed.name, [])
         if key not in self._places:
-            self._places[key] = len(values)
-            values += leaf.numbers(kernel)
+            self._places[key] = len(self._values)
+            self._values += leaf.numbers(kernel)
         return self._places[key]
 
-    def offset(self, leaf: Leaf) -> int:
-        """Where the numbers of a leaf's dtype begin among all."""
-        names = list(self._values)
-        return sum(len(self._values[name]) for name in names[: names.index(leaf.computed.name)])
-
-    def arrays(self) -> list[Any]:
-        return [_array(values, dtype) for dtype, values in self._values.items()]
+    def array(self) -> Any:
+        """The numbers as the driver takes them, whatever JAX's own precision is: float32 has no place for words."""
+        with jax.enable_x64(True):
+            if any(isinstance(x, jax.Array) for x in self._values):
+                return jnp.stack([jnp.asarray(x, np.float64) for x in self._values])
+            return jnp.asarray(np.array(self._values, np.float64))
 
 
 class _Numbers:
@@ -148,12 +145,6 @@ class _Numbers:
     minimum = staticmethod(jnp.minimum)
     maximum = staticmethod(jnp.maximum)
     where = staticmethod(jnp.where)
-
-
-def _array(values: list[Any], dtype: str) -> Any:
-    if any(isinstance(x, jax.Array) for x in values):
-        return jnp.stack([jnp.asarray(x, dtype) for x in values])
-    return jnp.asarray(np.array(values, dtype))
 
 
 def _strides(x: Any) -> tuple[int, ...]:

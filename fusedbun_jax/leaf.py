@@ -21,6 +21,11 @@ def names(path: KeyPath) -> tuple[str, ...]:
     return tuple(str(next((getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)), k)) for k in path)
 
 
+def name(path: KeyPath) -> str:
+    """The parameter's name, which decides the noise of its rounding: the names that lead to it, joined by dots."""
+    return ".".join(names(path))
+
+
 def title(path: KeyPath) -> str:
     """A leaf as messages name it."""
     return f"leaf {jax.tree_util.keystr(path)!r}" if path else "the only leaf"
@@ -44,3 +49,9 @@ def computed_in(path: KeyPath, what: str, x: Any) -> Any:
             f"leave it out with optax.masked"
         )
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def check_shape(path: KeyPath, update: Any, param: Any) -> None:
+    """Raises a ValueError for an update that does not have its parameter's shape."""
+    if update.shape != param.shape:
+        raise ValueError(f"the update of {title(path)} has shape {update.shape}, but the parameter has {param.shape}")

@@ -6,29 +6,26 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple, ParamSpec
+from typing import Any, ClassVar, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from fusedbun import codes
-from fusedbun.hyper import NonNegative
+from fusedbun.chain import Rounding, own
+from fusedbun.hyper import NonNegative, check
+from fusedbun.storage import Storage
 from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
 from fusedbun_jax import leaf
+from fusedbun_jax import namespace as xp
+from fusedbun_jax.rounding import SEED
 from fusedbun_jax.second_moment import WithSecondMoment
+from fusedbun_jax.state import TransformState, arrays_of, check_state, with_derivative_of, zeros
 
 P = ParamSpec("P")
 
 
-class TransformState(NamedTuple):
-    """A lifted transformation's state: the tree of the parameters, with `{slot: array}` at every leaf."""
-
-    slots: Any
-
-
-def lift(transform: Transform) -> optax.GradientTransformationExtraArgs:
+def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """A transformation as one of optax's, to be chained with any of them.
 
     Its updates are float32 (float64 for float64 parameters) whatever the parameters' dtype, so that nothing is
@@ -38,7 +35,10 @@ def lift(transform: Transform) -> optax.GradientTransformationExtraArgs:
     Args:
         transform: the transformation. A hyper-parameter declared as an axis may be a rule `(path, param) -> int`,
             where `path` is the tuple of the names that lead to the leaf.
+        seed: any integer; with the leaf's path, joined by dots, and the number of steps it decides the noise with
+            which state of fewer bits is rounded.
     """
+    check(transform.name, SEED, {"seed": seed})
 
     def init(params: optax.Params) -> TransformState:
         return TransformState(jax.tree_util.tree_map_with_path(lambda path, p: _zeros(transform, path, p), params))
@@ -52,7 +52,7 @@ def lift(transform: Transform) -> optax.GradientTransformationExtraArgs:
             raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
         slots = tree.flatten_up_to(state.slots)
         owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
-        new = [_update(transform, path, u, s, p) for (path, u), s, p in zip(leaves, slots, owners, strict=True)]
+        new = [_update(transform, seed, path, u, s, p) for (path, u), s, p in zip(leaves, slots, owners, strict=True)]
         return tree.unflatten([u for u, _ in new]), TransformState(tree.unflatten([s for _, s in new]))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -83,51 +83,46 @@ class Descend(Transform):
 
 def _zeros(transform: Transform, path: leaf.KeyPath, param: Any) -> dict[str, jax.Array]:
     param = leaf.as_array(path, "parameter", param)
-    dtype = leaf.computed_in(path, "parameter", param)
-    _, slots = _at_leaf(transform, path, param, dtype)
-    return {name: _slot_zeros(slot, param, dtype) for name, slot in slots.items()}
-
-
-def _slot_zeros(slot: Slot, param: Any, dtype: Any) -> jax.Array:
-    stored = codes.storage_dtype(slot, dtype.name)
-    if len(slot.axes) == param.ndim:
-        return jnp.zeros_like(param, dtype=stored)  # keeps the parameter's sharding
-    return jnp.zeros(slot.shape(param.shape), stored, device=_sharding(slot, param))
-
-
-def _sharding(slot: Slot, param: Any) -> NamedSharding | None:
-    """Where a slot that spans some of the parameter's axes lies: split along these as the parameter is."""
-    if not isinstance(param, jax.Array) or isinstance(param, jax.core.Tracer):
-        return None
-    if not isinstance(param.sharding, NamedSharding):
-        return None
-    mesh, spec = param.sharding.mesh, param.sharding.spec
-    return NamedSharding(mesh, PartitionSpec(*(axis if i in slot.axes else None for i, axis in enumerate(spec))))
+    _, slots = _at_leaf(transform, path, param, leaf.computed_in(path, "parameter", param))
+    return {name: zeros(stored, param) for name, stored in arrays_of(slots, param.dtype.name).items()}
 
 
 def _update(
-    transform: Transform, path: leaf.KeyPath, update: Any, stored: dict[str, jax.Array], param: Any
+    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, stored: dict[str, jax.Array], param: Any
 ) -> tuple[Any, dict[str, jax.Array]]:
     signal = update.signal if isinstance(update, WithSecondMoment) else Signal(update)
     u = leaf.as_array(path, "update", signal.update)
-    dtype = leaf.computed_in(path, "update", u)
-    if param is not None:
-        param = leaf.as_array(path, "parameter", param)
-        dtype = leaf.computed_in(path, "parameter", param)
-        if u.shape != param.shape:
-            raise ValueError(
-                f"the update of {leaf.title(path)} has shape {u.shape}, but the parameter has {param.shape}"
-            )
-        param = param.astype(dtype)
+    leaf.computed_in(path, "update", u)
+    owner = u if param is None else leaf.as_array(path, "parameter", param)
+    dtype = leaf.computed_in(path, "parameter", owner)
+    leaf.check_shape(path, u, owner)
     u = u.astype(dtype)
     if not u.size:
         return u, stored
-    here, slots = _at_leaf(transform, path, u if param is None else param, dtype)
-    _check_state(transform, path, {name: slot.shape(u.shape) for name, slot in slots.items()}, stored)
-    before = {name: codes.decode(jnp, slot, stored[name], dtype) for name, slot in slots.items()}
-    signal, after = here.update(jnp, Signal(u, signal.second_moment), before, param)
-    new = {name: codes.encode(jnp, slot, after[name], stored[name].dtype) for name, slot in slots.items()}
+    here, slots = _at_leaf(transform, path, owner, dtype)
+    if param is None and any(slot.code == "param" for slot in slots.values()):
+        raise ValueError(
+            f"{transform.name} keeps state in the parameters' dtype: call update(updates, state, params) with them"
+        )
+    check_state(transform.name, path, arrays_of(slots, owner.dtype.name), owner, stored, by_dtype=param is not None)
+    storage = Storage(xp, Rounding(seed=seed, name=leaf.name(path)), u, owner.dtype.name)
+    kept = {f"{transform.name}.{name}": jnp.asarray(x) for name, x in stored.items()}
+    declared = {f"{transform.name}.{name}": slot for name, slot in slots.items()}
+    before = {key: storage.decode(key, slot, kept, dtype) for key, slot in declared.items()}
+    p = None if param is None else owner.astype(dtype)
+    signal, after = here.update(xp, Signal(u, signal.second_moment), own(transform, before), p)
+    for key, slot in declared.items():
+        kept |= _encoded(storage, key, slot, after[key.removeprefix(f"{transform.name}.")], kept)
+    new = dict(own(transform, kept))
     return (signal.update if signal.second_moment is None else WithSecondMoment(signal)), new
+
+
+def _encoded(storage: Storage, key: str, slot: Slot, value: Any, kept: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays to store for a slot's new value, each in its dtype."""
+    new = {name: xp.astype(x, kept[name].dtype) for name, x in storage.encode(key, slot, value, kept).items()}
+    if jnp.issubdtype(new[key].dtype, jnp.floating):
+        new[key] = with_derivative_of(value, new[key])
+    return new
 
 
 def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:
@@ -140,14 +135,3 @@ def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -
     except (TypeError, ValueError) as error:
         error.add_note(f"This is at {leaf.title(path)}.")
         raise
-
-
-def _check_state(
-    transform: Transform, path: leaf.KeyPath, needed: dict[str, tuple[int, ...]], stored: dict[str, jax.Array]
-) -> None:
-    kept = {name: x.shape for name, x in stored.items()}
-    if kept != needed:
-        raise ValueError(
-            f"{transform.name}: the state of {leaf.title(path)} holds {kept or 'nothing'}, but {needed or 'nothing'} "
-            f"is needed; it belongs to other parameters or other hyper-parameters, so make one with init"
-        )

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun import metrics
+from fusedbun import codes, metrics
 from fusedbun_jax import leaf
-from fusedbun_jax.lift import TransformState
+from fusedbun_jax import namespace as xp
+from fusedbun_jax.state import TransformState
 
-FUNCTIONS = metrics.functions(jnp)
+FUNCTIONS = metrics.functions(xp)
+
+
+_MOMENT = ("moment", f"moment{codes.EXPONENTS}")
 
 
 class MetricsState(NamedTuple):
@@ -60,7 +64,7 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
     for transform in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState)):
         if isinstance(transform, TransformState):
             for moment, slots in zip(moments, tree.flatten_up_to(transform.slots), strict=True):
-                moment |= {"moment": slots["moment"]} if "moment" in slots else {}
+                moment |= {name: x for name, x in slots.items() if name in _MOMENT} if "moment" in slots else {}
     found: dict[str, jax.Array] = {}
     for (path, p), q, g, moment in zip(
         leaves, tree.flatten_up_to(after), tree.flatten_up_to(grads), moments, strict=True
@@ -70,6 +74,18 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
             continue  # masked, or the optimizer inside would have refused it
         dtype = leaf.computed_in(path, "parameter", p)
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
-        products = metrics.inner_products(jnp, {"param": q, "update": p - q, "grad": g, **moment})
-        found |= metrics.measured(FUNCTIONS, products, ".".join(leaf.names(path)))
+        vectors = {"param": q, "update": p - q, "grad": g}
+        if moment:
+            vectors["moment"] = _decoded(moment, p.shape, dtype)
+        products = metrics.inner_products(xp, vectors)
+        found |= metrics.measured(FUNCTIONS, products, leaf.name(path))
     return found
+
+
+def _decoded(arrays: dict[str, Any], shape: tuple[int, ...], dtype: Any) -> Any:
+    """The numbers that a moment's arrays stand for; how they are stored shows in them."""
+    stored = {name.removeprefix("moment"): x for name, x in arrays.items()}
+    code = stored[""].dtype.name
+    if codes.EXPONENTS in stored:
+        code = {"int8": "block8", "uint8": "block4"}[code]
+    return codes.decode(xp, code, stored, shape, dtype)

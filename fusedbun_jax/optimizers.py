@@ -6,14 +6,15 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
 from fusedbun import derive
+from fusedbun.hyper import Whole, check
 from fusedbun.recipes import RECIPES, Recipe
 from fusedbun_jax import leaf
-from fusedbun_jax.step import SteppingTransformation, from_chain
+from fusedbun_jax.step import ROUNDING, SteppingTransformation, from_chain
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
@@ -21,9 +22,18 @@ _INITIAL_RATE = """\
         learning_rate. It must be given beside a weight decay where that is a schedule, and under
         optax.inject_hyperparams.
 """
+_ROUNDING = """
+`stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest, so
+that steps much smaller than a parameter's precision still move it; it keeps an int32 number for each, and the updates
+are float32. `seed`, an integer (None: 0), decides the noise of this and of all rounding of state; with the same seed,
+paths of the parameters and number of steps, it is the same on any device and in torch.
+"""
 _STATIC = """
 Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.
 """
+# The driver's keyword arguments. The seed's default is no number, or inject_hyperparams would make an array of it.
+_OWN = {"stochastic_rounding": False, "seed": None}
+_DECLARED = {**ROUNDING, "seed": Annotated[int, Whole()] | None}
 _INJECTED = """
 For parameters of 16 bits give optax.inject_hyperparams hyperparam_dtype=jnp.float32, or it rounds the numbers to the
 parameters' dtype. A momentum that is injected has state at 0 too; name it in static_args to have none.
@@ -46,21 +56,25 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
             initial = given.pop("initial_learning_rate")
             is_number = isinstance(learning_rate, Real) and initial is None
             given[derive.INITIAL_LR] = learning_rate if is_number else initial
+        own = {name: given.pop(name) for name in _OWN}
+        check(make.__name__, _DECLARED, own)
         if "mup" in given:
             given["mup"] = _types_by_name(given["mup"])
         if notice := recipe.notice(given):
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
-        return from_chain(recipe.make(**given), learning_rate)
+        return from_chain(recipe.make(**given), learning_rate, **{**own, "seed": own["seed"] or 0})
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
     before = [] if recipe.fixed_lr else [inspect.Parameter("learning_rate", derive.POSITIONAL, default=default)]
     initial_rate = inspect.Parameter("initial_learning_rate", derive.KEYWORD, default=None)
-    spelled_out = derive.signature(recipe.make, before, [initial_rate] if recipe.wants_initial_lr else [])
+    after = [initial_rate] if recipe.wants_initial_lr else []
+    after += [inspect.Parameter(name, derive.KEYWORD, default=value) for name, value in _OWN.items()]
+    spelled_out = derive.signature(recipe.make, before, after)
     make.__signature__ = spelled_out  # type: ignore[attr-defined]
     make.__name__ = make.__qualname__ = recipe.make.__name__
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
-    static = derive.structural(recipe.make)
-    remarks = (_STATIC.format(static=static) if static else "") + ("" if recipe.fixed_lr else _INJECTED)
+    static = (*derive.structural(recipe.make), *_OWN)
+    remarks = _ROUNDING + _STATIC.format(static=static) + ("" if recipe.fixed_lr else _INJECTED)
     make.__doc__ = derive.documentation(recipe.make, arguments, remarks)
     return make
 
@@ -70,7 +84,7 @@ def _types_by_name(types: Any) -> Any:
     if not isinstance(types, (Mapping, list, tuple)):
         return types
     leaves = jax.tree_util.tree_leaves_with_path(types, is_leaf=_is_type_with_depth)
-    return {".".join(leaf.names(path)): kind for path, kind in leaves}
+    return {leaf.name(path): kind for path, kind in leaves}
 
 
 def _is_type_with_depth(node: Any) -> bool:

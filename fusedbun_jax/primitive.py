@@ -23,8 +23,9 @@ from fusedbun.chain import Chain
 from fusedbun.compiler.build import BuildError
 from fusedbun.compiler.native import KernelError
 from fusedbun_jax import kernels
-from fusedbun_jax.lift import Descend, TransformState, lift
-from fusedbun_jax.rounding import round_to_params
+from fusedbun_jax.definition import arrays_by_state, transformation
+from fusedbun_jax.lift import Descend, lift
+from fusedbun_jax.state import TransformState
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Step:
 
 @partial(jax.jit, static_argnames="step", inline=True)
 def run(*operands: Any, step: Step) -> list[Any]:
-    """Every leaf's parameter and slots after the step."""
+    """Every leaf's parameter and the state's arrays after the step."""
     found: list[Any] = _step.bind(*operands, step=step)
     return found
 
@@ -105,14 +106,16 @@ def _by_definition(*operands: Any, step: Step) -> list[Any]:
     return [x for leaf, arrays in zip(step.leaves, leaves, strict=True) for x in _updated(*leaf.filled(given), *arrays)]
 
 
-def _updated(chain: Chain, lr: Any, param: Any, grad: Any, *slots: Any) -> list[Any]:
-    """The parameter and the slots after `update` and `optax.apply_updates`."""
-    tx = optax.chain(*map(lift, chain), lift(Descend(lr)), round_to_params())
-    left = iter(slots)
-    before = [TransformState({name: next(left) for name in t.slots(param.shape)}) for t in chain]
-    updates, after = tx.update(grad, (*before, TransformState({}), optax.EmptyState()), param)
-    states = [state.slots[name] for t, state in zip(chain, after, strict=False) for name in t.slots(param.shape)]
-    return [optax.apply_updates(param, updates), *states]
+def _updated(chain: Chain, lr: Any, param: Any, grad: Any, *stored: Any) -> list[Any]:
+    """The parameter and the state's arrays after `update` and `optax.apply_updates`, of a tree of this leaf."""
+    name, tx = chain.rounding.name, transformation(chain, lift(Descend(lr)))  # the leaf's name decides the noise
+    left = iter(stored)
+    before = [TransformState({name: {key: next(left) for key in arrays}}) for arrays in arrays_by_state(chain, param)]
+    others = TransformState({name: {}}), *(() if chain.rounding.stochastic else (optax.EmptyState(),))
+    count, params = len(chain.transforms), {name: param}
+    updates, after = tx.update({name: grad}, (*before[:count], *others, *before[count:]), params)
+    states = [state.slots[name] for state in (*after[:count], *after[count + 1 :]) if isinstance(state, TransformState)]
+    return [optax.apply_updates(params, updates)[name], *(x for state in states for x in state.values())]
 
 
 def _by_kernels(*operands: Any, step: Step) -> list[Any]:
@@ -124,7 +127,7 @@ def _by_kernels(*operands: Any, step: Step) -> list[Any]:
 
 def _abstract(*operands: Any, step: Step) -> list[Any]:
     _, leaves = step.split(operands)
-    return [x.update(weak_type=False) for param, _, *slots in leaves for x in (param, *slots)]
+    return [x.update(weak_type=False) for param, _, *stored in leaves for x in (param, *stored)]
 
 
 def _instead(step: Step, where: str) -> Any:

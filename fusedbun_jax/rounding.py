@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from fusedbun.chain import COUNTER, Rounding
+from fusedbun.codes import Stored
+from fusedbun.hyper import Whole, check
+from fusedbun.storage import Storage
+from fusedbun_jax import leaf
+from fusedbun_jax import namespace as xp
+from fusedbun_jax.state import TransformState, check_state, with_derivative_of, zeros
+
+SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
+NAME, STEP = COUNTER.split(".")
+ARRAYS = {STEP: Stored("int32", ())}
 
 
 def round_to_params() -> optax.GradientTransformationExtraArgs:
@@ -24,6 +36,82 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
         return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Updates with which `optax.apply_updates` rounds bfloat16 parameters to either neighbour, without a bias.
+
+        u = q - p      in float32, q being p + u rounded up as often as it lies near to the number above
+
+    `p + u` is computed in float32 then, and is q exactly, except where a number of the parameter's changes its sign
+    and both are so large that their difference is infinite. So it must be the last transformation of a chain, with the
+    learning rate before it.
+
+    Args:
+        seed: any integer; with a leaf's path, joined by dots, and the number of steps it decides the noise.
+
+    State: one int32 number for each parameter, the number of steps.
+
+    Raises:
+        ValueError: a parameter is not bfloat16 (when it sees the parameters).
+    """
+    check(NAME, SEED, {"seed": seed})
+
+    def init(params: optax.Params) -> TransformState:
+        return TransformState(jax.tree_util.tree_map_with_path(_start, params))
+
+    def update(
+        updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
+    ) -> tuple[optax.Updates, TransformState]:
+        if params is None:
+            raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")
+        if not isinstance(state, TransformState):
+            raise ValueError(
+                f"stochastic rounding counts the steps of each parameter in its state, but that is {state!r}; "
+                f"it belongs to an optimizer without it, so make one with init"
+            )
+        tree: Any
+        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        kept, owners = tree.flatten_up_to(state.slots), tree.flatten_up_to(params)
+        new = [_rounded(seed, path, u, p, k) for (path, u), p, k in zip(leaves, owners, kept, strict=True)]
+        return tree.unflatten([u for u, _ in new]), TransformState(tree.unflatten([s for _, s in new]))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _start(path: leaf.KeyPath, param: Any) -> dict[str, jax.Array]:
+    param = _bfloat16(path, param)
+    return {name: zeros(stored, param) for name, stored in ARRAYS.items()}
+
+
+def _bfloat16(path: leaf.KeyPath, param: Any) -> Any:
+    """The parameter as an array; one that is not bfloat16 is a ValueError."""
+    param = leaf.as_array(path, "parameter", param)
+    leaf.computed_in(path, "parameter", param)
+    if param.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"stochastic rounding is for bfloat16 parameters, but the parameter of {leaf.title(path)} is "
+            f"{param.dtype.name}; leave it out with by_name(…, {{pattern: {{'stochastic_rounding': False}}}})"
+        )
+    return param
+
+
+def _rounded(seed: int, path: leaf.KeyPath, update: Any, param: Any, kept: dict[str, jax.Array]) -> Any:
+    """A leaf's update and its state."""
+    param, update = _bfloat16(path, param), leaf.as_array(path, "update", update)
+    leaf.check_shape(path, update, param)
+    update = update.astype(jnp.float32)
+    if not update.size:
+        return update, kept
+    check_state(NAME, path, ARRAYS, param, kept, by_dtype=True)
+    p = param.astype(jnp.float32)
+    storage = Storage(xp, Rounding(True, seed, leaf.name(path)), p, "bfloat16")
+    # The choice keeps the sum apart from a product before it: contracted the two would have bits that the difference
+    # below has no place for.
+    exact = p + jnp.where(update == update, update, jnp.nan)
+    q, after = storage.round(exact, {COUNTER: jnp.asarray(kept[STEP])})
+    stepped = jnp.where(q == p, -0.0, q - p)  # an infinite parameter stays what it is, and so does -0
+    return with_derivative_of(update, stepped), {STEP: after[COUNTER]}
 
 
 def _round_to(update: Any, param: Any) -> Any:

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun import codes
-from fusedbun.chain import Chain
-from fusedbun.hyper import plain
+from fusedbun.chain import Chain, Rounding
 from fusedbun.compiler.native import KernelError
+from fusedbun.hyper import check, plain
 from fusedbun_jax import leaf, primitive
-from fusedbun_jax.lift import Descend, TransformState, lift
+from fusedbun_jax.definition import arrays_by_state, transformation
+from fusedbun_jax.lift import Descend, lift
 from fusedbun_jax.primitive import Given
-from fusedbun_jax.rounding import round_to_params
+from fusedbun_jax.rounding import SEED
+from fusedbun_jax.state import TransformState
 
 Implementation = Literal["kernel", "definition"]
 
@@ -80,14 +81,22 @@ class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ig
         return optax.apply_updates(params, updates), state
 
 
-def from_chain(chain: Chain, learning_rate: optax.ScalarOrSchedule) -> SteppingTransformation:
+ROUNDING = {"stochastic_rounding": bool, **SEED}  # as `fusedbun.hyper.check` reads it
+
+
+def from_chain(
+    chain: Chain, learning_rate: optax.ScalarOrSchedule, *, stochastic_rounding: bool = False, seed: int = 0
+) -> SteppingTransformation:
     """An optimizer from a chain of transformations: `p = p - learning_rate*u`.
 
     Args:
         chain: the chain, `fusedbun.chain(...)`.
         learning_rate: a number in [0, inf), or a schedule.
+        stochastic_rounding: round bfloat16 parameters without a bias, by float32 updates, instead of to the nearest.
+        seed: any integer; it decides the noise of all rounding.
     """
-    driver = _Driver(chain, learning_rate)
+    check("from_chain", ROUNDING, {"stochastic_rounding": stochastic_rounding, "seed": seed})
+    driver = _Driver(replace(chain, rounding=Rounding(bool(stochastic_rounding), int(seed))), learning_rate)
     return SteppingTransformation(driver.init, driver.update)
 
 
@@ -100,7 +109,7 @@ class _Driver:
             scale = optax.chain(lift(Descend(1.0)), optax.scale_by_schedule(learning_rate))
         else:
             scale = lift(Descend(learning_rate))
-        self._definition = optax.chain(*map(lift, chain), scale, round_to_params())
+        self._definition = transformation(chain, scale)
 
     def init(self, params: optax.Params) -> Any:
         return self._definition.init(params)
@@ -114,7 +123,7 @@ class _Driver:
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         if tree != jax.tree.structure(params):
             raise IrregularError("the gradients and the parameters are different trees")
-        parts, scale = self._parts(state)
+        parts, scale, last = self._parts(state)
         try:
             slots = (
                 zip(*(tree.flatten_up_to(part.slots) for part in parts), strict=True) if parts else ((),) * len(leaves)
@@ -139,15 +148,20 @@ class _Driver:
         after = iter(primitive.run(*numbers.values, *(a for x in full for a in x.arrays), step=step))
         stepped = [x.after(after) for x in found]
         new = [TransformState(tree.unflatten([slots[i] for _, slots in stepped])) for i in range(len(parts))]
-        return tree.unflatten([param for param, _ in stepped]), (*new, scale, state[-1])
-
-    def _parts(self, state: Any) -> tuple[tuple[TransformState, ...], Any]:
-        """The states of the chain's transformations, and that of the learning rate."""
         count = len(self._chain.transforms)
-        is_own = isinstance(state, tuple) and len(state) == count + 2
-        if not is_own or not all(isinstance(part, TransformState) for part in state[:count]):
+        return tree.unflatten([param for param, _ in stepped]), (*new[:count], scale, *new[count:], *last)
+
+    def _parts(self, state: Any) -> tuple[list[TransformState], Any, list[Any]]:
+        """The states of the chain's transformations and of stochastic rounding, the learning rate's, and others."""
+        count = len(self._chain.transforms)
+        if not isinstance(state, tuple) or len(state) != count + 2:
             raise IrregularError("the state is another optimizer's")
-        return state[:count], state[count]
+        parts, last = [*state[:count], *state[count + 1 :]], []
+        if not self._chain.rounding.stochastic:
+            last.append(parts.pop())
+        if not all(isinstance(part, TransformState) for part in parts):
+            raise IrregularError("the state is another optimizer's")
+        return parts, state[count], last
 
     def _rate(self, state: Any) -> tuple[Any, Any]:
         """The learning rate of this step, and its state after it."""
@@ -167,7 +181,8 @@ class _Leaf:
             computed = leaf.computed_in(path, "parameter", self.param)
             leaf.computed_in(path, "update", grad)
             self.chain = chain.at(leaf.names(path), self.param)
-            declared = [t.slots(self.param.shape) for t in self.chain]
+            self.chain.arrays(self.param.shape, self.param.dtype.name)  # refuses what cannot be rounded so
+            declared = arrays_by_state(self.chain, self.param)
         except (TypeError, ValueError) as error:
             raise IrregularError(str(error)) from error
         if grad.shape != self.param.shape:
@@ -175,13 +190,11 @@ class _Leaf:
         if grad.dtype != self.param.dtype and self.param.dtype != computed:
             raise IrregularError(f"the parameter at {leaf.title(path)} has fewer bits than its gradient")
         self.stored = stored
-        for slots, arrays in zip(declared, stored, strict=True):
+        for needed, arrays in zip(declared, stored, strict=True):
             kept = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
-            if kept != {
-                n: (s.shape(self.param.shape), codes.storage_dtype(s, computed.name)) for n, s in slots.items()
-            }:
+            if kept != {name: (x.shape(self.param.shape), x.dtype) for name, x in needed.items()}:
                 raise IrregularError(f"the state of {leaf.title(path)} is not as it is declared")
-        self.order = [(i, name) for i, slots in enumerate(declared) for name in slots]
+        self.order = [(i, name) for i, needed in enumerate(declared) for name in needed]
         self.arrays = [jnp.asarray(self.param), grad.astype(self.param.dtype), *(stored[i][n] for i, n in self.order)]
 
     def after(self, results: Iterator[Any]) -> tuple[Any, list[dict[str, Any]]]:
@@ -217,7 +230,9 @@ class _Numbers:
             arrays = [{name: x for name, x in vars(t).items() if isinstance(x, jax.Array)} for t in chain]
             if any(arrays):
                 stand_ins = [{name: self.stand_in(x) for name, x in named.items()} for named in arrays]
-                made = Chain(tuple(replace(t, **named) for t, named in zip(chain, stand_ins, strict=True)))
+                made = Chain(
+                    tuple(replace(t, **named) for t, named in zip(chain, stand_ins, strict=True)), chain.rounding
+                )
             else:
                 made = chain
             self._chains[id(chain)] = chain, made

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import fusedbun
-from fusedbun import codes, derive, recipes
+from fusedbun import codes, derive, in_numpy, recipes
 from fusedbun.chain import step
+from fusedbun.codes import Stored
 from fusedbun.hyper import NonNegative
 from fusedbun.transform import Signal, Slot, Transform
 from fusedbun.transforms import Centralize, ClipRMS, Decay, Momentum, RMSScale, SM3Accumulate, SparseMask
@@ -125,6 +126,7 @@ class TestChain:
             "momentum.dampening": 0.0,
             "momentum.nesterov": False,
             "momentum.undampened_start": False,
+            "momentum.dtype": None,
             "decay.weight_decay": 0.1,
         }
         changed = chain.with_hyperparameters(**{"decay.weight_decay": 0.2})
@@ -149,7 +151,8 @@ def test_the_recipe_is_the_chain_of_the_specification():
 
 
 def test_structural_hyperparameters():
-    assert derive.structural(recipes.fusedbun) == ("centralize", "use_rms", "nesterov", "lagged", "channel_axis")
+    names = ("centralize", "use_rms", "nesterov", "lagged", "channel_axis", "momentum_dtype")
+    assert derive.structural(recipes.fusedbun) == names
 
 
 @dataclass(frozen=True)
@@ -171,14 +174,13 @@ class TestCodes:
     def test_a_counter_is_stored_as_an_integer_and_computed_as_a_number(self):
         slot = Slot((), "int32")
         assert slot.shape((3, 4)) == (1, 1)
-        assert codes.storage_dtype(slot, "float32") == "int32"
-        stored = codes.encode(np, slot, np.full((1, 1), 7.0), np.int32)
-        assert stored.dtype == np.int32
-        assert codes.decode(np, slot, stored, np.float64).dtype == np.float64
+        assert codes.arrays(slot, "bfloat16") == {"": Stored("int32", ())}
+        decoded = codes.decode(in_numpy, "int32", {"": np.full((1, 1), 7, np.int32)}, (3, 4), np.float64)
+        assert (decoded.dtype, decoded.item()) == (np.float64, 7)
 
     def test_an_unknown_code(self):
-        with pytest.raises(ValueError, match="code must be one of compute, int8, int32, but it is 'int7'"):
-            codes.storage_dtype(Slot((0,), "int7"), "float32")
+        with pytest.raises(ValueError, match="code must be one of compute, int8, .*, block4, but it is 'int7'"):
+            codes.arrays(Slot((0,), "int7"), "float32")
 
     def test_a_counter_in_every_driver(self, x64):
         import jax.numpy as jnp

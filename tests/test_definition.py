@@ -42,7 +42,9 @@ def test_traces_to_a_graph_that_gives_the_same_numbers(case, name):
     want_param, want_state = step(np, chain, 0.5, param, grad, state)
     whole = plan(chain, param.shape, param.strides, dtype="float64")
     arrays = {"param": param.copy(), "grad": grad, **{key: value.copy() for key, value in state.items()}}
-    Blocks(whole, in_numpy).run(evaluate(whole.program.scalars, hyperparameters(whole.program, chain, 0.5)), arrays, param.dtype)
+    Blocks(whole, in_numpy).run(
+        evaluate(whole.program.scalars, hyperparameters(whole.program, chain, 0.5)), arrays, param.dtype
+    )
     np.testing.assert_allclose(arrays["param"], want_param, rtol=1e-14, atol=1e-14)
     for key in want_state:
         np.testing.assert_allclose(arrays[key], want_state[key], rtol=1e-14, atol=1e-14)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fusedbun.cli import bench, info
+from fusedbun.cli import bench, info, plan
 from fusedbun.cli.arguments import Settings, parser
 from fusedbun.cli.errors import CommandError, missing_library
 from fusedbun.cli.listing import listing
@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print(listing(options["json"]))
     if command == "info":
         return _print(info.info(options["json"]))
+    if command == "plan":
+        shown = plan.run(options)
+        return 2 if shown is None else _print(shown)
     if command == "bench":
         return bench.main(options)
     settings = Settings(**options)

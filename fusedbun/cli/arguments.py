@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fusedbun
-from fusedbun.cli import bench, info
+from fusedbun.cli import bench, info, plan
 from fusedbun.cli.optimizers import OPTIMIZERS
 from fusedbun.cli.options import AS_JSON, Commands, Parser, Text, add_command, number, whole
 from fusedbun.hyper import Interval
@@ -25,6 +25,7 @@ examples:
   fusedbun list      every optimizer: its classes, its state, its defaults, its source
   fusedbun train     train a small network in torch and in Flax, and compare
   fusedbun bench     measure how long a step takes, beside other packages
+  fusedbun plan      how much memory training a model takes with each optimizer
   fusedbun info      what steps an optimizer on this machine, and why
 
 `fusedbun COMMAND --help` describes the options of a command.
@@ -112,6 +113,7 @@ def parser() -> Parser:
     _add_list(commands)
     _add_train(commands)
     bench.register(commands)
+    plan.register(commands)
     info.register(commands)
     return root
 

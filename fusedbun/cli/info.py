@@ -86,7 +86,7 @@ def _kernel(name: str, shape: str, registers: int | None) -> dict[str, str]:
 
     order = _SHAPES[shape]
     try:
-        code = emit(trace(chain_of(name, {}, len(order)), len(order), order), "float32")
+        code = emit(trace(chain_of(name, {}, len(order)), len(order), order))
     except UnplannableError as error:
         return {"from": "definition", "reason": str(error)}
     # where not even the driver is compiled, this machine's registers are not known, and nor are a kernel's flags

@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from fusedbun import codes, derive
+from fusedbun import derive
 from fusedbun.recipes import RECIPES, Recipe
 
 SHAPE = (1024, 1024)  # the parameter whose state is counted: a weight matrix of middling size
 
 # What changes an optimizer's state, beside its defaults.
 _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "fusedbun": ({"momentum_beta": 0.0},),
+    "fusedbun": ({"momentum_dtype": "int4"},),
     "sm3": ({"momentum": 0.9},),
     "mup_adam": ({"amsgrad": True},),
     "mup_adamw": ({"amsgrad": True},),
     "mup_sgd": ({"momentum": 0.9},),
+    "decoupled_lionw": ({"momentum_dtype": "int8"},),
 }
 
 
@@ -36,9 +37,8 @@ def listing(as_json: bool) -> str:
 
 def bytes_per_parameter(recipe: Recipe, **settings: Any) -> float:
     """The bytes of state for each element of a float32 parameter of the shape `SHAPE`."""
-    slots = recipe.make(**settings).slots(SHAPE).values()
-    sizes = (math.prod(slot.shape(SHAPE)) * np.dtype(codes.storage_dtype(slot, "float32")).itemsize for slot in slots)
-    return sum(sizes) / math.prod(SHAPE)
+    arrays = recipe.make(**settings).arrays(SHAPE, "float32").values()
+    return sum(math.prod(x.shape(SHAPE)) * np.dtype(x.dtype).itemsize for x in arrays) / math.prod(SHAPE)
 
 
 def _describe(name: str, recipe: Recipe) -> dict[str, Any]:

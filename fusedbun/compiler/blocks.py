@@ -14,10 +14,10 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fusedbun.chain import Chain
+from fusedbun.chain import PARAM, Chain
 from fusedbun.compiler.graph import BITWISE, COMPARISONS, REDUCTIONS, Span, UnplannableError, Value
 from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
-from fusedbun.compiler.trace import PARAM, trace
+from fusedbun.compiler.trace import trace
 from fusedbun.transform import Array, Shape
 
 ELEMENTS = 1 << 17  # in a block: few enough for its buffers to stay in the cache, many enough to be worth a call
@@ -140,8 +140,11 @@ class Blocks:
     def _plain(self, v: Value) -> Callable[..., Array]:
         """What computes a value from new arrays of its arguments."""
         if v.op in COMPARISONS or v.op in BITWISE or v.op in ("neg", "abs"):
-            return getattr(operator, f"{v.op}_" if v.op in ("and", "or") else v.op)
-        return getattr(operator, OPERATORS[v.op]) if v.op in OPERATORS else getattr(self.xp, v.op)
+            of_python: Callable[..., Array] = getattr(operator, f"{v.op}_" if v.op in ("and", "or") else v.op)
+            return of_python
+        named: Callable[..., Array]
+        named = getattr(operator, OPERATORS[v.op]) if v.op in OPERATORS else getattr(self.xp, v.op)
+        return named
 
     def _over_blocks(self, v: Value) -> Callable[..., Array]:
         """What computes a value of full size from numbers of blocks among others: it repeats them for the elements."""
@@ -291,7 +294,9 @@ class _Run:
 
     def _combination(self, v: Value) -> Callable[[Array, Array], Array]:
         xp = self.blocks.xp
-        return {"sum": operator.add, "max": xp.maximum, "min": xp.minimum}[v.detail]
+        combinations: dict[str, Callable[[Array, Array], Array]]
+        combinations = {"sum": operator.add, "max": xp.maximum, "min": xp.minimum}
+        return combinations[v.detail]
 
 
 class _Total:

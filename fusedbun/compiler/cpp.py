@@ -39,7 +39,9 @@ def emit(program: Program) -> str:
         lines += _plan("flat", rows, [Flat])
         plans["flat"] = "&flat::plan"
     else:
-        by_row = [Rows] if any(map(has_blocks, (s for p in rows.passes for s in p.sweeps))) else [Rows, PackedRows]
+        by_row: list[type[Way]] = (
+            [Rows] if any(map(has_blocks, (s for p in rows.passes for s in p.sweeps))) else [Rows, PackedRows]
+        )
         lines += _plan("rows", rows, by_row)
         plans |= {"rows": "&rows::plan", **({"packed": "&rows::packed_plan"} if PackedRows in by_row else {})}
         try:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fusedbun.compiler.cpp_text import ONE, REDUCE, Arrays, Places, expression, given, indented, is_vector, literal, loaded
+from fusedbun.compiler.cpp_text import (
+    ONE,
+    REDUCE,
+    Arrays,
+    Places,
+    expression,
+    given,
+    indented,
+    is_vector,
+    literal,
+    loaded,
+)
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.schedule import Schedule
 
@@ -41,7 +52,9 @@ class Between:
             inner = [f"const auto {self._name(x)} = {self._text(x)};" for x in inline if x.axes]
             text = self._name(v.args[0]) if v.op == "expand" else self._text(v)
             at = self._index(v.axes)
-            yield from indented(self._nest(v.axes, [*inner, f"{target}{f'[{at}]' if v.axes else ''} = {kind}({text});"]))
+            yield from indented(
+                self._nest(v.axes, [*inner, f"{target}{f'[{at}]' if v.axes else ''} = {kind}({text});"])
+            )
         yield "}"
 
     def _reduction(self, v: Value) -> Iterator[str]:

@@ -1,7 +1,10 @@
-"""The C++ of a sweep along a row whose codes share an exponent: 32 columns at a time, in stages.
+"""The C++ of a sweep along rows whose codes share an exponent: 32 columns at a time, in stages.
 
 What is reduced within a block of codes is known at the end of a stage, for all of the block's registers; the next one
-uses it. Of the block's elements x7[r] is register r, and x7 alone is the block's one number.
+uses it. Each stage goes over all rows, for one row's chain of operations is long and leaves the processor waiting.
+
+Of the block's elements x7 is a register, or x7[k][r] where a later stage needs it: register r of row k. A number that
+the block has once, in every lane, is x7 or x7[k].
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from fusedbun.compiler.cpp_passes import INLINED, Way
-from fusedbun.compiler.cpp_text import LANES, ONE, PAIR, REDUCE, expression, indented, kind_of
+from fusedbun.compiler.cpp_text import LANES, PAIR, REDUCE, expression, indented, kind_of
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.schedule import Pass, Sweep
 
@@ -48,9 +51,9 @@ class _Sweep:
         for v, stage in self.stages.items():
             self.by_stage[stage].append(v)
         self.order = range(last + 1)
-        stored = {v for _, v in sweep.stores}
+        self.stores = way.stores(sweep)
         later = {a for v in sweep.full for a in v.args if self.stages.get(a, 0) < self.stages[v]}
-        self.held = {v for v in sweep.full if v.span == Span.FULL and (v in stored or v in later)}
+        self.held = {v for v in sweep.full if v in later or v in {stored for _, stored in self.stores}}
 
     def lines(self) -> list[str]:
         way = self.way
@@ -62,28 +65,31 @@ class _Sweep:
         loads += [f"a{v.number}[r] = lanes.template load<T>({way.chunk(v)});" for v in self.crossing]
         if loads:
             body += registers(loads)
-        body += ["for (int k = 0; k < K; k++) {", *indented(self._row()), "}"]
+        for v in sorted(self.held, key=lambda v: v.number):
+            body.append(f"{kind_of(v, LANES)} x{v.number}[K]{'[R]' if v.span == Span.FULL else ''};")
+        for lines in (*map(self._stage, self.order), self._stores()):
+            body += ["for (int k = 0; k < K; k++) {", *indented(lines), "}"]
         if self.crossing:
             body += registers(f"lanes.store({way.chunk(v)}, a{v.number}[r]);" for v in self.crossing)
         return [f"blocks<T>(n, [&](auto lanes_of, Index b) {INLINED} {{", *indented(body), "});"]
 
-    def _row(self) -> Iterator[str]:
-        yield from (f"{kind_of(v, LANES)} x{v.number}[R];" for v in self.sweep.full if v in self.held)
-        for stage in self.order:
-            for v in self.by_stage[stage]:
-                if v.span == Span.BLOCK:
-                    yield f"const auto x{v.number} = {self._of_block(v)};"
-            if lines := [*self._elements(stage)]:
-                yield from registers(lines)
-        for name, v in self.sweep.stores:
+    def _stage(self, stage: int) -> Iterator[str]:
+        for v in self.by_stage[stage]:
+            if v.span == Span.BLOCK:
+                yield f"{'' if v in self.held else 'const auto '}{self._name(v)} = {self._of_block(v)};"
+        if lines := [*self._elements(stage)]:
+            yield from registers(lines)
+
+    def _stores(self) -> Iterator[str]:
+        for name, v in self.stores:
             yield from self._store(name, v)
 
     def _of_block(self, v: Value) -> str:
         if v.op == "input":
-            return f"Word(p{self.way.arrays.number(v.detail)}[k][b])"
+            return f"wide<Words<T>>(Word(p{self.way.arrays.number(v.detail)}[k][b]))"
         if v.op == "block_max":
-            return f"largest<T>(x{v.args[0].number}, lanes_of)"
-        return expression(v, self.way.operand, ONE)
+            return f"largest<T>(x{v.args[0].number}[k], lanes_of)"
+        return expression(v, self._name, LANES)
 
     def _elements(self, stage: int) -> Iterator[str]:
         way, work, sweep = self.way, self.work, self.sweep
@@ -107,17 +113,17 @@ class _Sweep:
         return self.way.computed(v, self.work, self.sweep, self._name)
 
     def _name(self, v: Value) -> str:
-        is_register = v in self.held or (v.span == Span.COLUMN)
-        return f"{self.way.operand(v)}{'[r]' if is_register else ''}"
+        name = self.way.operand(v) + ("[k]" if v in self.held else "")
+        return f"{name}[r]" if v.span == Span.COLUMN or (v in self.held and v.span == Span.FULL) else name
 
     def _store(self, name: str, v: Value) -> Iterator[str]:
         number = self.way.arrays.number(name)
         if v.span == Span.BLOCK:
-            yield f"p{number}[k][b] = {self.way.arrays.type(name)}(x{v.number});"
+            yield f"p{number}[k][b] = {self.way.arrays.type(name)}(x{v.number}[k][0]);"
         elif self.way.arrays.type(name) == PAIR:
-            yield f"to_pairs<T>(p{number}[k] + b * (BLOCK / 2), x{v.number}, lanes_of);"
+            yield f"to_pairs<T>(p{number}[k] + b * (BLOCK / 2), x{v.number}[k], lanes_of);"
         else:
-            yield from registers([f"lanes.store({self.way.element(number)}, x{v.number}[r]);"])
+            yield from registers([f"lanes.store({self.way.element(number)}, x{v.number}[k][r]);"])
 
 
 def _stages(values: list[Value]) -> dict[Value, int]:

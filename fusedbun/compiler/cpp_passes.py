@@ -5,8 +5,8 @@ schedule says so). Within a sweep along it the arrays' elements are loaded, comp
 register of lanes at a time. The ways differ in what the lanes run along, and so in how the values of a block, of a
 sweep and of a chunk are held.
 
-Where codes share an exponent, a sweep goes over 32 columns at a time. Their elements are computed in stages, for what is
-reduced within the block has to be known for all of it before the rest.
+Where codes share an exponent, a sweep goes over 32 columns at a time. Their elements are computed in stages, for what
+is reduced within the block has to be known for all of it before the rest.
 
 In the code x7 is the element %7, b7 the block's value, v7 that of a small vector, s7 a single number; q7 is %7 while
 it is reduced along a block, a7 while it is reduced over a chunk; p0, p1, … are the leaf's arrays.
@@ -183,7 +183,8 @@ class Way:
         first: dict[str, int] = {}
         for s, sweep in enumerate(work.sweeps):
             for v in sweep.full:
-                if v.op == "input" and first.setdefault(v.detail, s) == s:
+                is_long = v.op == "input" and self.arrays.has_every_element(v.detail)
+                if is_long and first.setdefault(v.detail, s) == s:
                     number = self.arrays.number(v.detail)
                     if s == 0 and len(work.sweeps) > 1:
                         asks[-1].append(self.ask_next(number))
@@ -203,7 +204,9 @@ class Way:
             elif v.op == "index":
                 text = self.block_place()
             else:
-                text = expression(v, lambda a: f"b{a.number}[k]" if a.span > Span.SCALAR else scalar_name(a), self.block_kind)
+                text = expression(
+                    v, lambda a: f"b{a.number}[k]" if a.span > Span.SCALAR else scalar_name(a), self.block_kind
+                )
             yield f"{kind_of(v, self.block_kind)} b{v.number}[K]; {each(f'b{v.number}[k] = {text};')}"
 
     def _sweep(self, work: Pass, sweep: Sweep, asked: list[str]) -> Iterator[str]:
@@ -221,13 +224,18 @@ class Way:
         crossing = self.crossing(sweep)
         body = [f"const auto v{v.number} = {self.small(v)};" for v in self.small_vectors(Pass([sweep]))]
         body += [f"auto a{v.number} = lanes.template load<T>({self.chunk(v)});" for v in crossing]
-        body += [f"{kind_of(v, LANES)} o{self.arrays.number(name)}[K];" for name, v in sweep.stores]
+        body += [f"{kind_of(v, LANES)} o{self.arrays.number(name)}[K];" for name, v in self.stores(sweep)]
         body += [f"each<K>([&](auto k) {INLINED} {{", *indented(self._elements(work, sweep, asked)), "});"]
         body += [f"lanes.store({self.chunk(v)}, a{v.number});" for v in crossing]
         for name, _ in sweep.stores:  # when all is loaded: a store may be to what the compiler thinks is read next
             number = self.arrays.number(name)
             body.append(each(f"lanes.store({self.element(number)}, o{number}[k]);"))
         yield from self.loop(self._full_arrays([sweep]), body)
+
+    def stores(self, sweep: Sweep) -> list[tuple[str, Value]]:
+        """What a sweep stores. Of numbers made of words, bfloat16 takes the words' upper halves as they are."""
+        is_rounded = {(name, v) for name, v in sweep.stores if v.op == "from_bits" and self.arrays.is_bfloat16(name)}
+        return [(name, v.args[0] if (name, v) in is_rounded else v) for name, v in sweep.stores]
 
     def crossing(self, sweep: Sweep) -> list[Value]:
         """The reductions over the chunk that a sweep adds to."""
@@ -250,7 +258,7 @@ class Way:
                 yield self.save(v, work, f"x{v.number}")
         for v in sweep.reductions:
             yield self.take_up_in_chunk(v) if v in self.places.partial else self.take_up(v)
-        for name, v in sweep.stores:
+        for name, v in self.stores(sweep):
             yield f"o{self.arrays.number(name)}[k] = x{v.number};"
 
     def computed(self, v: Value, work: Pass, sweep: Sweep, name: Callable[[Value], str]) -> str:

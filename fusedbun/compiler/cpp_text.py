@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from fusedbun.chain import PARAM
 from fusedbun.compiler.graph import ARITHMETIC, BITWISE, COMPARISONS, Span, Value
 from fusedbun.compiler.schedule import Schedule
-from fusedbun.compiler.trace import GRAD, PARAM, Program
+from fusedbun.compiler.trace import GRAD, Program
 
 STORED = {  # by dtype
-    **{"float32": "float", "float64": "double", "bfloat16": "bfloat16", "float16": "float16"},
-    **{"int8": "int8_t", "uint8": "uint8_t", "int32": "int32_t"},
+    "float32": "float",
+    "float64": "double",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "int8": "int8_t",
+    "uint8": "uint8_t",
+    "int32": "int32_t",
 }
 PAIR = "Pair"  # two codes of 4 bits
-FUNCTION = {"abs": "absolute", "sqrt": "root", "sign": "sign", "expm1": "expm1_of", "log": "log_of", "floor": "floor_of"}
+FUNCTION = {
+    "abs": "absolute",
+    "sqrt": "root",
+    "sign": "sign",
+    "expm1": "expm1_of",
+    "log": "log_of",
+    "floor": "floor_of",
+}
 CONVERSION = {"bits": "bits_of", "whole": "whole", "from_bits": "from_bits", "real": "real"}
 REDUCE = {"sum": "Sum", "max": "Max", "min": "Min"}
 
@@ -23,12 +36,20 @@ class Arrays:
 
     def __init__(self, program: Program) -> None:
         self.names = [PARAM, GRAD, *program.arrays]
+        self._dtype = program.dtype
         self._types = {PARAM: "P", GRAD: "P"}
+        self._in_parts = {key for key, x in program.arrays.items() if x.part != "element"}
         for key, x in program.arrays.items():
             self._types[key] = PAIR if x.part == "pair" else STORED[x.dtype]
 
     def type(self, name: str) -> str:
         return self._types[name]
+
+    def has_every_element(self, name: str) -> bool:
+        return name not in self._in_parts
+
+    def is_bfloat16(self, name: str) -> bool:
+        return "bfloat16" in (self._types[name], self._dtype if self._types[name] == "P" else None)
 
     def number(self, name: str) -> int:
         return self.names.index(name)
@@ -99,6 +120,8 @@ def kind_of(v: Value, kind: Kind) -> str:
 def expression(v: Value, name: Callable[[Value], str], kind: Kind) -> str:
     """The C++ for one operation, computed in `ONE` or `LANES` of operands that `name` writes."""
     args = [name(a) for a in v.args]
+    if _is_masked_shift(v):
+        return args[0]  # words have no sign here, so nothing is left to mask
     if sign := ARITHMETIC.get(v.op) or COMPARISONS.get(v.op) or BITWISE.get(v.op):
         return f"{args[0]} {sign} {args[1]}"
     if v.op in CONVERSION:
@@ -110,6 +133,14 @@ def expression(v: Value, name: Callable[[Value], str], kind: Kind) -> str:
     if v.op in ("minimum", "maximum"):
         return f"{v.op}<{kind_of(v, kind)}>({', '.join(args)})"
     return f"{FUNCTION[v.op]}({args[0]})"
+
+
+def _is_masked_shift(v: Value) -> bool:
+    """Whether it is `(x >> n) & mask`, of all bits that the shift may leave."""
+    if v.op != "and" or v.args[0].op != "rshift":
+        return False
+    n, mask = v.args[0].args[1], v.args[1]
+    return n.op == mask.op == "const" and mask.detail == (1 << (32 - n.detail)) - 1
 
 
 def literal(v: Value) -> str:

@@ -51,10 +51,10 @@ class Rows(Way):
         return f"p{number}[k] + j"
 
     def ask_ahead(self, number: int) -> str:
-        return f"if constexpr (K == ROWS) ask(p{number}.ahead(k, j, n));"
+        return f"if constexpr (K == ROWS) p{number}.ask_ahead(k, j, n);"
 
     def ask_next(self, number: int) -> str:
-        return f"if constexpr (K == ROWS) ask(p{number}.next(k) + j);"
+        return f"if constexpr (K == ROWS) p{number}.ask_next(k, j);"
 
     def small(self, v: Value) -> str:
         return f"lanes.template {'words' if v.is_word else 'load'}<T>(v{v.number}_ + j)"
@@ -97,7 +97,8 @@ class PackedRows(Way):
         yield "Room room(w.buffer);"
         yield "const auto* const row_of = rows_of_lanes<T>(room, n);"
         for v in vectors:
-            yield f"const auto* const v{v.number}_ = repeat<{'Word' if v.is_word else 'T'}>(room, {self._source(v)}, n);"
+            kind = "Word" if v.is_word else "T"
+            yield f"const auto* const v{v.number}_ = repeat<{kind}>(room, {self._source(v)}, n);"
         for v in crossing:
             yield f"T* const a{v.number}_ = start<{REDUCE[v.detail]}, T>(room, n * LANES<T>);"
         local = [v for sweep in work.sweeps for v in sweep.reductions if v not in self.places.partial]

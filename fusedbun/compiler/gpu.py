@@ -17,21 +17,23 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import accumulate
 from math import ceil, prod
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusedbun.optim.state import compute_dtype, slot_dtype
+from fusedbun.chain import PARAM
 from fusedbun.compiler.build import cache_folder
 from fusedbun.compiler.graph import Value
 from fusedbun.compiler.schedule import Schedule
-from fusedbun.compiler.trace import GRAD, PARAM
-from fusedbun.compiler.triton import Table, emit, kernels
+from fusedbun.compiler.trace import GRAD
+from fusedbun.compiler.triton import emit, kernels
+from fusedbun.compiler.triton_passes import has_blocks
+from fusedbun.compiler.triton_text import Table, numbers, words
+from fusedbun.optim.state import compute_dtype, stored_dtype
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGNED = 16  # every kept array starts at a multiple of so many numbers
 WARPS = 8  # of a program: each thread has 8 elements of a tile, and registers enough for what is made of them
 
@@ -44,6 +46,7 @@ class Tile(NamedTuple):
 
 
 TILES = (Tile(512, 4), Tile(64, 32), Tile(32, 64))  # for leaves of few columns, and of more
+TILE_OF_BLOCKS = Tile(32, 64)  # where columns share an exponent by 32
 SMALL_TILE = Tile(32, 32)  # for what is not of full size
 
 
@@ -54,11 +57,13 @@ class Leaf(NamedTuple):
         param: the parameter.
         slots: its state, by `<transformation>.<slot>`.
         scalars: the row of the step's scalars that it is stepped with.
+        words: the program's hyper-parameters that are words, by name (`fusedbun.compiler.trace.hyperparameters`).
     """
 
     param: Tensor
     slots: Mapping[str, Tensor]
     scalars: int = 0
+    words: Mapping[str, int] = MappingProxyType({})
 
 
 class Launch(NamedTuple):
@@ -84,7 +89,7 @@ class GpuStep:
     Args:
         schedule: with blocks of rows.
         leaves: of one dtype, on one device, each dense in memory along the schedule's order of axes.
-        scalars: on that device, in the dtype that is computed in: the values of `Program.scalars`, in a row for every
+        scalars: on that device, in the dtype that is computed in: the values of `numbers(program)`, in a row for every
             set of hyper-parameters. The kernels read them: write to it, and the next step has other ones.
 
     Raises:
@@ -97,6 +102,7 @@ class GpuStep:
         self._leaves, self._scalars = tuple(leaves), scalars
         self._order = schedule.program.graph.order
         self._table = Table(schedule)
+        self._tiles = (TILE_OF_BLOCKS,) if any(map(has_blocks, schedule.passes)) else TILES
         self._host = np.zeros((len(leaves), len(self._table.names)), np.int64)
         for leaf, row in zip(leaves, self._host, strict=True):
             self._fill(leaf, row)
@@ -139,7 +145,7 @@ class GpuStep:
     def _check_gradient(self, param: Tensor, grad: Tensor) -> None:
         kind, wanted = ((x.shape, x.stride(), x.dtype, x.device) for x in (grad, param))
         if kind != wanted:
-            _check_array(self._order, "the gradient", grad, _shape(param), param.dtype, param.device)
+            _check_array("the gradient", grad, _shape(param), param.dtype, param.device, self._order)
 
     def _columns(self, *names: str) -> Any:
         """Some neighbouring columns of the table."""
@@ -151,9 +157,9 @@ class GpuStep:
         shape, graph = _shape(leaf.param), self._table.graph
         R, C = (prod(shape[axis] for axis in axes) for axes in (graph.row, graph.columns))
         known = {f"n{axis}": n for axis, n in enumerate(shape)}
-        known |= {"R": R, "C": C, "B": ceil(R / _tile(C).rows)}
+        known |= {"R": R, "C": C, "B": ceil(R / self._tile(C).rows)}
         arrays = {PARAM: leaf.param, "scalars": self._scalars[leaf.scalars], **leaf.slots}
-        known |= {name: array.data_ptr() for name, array in arrays.items()}
+        known |= {name: array.data_ptr() for name, array in arrays.items()} | dict(leaf.words)
         for name, number in known.items():
             row[self._table.names.index(name)] = number
 
@@ -173,11 +179,15 @@ class GpuStep:
         sizes = [row[self._table.names.index(f"n{axis}")] for axis in v.axes]
         return int(prod(sizes) * (row[-1] if v in self._table.parts and name == self._table.parts[v] else 1))
 
+    def _tile(self, columns: int) -> Tile:
+        """The tile for leaves of so many columns."""
+        return next((tile for tile in self._tiles if columns <= tile.columns), self._tiles[-1])
+
     def _launches_of(self, work: str, kernel: Any) -> Iterator[Launch]:
         """The launches of a kernel. Leaves whose blocks of rows are of other shapes have a launch of their own."""
         R, C, B = self._columns("R", "C", "B").T
         if work == "rows":
-            counts = {tile: B * [_tile(n) == tile for n in C] for tile in TILES}
+            counts = {tile: B * [self._tile(n) == tile for n in C] for tile in self._tiles}
         elif work == "elements":
             counts = {TILES[-1]: -(-R * C // prod(TILES[-1]))}
         elif work == "columns":
@@ -213,11 +223,6 @@ def _load(source: str) -> ModuleType:
     return module
 
 
-def _tile(columns: int) -> Tile:
-    """The tile for leaves of so many columns."""
-    return next((tile for tile in TILES if columns <= tile.columns), TILES[-1])
-
-
 def _programs(counts: Any) -> Any:
     """A leaf and a block for each program, where every leaf has so many blocks."""
     leaves = np.repeat(np.arange(len(counts)), counts)
@@ -236,32 +241,36 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 
 def _check(schedule: Schedule, leaves: Sequence[Leaf], scalars: Tensor) -> None:
     """Raises a ValueError for what the kernels would read or write wrongly."""
-    program, order, (first, *_) = schedule.program, schedule.program.graph.order, leaves
-    dtype = compute_dtype(first.param.dtype)
-    if first.param.dtype not in DTYPES:
-        raise ValueError(f"a parameter must be of a dtype among {DTYPES}, but it is {first.param.dtype}")
-    if scalars.shape != (len(scalars), len(program.scalars)) or scalars.dtype != dtype or not scalars.is_contiguous():
+    program, order, device = schedule.program, schedule.program.graph.order, scalars.device
+    dtype: torch.dtype = getattr(torch, program.dtype)
+    shape, kind = (len(scalars), len(numbers(program))), compute_dtype(dtype)
+    if scalars.shape != shape or scalars.dtype != kind or not scalars.is_contiguous():
         raise ValueError(
-            f"the scalars must be a contiguous {dtype} tensor with rows of {len(program.scalars)}, but they are "
-            f"{scalars.dtype} of shape {tuple(scalars.shape)}"
+            f"the scalars must be a contiguous {kind} tensor with rows of {shape[1]}, but they are {scalars.dtype} of "
+            f"shape {tuple(scalars.shape)}"
         )
     for leaf in leaves:
         sizes = _shape(leaf.param)
-        _check_array(order, "the parameter", leaf.param, sizes, first.param.dtype, scalars.device)
-        if leaf.slots.keys() != program.arrays.keys():
-            raise ValueError(f"the slots must be {sorted(program.arrays)}, but they are {sorted(leaf.slots)}")
-        for name, slot in program.arrays.items():
-            array = leaf.slots[name]
-            _check_array(order, name, array, slot.shape(sizes), slot_dtype(slot, leaf.param), scalars.device)
+        if len(sizes) != len(order):
+            raise ValueError(f"the plan is for parameters of {len(order)} axes, but the parameter has {len(sizes)}")
+        _check_array("the parameter", leaf.param, sizes, dtype, device, order)
+        _check_names("slots", leaf.slots, program.arrays)
+        _check_names("words", leaf.words, {v.detail: v for v in words(program)})
+        for name, stored in program.arrays.items():
+            axes = order if stored.part == "element" else (0, 1, 2)
+            _check_array(name, leaf.slots[name], stored.shape(sizes), stored_dtype(stored), device, axes)
         if not 0 <= leaf.scalars < len(scalars):
             raise ValueError(f"a leaf has row {leaf.scalars} of the scalars, but there are {len(scalars)}")
 
 
+def _check_names(title: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if given.keys() != wanted.keys():
+        raise ValueError(f"the {title} must be {sorted(wanted)}, but they are {sorted(given)}")
+
+
 def _check_array(
-    order: tuple[int, ...], name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, order: tuple[int, ...]
 ) -> None:
-    if len(shape) != len(order):
-        raise ValueError(f"the plan is for parameters of {len(order)} axes, but {name} has {len(shape)}")
     if _shape(x) != shape or x.dtype != dtype or x.device != device:
         raise ValueError(
             f"{name} must be {dtype} of shape {shape} on {device}, but it is {x.dtype} of shape {tuple(x.shape)} "

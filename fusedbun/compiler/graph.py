@@ -11,11 +11,11 @@ the *columns*, so that every parameter is a matrix of rows and columns here. By 
     HOST     one number made of hyper-parameters alone; Python computes it before the step runs
 
 Reductions come in three kinds: `across` a row (FULL to ROW), `down` the rows (FULL to COLUMN, ROW to SCALAR), and
-`within` the columns (COLUMN to fewer of the column axes); `block_max` is the one within blocks (FULL to BLOCK). `expand`
-repeats a number for every column it stands for.
+`within` the columns (COLUMN to fewer of the column axes); `block_max` is the one within blocks (FULL to BLOCK).
+`expand` repeats a number for every column it stands for.
 
-Beside numbers there are conditions, the results of comparisons, and *words*: integers of 32 bits whose arithmetic wraps,
-of which rounding's noise and codes are made (`fusedbun.rounding`).
+Beside numbers there are conditions, the results of comparisons, and *words*: integers of 32 bits whose arithmetic
+wraps, of which rounding's noise and codes are made (`fusedbun.rounding`).
 """
 
 from __future__ import annotations

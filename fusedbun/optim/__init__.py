@@ -16,6 +16,7 @@ from fusedbun.optim.optimizers import (
     SignSGD,
     TernaryVote,
 )
+from fusedbun.optim.release import GradientRelease, release_gradients
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -24,6 +25,7 @@ __all__ = [
     "DecoupledLionW",
     "Fusedbun",
     "FusionOptimizer",
+    "GradientRelease",
     "MupAdam",
     "MupAdamW",
     "MupSGD",
@@ -32,4 +34,5 @@ __all__ = [
     "TernaryVote",
     "TransformOptimizer",
     "param_groups",
+    "release_gradients",
 ]

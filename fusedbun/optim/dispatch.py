@@ -11,7 +11,7 @@ array of numbers: sparse gradients, tensor subclasses such as DTensor, and empty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.native import KernelError
 from fusedbun.metrics import Products
 from fusedbun.optim import in_blocks, kernels, metrics
 from fusedbun.optim.definition import Leaf, compilable, learning_rate, step_leaf, step_leaves
 from fusedbun.optim.kernels import Batch, Described
 from fusedbun.optim.overlap import Written, check_overlap
-from fusedbun.optim.prepare import Group, Prepared, look, prepare, ready, with_gradient
-from fusedbun.compiler.graph import UnplannableError
-from fusedbun.compiler.native import KernelError
+from fusedbun.optim.prepare import Group, Place, Prepared, prepare, ready
 
 if TYPE_CHECKING:
     from fusedbun.optim.driver import TransformOptimizer
@@ -54,20 +54,21 @@ def check_implementation(owner: str, name: str | None) -> None:
         )
 
 
-def step(optimizer: TransformOptimizer, batch: Batch) -> Batch:
+def step(optimizer: TransformOptimizer, groups: list[Group], batch: Batch) -> Batch:
     """Steps every parameter that has a gradient; everything is checked before anything is changed.
 
     Args:
         optimizer: the optimizer.
-        batch: the leaves that its kernels stepped last.
+        groups: its param groups, as they are now.
+        batch: the leaves that its kernels stepped last; it says where only one parameter is to be stepped.
 
     Returns:
         Those that they step now.
     """
-    groups = look(optimizer, batch.groups)
     if not batch.holds(groups, optimizer.state):
-        batch = Batch(groups, [])
-    chosen = [choose(optimizer, p, groups) for p in prepare(optimizer, groups, batch.others_with_gradient())]
+        batch = Batch(groups, [], batch.only)
+    found, alone = prepare(optimizer, groups, batch.others_with_gradient()), batch.only is not None
+    chosen = [choose(optimizer, p, groups, alone) for p in found]
     check_memory(optimizer, batch, chosen)
     leaves = [ready(optimizer, one.prepared) for one in chosen]
     batch = batch.extended(described(chosen, leaves))
@@ -76,10 +77,11 @@ def step(optimizer: TransformOptimizer, batch: Batch) -> Batch:
     return batch
 
 
-def step_recorded(optimizer: TransformOptimizer) -> dict[Tensor, Products]:
-    """The same step, one parameter after the other, with the inner products of their metrics."""
-    groups = look(optimizer, [])
-    chosen = [choose(optimizer, p, groups) for p in prepare(optimizer, groups, with_gradient(groups))]
+def step_recorded(
+    optimizer: TransformOptimizer, groups: list[Group], places: Iterable[Place]
+) -> dict[Tensor, Products]:
+    """The same step of some parameters, one after the other, with the inner products of their metrics."""
+    chosen = [choose(optimizer, p, groups) for p in prepare(optimizer, groups, places)]
     check_memory(optimizer, Batch(groups, []), chosen)
     leaves = [ready(optimizer, one.prepared) for one in chosen]
     products = {}
@@ -94,13 +96,25 @@ def step_recorded(optimizer: TransformOptimizer) -> dict[Tensor, Products]:
     return products
 
 
-def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group]) -> Chosen:
-    """What steps a parameter; raises a KernelError where that was asked for by name and does not serve it."""
+def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group], alone: bool = False) -> Chosen:
+    """What steps a parameter.
+
+    Args:
+        optimizer: the optimizer.
+        prepared: the parameter.
+        groups: its param groups.
+        alone: it is stepped by itself, so that compiling, which is for all parameters together, is left out.
+
+    Raises:
+        KernelError: what was asked for by name does not serve it.
+    """
     param, asked = prepared.leaf.param, optimizer.implementation
     if not (kernels.is_dense(param) and kernels.is_dense(param.grad)):
         return Chosen(prepared, DEFINITION, None)
     options = (asked,) if asked else BEST.get(param.device.type, ELSEWHERE)
     for name in options:
+        if alone and name == COMPILED:
+            continue
         try:
             return Chosen(prepared, name, _find(name, optimizer, prepared, groups))
         except (KernelError, UnplannableError) as error:

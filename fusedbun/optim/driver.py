@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from fusedbun.optim import dispatch, loading, metrics
 from fusedbun.optim.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.optim.definition import Leaf, compilable, step_leaves
 from fusedbun.optim.kernels import Batch
-from fusedbun.optim.state import name_of_dtype
 from fusedbun.optim.prepare import look, prepare, ready, with_gradient
+from fusedbun.optim.state import name_of_dtype
 from fusedbun.recipes import Recipe
+
+if TYPE_CHECKING:
+    from fusedbun.optim.release import GradientRelease
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
@@ -51,7 +54,9 @@ class TransformOptimizer(torch.optim.Optimizer):
     densifies_sparse_gradients = False
     metric_functions = metrics.FUNCTIONS
     record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
+    gradient_release: GradientRelease | None = None  # what `fusedbun.release_gradients` has attached
     _saved: loading.Saved | None = None
+    _convert = False
 
     def __init__(
         self,
@@ -81,6 +86,11 @@ class TransformOptimizer(torch.optim.Optimizer):
     def implementation(self) -> str | None:
         """What steps the parameters: one of `IMPLEMENTATIONS`, or None for the best that there is for each."""
         return self._implementation
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Has torch's GradScaler leave unscaling to `step`, which under gradient release refuses it."""
+        return self.gradient_release is not None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
@@ -116,23 +126,30 @@ class TransformOptimizer(torch.optim.Optimizer):
         finally:
             hook.remove()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, each state tensor in the dtype its slot declares.
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
+        """Loads what `state_dict` returned.
+
+        The optimizer keeps its own `stochastic_rounding` and dtypes of state, and takes all other hyper-parameters.
+
+        Args:
+            state_dict: the saved dict.
+            convert: convert state that was stored in another dtype, and warn of it; otherwise it is an error.
 
         Raises a ValueError that says what does not fit, before anything is changed.
         """
         # The last of the pre-hooks sees the dict that torch will load.
+        self._convert = convert
         hook = self.register_load_state_dict_pre_hook(self._keep_saved)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-            self._saved = None
+            self._saved, self._convert = None, False
 
     def _keep_saved(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state_dict = loading.with_rules(self, state_dict)
-        self._saved = loading.saved_state(self, state_dict)
-        return state_dict
+        known = loading.with_own(self, state_dict, self._convert)
+        self._saved = loading.saved_state(self, state_dict, self._convert)
+        return known
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("recipe", "record_metrics", "_implementation", "_hyperparameters", "_warned")
@@ -141,6 +158,8 @@ class TransformOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._batch, self._products = Batch([], []), {}
+        if self.gradient_release:
+            self.gradient_release.forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -168,9 +187,17 @@ class TransformOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        self._products = dispatch.step_recorded(self) if self.record_metrics else {}
-        if not self.record_metrics:
-            self._batch = dispatch.step(self, self._batch)
+        products = self._finish_release()
+        if self.record_metrics:
+            groups = look(self, [])
+            products |= dispatch.step_recorded(self, groups, with_gradient(groups))
+        else:
+            self._batch = dispatch.step(self, look(self, self._batch.groups), self._batch)
+        self._products = products
+
+    def _finish_release(self) -> dict[Tensor, Products]:
+        """Ends the step of parameters that are stepped in the backward pass; what was recorded of it."""
+        return self.gradient_release.finish() if self.gradient_release else {}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepare_compiled(self) -> list[Leaf]:
@@ -178,7 +205,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         if self.record_metrics:
             self._step()
             return []
-        self._products, groups = {}, look(self, [])
+        self._products, groups = self._finish_release(), look(self, [])
         leaves = [ready(self, p) for p in prepare(self, groups, with_gradient(groups), compiling=True)]
         step_leaves([leaf for leaf in leaves if not compilable(leaf)])
         return [leaf for leaf in leaves if compilable(leaf)]

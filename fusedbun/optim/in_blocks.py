@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fusedbun.chain import PARAM
+from fusedbun.compiler.blocks import Blocks, plan
+from fusedbun.compiler.native import structure
+from fusedbun.compiler.trace import GRAD, evaluate, hyperparameters
 from fusedbun.optim import namespace
 from fusedbun.optim.definition import Leaf
 from fusedbun.optim.state import compute_dtype, name_of_dtype
-from fusedbun.compiler.blocks import Blocks, plan
-from fusedbun.compiler.native import structure
-from fusedbun.compiler.trace import GRAD, PARAM, evaluate, hyperparameters
 
 _BLOCKS: dict[Any, Blocks] = {}  # by what decides the plan
 

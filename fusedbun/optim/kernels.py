@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fusedbun.chain import Chain
+from fusedbun.compiler import native
+from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.optim.openmp import parallel
 from fusedbun.optim.overlap import Written
 from fusedbun.optim.prepare import Group, Place, Prepared
 from fusedbun.optim.state import State, stored_dtype
-from fusedbun.compiler import native
-from fusedbun.compiler.graph import UnplannableError
-from fusedbun.compiler.trace import evaluate, hyperparameters
 
 DENSE = (Tensor, torch.nn.Parameter)  # a subclass may be anything
 KIND = attrgetter("dtype", "layout", "is_cpu", "shape")
@@ -122,10 +122,12 @@ class Batch:
     Args:
         groups: the param groups.
         leaves: the leaves.
+        only: the one parameter that is stepped, wherever others have gradients; None: all.
     """
 
-    def __init__(self, groups: list[Group], leaves: list[Described]) -> None:
+    def __init__(self, groups: list[Group], leaves: list[Described], only: Place | None = None) -> None:
         self.groups = groups
+        self.only = only
         self._leaves = leaves
         self._params = [leaf.param for leaf in leaves]
         self._kinds = list(map(KIND, self._params))
@@ -154,19 +156,21 @@ class Batch:
 
     def _evaluate(self, row: int, groups: list[Group]) -> None:
         g, kernel, chain = self._numbers[row]
-        self._native.set_numbers(row, evaluate(kernel.program.scalars, hyperparameters(kernel.program, chain, groups[g].rate)))
+        self._native.set_numbers(
+            row, evaluate(kernel.program.scalars, hyperparameters(kernel.program, chain, groups[g].rate))
+        )
 
     @cached_property
     def _others(self) -> list[Place]:
         places = {leaf.place for leaf in self._leaves}
         every = ((g, i) for g, group in enumerate(self.groups) for i in range(len(group.params)))
-        return [place for place in every if place not in places]
+        return [place for place in (every if self.only is None else [self.only]) if place not in places]
 
     def extended(self, leaves: list[Described]) -> Batch:
         """The batch with other leaves, that have a gradient, beside its own."""
         if not leaves:
             return self
-        batch = Batch(self.groups, [*self._leaves, *leaves])
+        batch = Batch(self.groups, [*self._leaves, *leaves], self.only)
         batch._take_gradients()
         return batch
 
@@ -192,7 +196,10 @@ class Batch:
     def _follows(self, groups: list[Group]) -> bool:
         """Takes up the hyper-parameters' new values, where these do not choose other code or state."""
         before = self.groups
-        if len(groups) != len(before) or not all(map(_is_described, groups, before)):
+        if len(groups) != len(before):
+            return False
+        looked_at = slice(None) if self.only is None else slice(self.only[0], self.only[0] + 1)
+        if not all(map(_is_described, groups[looked_at], before[looked_at])):
             return False
         for row, (g, kernel, chain) in enumerate(self._numbers):
             if groups[g] is not before[g]:

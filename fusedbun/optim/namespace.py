@@ -85,9 +85,7 @@ def whole(x: Tensor, /) -> Tensor:
 
 def index(like: Tensor, axes: Sequence[int], /) -> list[Tensor]:
     shape = tuple(like.shape)
-    return [
-        torch.arange(shape[i], dtype=torch.int32, device=like.device).reshape(codes.along(shape, i)) for i in axes
-    ]
+    return [torch.arange(shape[i], dtype=torch.int32, device=like.device).reshape(codes.along(shape, i)) for i in axes]
 
 
 def block_max(words: Tensor, /) -> Tensor:
@@ -95,19 +93,23 @@ def block_max(words: Tensor, /) -> Tensor:
 
 
 def to_blocks(x: Tensor, /) -> Tensor:
-    return codes.to_blocks(x, lambda rows, n: torch.nn.functional.pad(rows, (0, n)))
+    found: Tensor = codes.to_blocks(x, lambda rows, n: torch.nn.functional.pad(rows, (0, n)))
+    return found
 
 
 def from_blocks(x: Tensor, shape: tuple[int, ...], /) -> Tensor:
-    return codes.from_blocks(x, shape)
+    found: Tensor = codes.from_blocks(x, shape)
+    return found
 
 
 def to_pairs(x: Tensor, /) -> Tensor:
-    return codes.to_pairs(x)
+    found: Tensor = codes.to_pairs(x)
+    return found
 
 
 def from_pairs(stored: Tensor, /) -> Tensor:
-    return codes.from_pairs(whole(stored), torch.cat)
+    found: Tensor = codes.from_pairs(whole(stored), torch.cat)
+    return found
 
 
 def _tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:

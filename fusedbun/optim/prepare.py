@@ -6,7 +6,7 @@ same objects, and its rate while it is the same number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from itertools import zip_longest
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,20 +62,35 @@ class Prepared(NamedTuple):
     arrays: Mapping[str, Stored]
 
 
-def look(optimizer: TransformOptimizer, before: list[Group]) -> list[Group]:
+def look(optimizer: TransformOptimizer, before: list[Group], only: int | None = None) -> list[Group]:
     """The param groups; a group of which nothing has changed is the object that was found before.
 
-    Raises a TypeError or ValueError where a hyper-parameter is not valid.
+    Args:
+        optimizer: the optimizer.
+        before: the groups as they were found before.
+        only: the one group to look at; the others are taken as they were found before, if they were. None: all.
+
+    Raises:
+        TypeError, ValueError: a hyper-parameter is not valid.
     """
     groups = zip_longest(optimizer.param_groups, before[: len(optimizer.param_groups)])
-    return [_group(optimizer, entries, old) for entries, old in groups]
+    return [
+        _group(optimizer, entries, old) if old is None or only in (None, g) else old
+        for g, (entries, old) in enumerate(groups)
+    ]
+
+
+def settled(entries: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What a param group holds; while it holds the same objects, `look` finds nothing new. None where it may."""
+    values = [value for name, value in entries.items() if name not in ("params", "param_names")]
+    return None if any(map(_may_change, values)) else tuple(entries.values())
 
 
 def _group(optimizer: TransformOptimizer, entries: Mapping[str, Any], old: Group | None) -> Group:
     lr, given = entries["lr"], optimizer.given(entries)
-    params = old.params if old and _same(entries["params"], old.params) else tuple(entries["params"])
+    params = old.params if old and same(entries["params"], old.params) else tuple(entries["params"])
     names = tuple(entries.get("param_names", ()))
-    is_as_before = old is not None and params is old.params and names == old.names and _same(given, old.given)
+    is_as_before = old is not None and params is old.params and names == old.names and same(given, old.given)
     if old is None or not is_as_before or any(map(_may_change, given)):
         return Group(entries, params, names, given, optimizer.chain(entries), lr, _rate(lr), entries["maximize"])
     if lr is old.lr and not isinstance(lr, MUTABLE):
@@ -85,7 +100,7 @@ def _group(optimizer: TransformOptimizer, entries: Mapping[str, Any], old: Group
     return old if lr is old.lr and rate == old.rate else old._replace(entries=entries, lr=lr, rate=rate)
 
 
-def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+def same(values: Collection[Any], others: Collection[Any]) -> bool:
     """Whether these are the same objects."""
     return len(values) == len(others) and all(map(is_, values, others))
 

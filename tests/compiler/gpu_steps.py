@@ -11,32 +11,38 @@ import torch
 from leaves import LR, Arrays
 
 from fusedbun.chain import Chain
+from fusedbun.codes import computed_in
 from fusedbun.compiler import gpu, schedule, trace
 from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.compiler.triton_text import numbers, words
 from fusedbun.transform import Signal, Slot, Transform
+
+INTEGERS = (torch.int8, torch.uint8, torch.int32)
 
 
 def prepare(
     chains: list[Chain], leaves: list[Arrays], dtype: str, device: str, order: tuple[int, ...] | None
 ) -> tuple[gpu.GpuStep, list[gpu.Leaf], torch.Tensor]:
     """The step of leaves whose chains have one program, their tensors, and the scalars."""
-    program = trace(chains[0], leaves[0]["param"].ndim, order)
-    stored = getattr(torch, dtype)
-    computed = torch.float64 if dtype == "float64" else torch.float32
-    codes = {name: stored.dtype for name, stored in program.arrays.items()}
+    program = trace(chains[0], leaves[0]["param"].ndim, order, dtype=dtype)
     made = []
-    for n, arrays in enumerate(leaves):
-        kinds = {name: computed if code == "compute" else getattr(torch, code) for name, code in codes.items()}
-        slots = {name: tensor(arrays[name], kind, device, order) for name, kind in kinds.items()}
-        made.append(gpu.Leaf(tensor(arrays["param"], stored, device, order), slots, n))
-    scalars = torch.empty(len(chains), len(program.scalars), dtype=computed, device=device)
+    for n, (chain, arrays) in enumerate(zip(chains, leaves, strict=True)):
+        kinds = {name: getattr(torch, stored.dtype) for name, stored in program.arrays.items()}
+        parts = {name for name, stored in program.arrays.items() if stored.part != "element"}
+        slots = {name: tensor(arrays[name], k, device, None if name in parts else order) for name, k in kinds.items()}
+        known = hyperparameters(program, chain, LR)
+        given = {v.detail: known[v.detail] for v in words(program)}
+        made.append(gpu.Leaf(tensor(arrays["param"], getattr(torch, dtype), device, order), slots, n, given))
+    computed = torch.float64 if dtype == "float64" else torch.float32
+    scalars = torch.empty(len(chains), len(numbers(program)), dtype=computed, device=device)
     return gpu.GpuStep(schedule(program), made, scalars), made, scalars
 
 
 def tensor(array: Any, dtype: torch.dtype, device: str, order: tuple[int, ...] | None = None) -> torch.Tensor:
     """The array as a tensor of its own memory, dense along the axes in this order."""
     order = order or tuple(range(array.ndim))
-    x = torch.tensor(np.ascontiguousarray(array.transpose(order)), dtype=dtype, device=device)
+    known = array if dtype in INTEGERS else np.asarray(array, np.float64)  # not every dtype of NumPy's is torch's
+    x = torch.tensor(np.ascontiguousarray(known.transpose(order)), device=device).to(dtype)
     return x.reshape([array.shape[axis] for axis in order]).permute(np.argsort(order).tolist())
 
 
@@ -49,7 +55,7 @@ def take(
     order: tuple[int, ...] | None = None,
     lrs: tuple[float, ...] = (LR, LR, LR, LR),
 ) -> list[list[Arrays]]:
-    """The leaves after each step, in the dtype that is computed in.
+    """The leaves after each step; what has fewer bits than float32 is widened.
 
     Args:
         chains: for each leaf; they have one program.
@@ -61,15 +67,19 @@ def take(
         lrs: the learning rates of the steps.
     """
     step, made, scalars = prepare(chains, leaves, dtype, device, order)
-    program = trace(chains[0], leaves[0]["param"].ndim, order)
+    program = trace(chains[0], leaves[0]["param"].ndim, order, dtype=dtype)
     after = []
     for grads, lr in zip(steps, lrs, strict=False):
-        values = [evaluate(program.scalars, hyperparameters(chain, lr)) for chain in chains]
+        values = [evaluate(numbers(program), hyperparameters(program, chain, lr)) for chain in chains]
         scalars.copy_(torch.tensor(values, dtype=scalars.dtype).reshape(scalars.shape))
         step([tensor(g, getattr(torch, dtype), device, order) for g in grads])
-        arrays = [{"param": leaf.param, **leaf.slots} for leaf in made]
-        after.append([{k: x.to(scalars.dtype).cpu().numpy().copy() for k, x in leaf.items()} for leaf in arrays])
+        after.append([{"param": array(leaf.param), **{k: array(x) for k, x in leaf.slots.items()}} for leaf in made])
     return after
+
+
+def array(x: torch.Tensor) -> Any:
+    """A copy in NumPy, which has no bfloat16 of its own."""
+    return (x if x.dtype in (*INTEGERS, torch.float64) else x.float()).cpu().numpy().copy()
 
 
 def launches(chain: Chain, leaves: list[Arrays], device: str = "cpu") -> int:
@@ -110,7 +120,9 @@ class Everything(Transform):
         }
 
 
-def compile_for(capability: int, chain: Chain, ndim: int, cache: str) -> dict[tuple[str, str], str]:
+def compile_for(
+    capability: int, chain: Chain, ndim: int, cache: str, dtypes: tuple[str, ...]
+) -> dict[tuple[str, str], str]:
     """The assembly of each kernel, by dtype and name, for a GPU of this capability; none has to be there."""
     os.environ.update(FUSEDBUN_CACHE=cache, TRITON_CACHE_DIR=cache)
     import triton
@@ -120,13 +132,13 @@ def compile_for(capability: int, chain: Chain, ndim: int, cache: str) -> dict[tu
 
     from fusedbun.compiler.triton import emit, kernels
 
-    planned = schedule(trace(chain, ndim))
-    module = gpu.load(emit(planned))
     made = {}
-    for dtype, computed in (("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")):
+    for dtype in dtypes:
+        planned = schedule(trace(chain, ndim, dtype=dtype))
+        module = gpu.load(emit(planned))
         for kernel in kernels(planned):
             rows, columns = gpu.TILES[-1] if kernel.work in ("rows", "elements") else gpu.SMALL_TILE
-            given = {"P": getattr(tl, dtype), "T": getattr(tl, computed), "BR": rows, "BC": columns}
+            given = {"P": getattr(tl, dtype), "T": getattr(tl, computed_in(dtype)), "BR": rows, "BC": columns}
             kinds = {"leaves": "*i64", "work": "*i32", **dict.fromkeys(given, "constexpr")}
             source = ASTSource(getattr(module, kernel.name), signature=kinds, constexprs=given)
             options = {"num_warps": gpu.WARPS, "enable_fp_fusion": False}

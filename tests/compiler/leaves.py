@@ -62,7 +62,7 @@ def leaf(chain: Chain, shape: Shape, dtype: str = "float64", seed: int = 3, tern
         elif stored.part == "block":
             arrays[key] = rng.integers(120, 130, size).astype(stored.dtype)
         else:
-            few = 4 if stored.dtype == "int32" or stored.part == "element" and "vote" in key else 120
+            few = 4 if stored.dtype == "int32" or (stored.part == "element" and "vote" in key) else 120
             arrays[key] = rng.integers(0, few, size).astype(stored.dtype)
     return arrays
 

@@ -12,11 +12,11 @@ from rules import rule, stateful
 
 from fusedbun import Slot, chain, in_numpy, recipes
 from fusedbun.chain import step
-from fusedbun.optim import namespace
-from fusedbun.optim.state import compute_dtype, name_of_dtype
 from fusedbun.compiler import UnplannableError
 from fusedbun.compiler.blocks import ELEMENTS, Blocks, plan
 from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.optim import namespace
+from fusedbun.optim.state import compute_dtype, name_of_dtype
 from fusedbun.transforms import Momentum, ScaleByAdam
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}

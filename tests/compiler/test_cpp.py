@@ -21,9 +21,9 @@ from rules import rule, stateful
 
 import fusedbun
 from fusedbun import Slot, chain, recipes
-from fusedbun.hyper import NonNegative
 from fusedbun.compiler import UnplannableError, native, trace
 from fusedbun.compiler.cpp import TYPES, emit
+from fusedbun.hyper import NonNegative
 from fusedbun.transforms import Decay, Momentum, RMSScale, ScaleByAdam, ScaleByLion, SM3Accumulate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,7 +33,9 @@ WRITTEN = {
     "decoupled_lionw": (recipes.decoupled_lionw(weight_decay=1e-4, initial_lr=1e-4), "bfloat16"),
 }
 # `family` lists what is compiled beforehand, and is no part of how a kernel comes to be.
-MODULES = sorted(p for p in (*SOURCES.glob("*.py"), *(SOURCES / "runtime").iterdir()) if p.is_file() and p.stem != "family")
+MODULES = sorted(
+    p for p in (*SOURCES.glob("*.py"), *(SOURCES / "runtime").iterdir()) if p.is_file() and p.stem != "family"
+)
 
 
 def text_of(name):

@@ -134,7 +134,7 @@ def test_a_slot_is_read_whole_before_its_rows_are_written():
 
 
 def test_the_document_shows_what_is_printed():
-    document = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "compiler.md").read_text()
     program = trace(recipes.sm3(), 2)
     printed = re.findall(r"```text\n(.*?)\n```", document, re.DOTALL)
     assert printed == [str(program), str(schedule(program))]

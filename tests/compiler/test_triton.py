@@ -12,6 +12,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from itertools import permutations
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,13 +22,16 @@ import pytest
 import torch
 from cases import CASES, by_case
 from interpreter import interpret
-from leaves import Arrays, assert_near, assert_same, by_definition, leaf
+from leaves import LOW, Arrays, assert_near, assert_same, by_definition, leaf
 from random_chains import random_problem
 
-from fusedbun import chain, recipes
+from fusedbun import Chain, chain, recipes
+from fusedbun.chain import Rounding
+from fusedbun.codes import STEP
 from fusedbun.compiler import UnplannableError, gpu, schedule, trace
 from fusedbun.compiler.triton import emit
-from fusedbun.transforms import ClipRMS, Momentum
+from fusedbun.compiler.triton_text import numbers
+from fusedbun.transforms import ClipRMS, Decay, Momentum, RMSScale, ScaleByLion, SM3Accumulate
 
 GOLDEN = Path(__file__).parent / "golden"
 RECOMMENDED = recipes.fusedbun(centralize=True, use_rms=True, nesterov=True)
@@ -35,6 +39,7 @@ PRINTED = {"sm3": recipes.sm3(), "fusedbun_recommended": RECOMMENDED}
 TOLERANCE = {"float64": 1e-12, "float32": 4e-6}
 SHAPES = ((), (17,), (3, 4, 5), (8, 3, 3, 3))
 SEVERAL = ((8, 16), (9, 2), (13, 21), (1, 40), (40, 1))  # in one step: blocks of both shapes, and odd ends
+MOMENTS = (None, "bfloat16", "int8", "int4")  # what a momentum is stored in
 NO_TRITON = find_spec("triton") is None
 REASON = "Triton is not installed (pip install triton, 290 MB): the kernels that it prints for GPUs are not run"
 CUDA = torch.cuda.is_available()
@@ -154,6 +159,97 @@ def test_low_precision_parameters_are_rounded_once(case, dtype, take):
         assert_near({**a, "param": 0.0}, {**b, "param": np.zeros(())}, TOLERANCE["float32"])
 
 
+def noisy(code, stochastic=True, seed=11):
+    """A chain that adds nothing up, so that every bit is the definition's, with a momentum stored in this code."""
+    transforms = (SM3Accumulate(0.9, "max", "min"), RMSScale(1e-8), Momentum(0.9, dtype=code), Decay(0.1))
+    return Chain(transforms, Rounding(stochastic, seed))
+
+
+def noisy_problem(chain, shapes, dtype):
+    """Leaves of names of their own, after many steps."""
+    chains = [chain.at((), np.empty(shape), f"layers.{n}") for n, shape in enumerate(shapes)]
+    leaves = [leaf(c, shape, dtype, n) for n, (c, shape) in enumerate(zip(chains, shapes, strict=True))]
+    for n, arrays in enumerate(leaves):
+        for name, x in arrays.items():
+            if name.endswith(STEP):
+                x[...] = 2**24 + 1 + n if n % 2 else 2**31 - 2  # float32 cannot count so far; and the next one wraps
+    return chains, leaves
+
+
+def widened(steps):
+    """Leaves as `take` returns them: NumPy's bfloat16 and float16 as float32."""
+    return [
+        [{k: np.float32(x) if x.dtype in LOW else x for k, x in arrays.items()} for arrays in leaves]
+        for leaves in steps
+    ]
+
+
+def check_bits(take, chain, shapes, dtype, steps=3, spoil=(), **options):
+    chains, leaves = noisy_problem(chain, shapes, dtype)
+    grads = gradients(leaves, steps)
+    for where, value in spoil:
+        grads[0][0].flat[where] = value
+    got, want = take(chains, leaves, grads, dtype, **options), widened(defined(chains, leaves, grads))
+    for got_leaves, want_leaves in zip(got, want, strict=True):
+        for got_leaf, want_leaf in zip(got_leaves, want_leaves, strict=True):
+            assert {k: x.dtype for k, x in got_leaf.items()} == {k: x.dtype for k, x in want_leaf.items()}
+            assert_same(got_leaf, want_leaf)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code", "stochastic"),
+    [
+        ("bfloat16", None, True),
+        ("bfloat16", "bfloat16", True),
+        ("bfloat16", "param", True),
+        ("float32", "bfloat16", False),
+    ],
+)
+def test_what_is_rounded_with_noise_has_the_bits_of_the_definition(dtype, code, stochastic, take):
+    for shapes in (SEVERAL, *((shape, shape) for shape in SHAPES)):
+        check_bits(take, noisy(code, stochastic), shapes, dtype)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_noise_is_that_of_an_elements_place_in_any_order_of_axes(order, take):
+    check_bits(take, noisy("bfloat16"), [(3, 4, 5), (2, 9, 7)], "bfloat16", order=order)
+
+
+def test_noise_where_no_element_depends_on_another(take):
+    chain = Chain((ScaleByLion(dtype="bfloat16"), Decay(0.1)), Rounding(True, 3))
+    for shapes in ([()], [(17,), (100,)], [(9, 18), (40, 3)]):
+        check_bits(take, chain, shapes, "bfloat16")
+
+
+@pytest.mark.parametrize(("dtype", "stochastic"), [("float32", False), ("bfloat16", True)])
+@pytest.mark.parametrize("code", ["int8", "int4"])
+def test_codes_that_share_an_exponent_have_the_bits_of_the_definition(code, dtype, stochastic, take):
+    """In blocks that are whole and that are not, of one column, and along more than one axis."""
+    for shapes in (
+        ((9, 70), (5, 1), (3, 32), (1, 33), (40, 96)),
+        ((3, 4, 11), (2, 5, 8)),
+        ((8, 3, 3, 3),),
+        ((17,),),
+        ((),),
+    ):
+        check_bits(take, noisy(code, stochastic), shapes, dtype)
+
+
+@pytest.mark.parametrize("code", [*MOMENTS])
+def test_what_is_not_finite_is_rounded_and_coded_as_in_the_definition(code, take):
+    spoil = ((0, np.nan), (40, np.inf), (100, -np.inf), (150, 1e-42), (151, 3e38))
+    check_bits(take, noisy(code), [(5, 70)], "bfloat16", spoil=spoil)
+
+
+def test_words_that_float32_cannot_hold_are_read_as_they_are(take):
+    for seed in range(1, 5):
+        chain = noisy(None, seed=seed)
+        (named,), _ = noisy_problem(chain, [(6, 5)], "bfloat16")
+        start = named.rounding.start("param")
+        assert int(np.float32(start)) != start
+        check_bits(take, chain, [(6, 5)], "bfloat16", steps=1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gives_the_same_bits_again_and_beside_other_leaves(dtype, take):
     case = next(c for c in CASES if c.name == "fusedbun clipped")
@@ -203,10 +299,14 @@ def test_the_source_is_as_it_was(name):
 def test_compiles_for_a_gpu_that_is_not_there(tmp_path):
     """In a process whose Triton does not interpret."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        assembly = pool.submit(gpu_steps.compile_for, 90, RECOMMENDED, 4, str(tmp_path)).result()
+        compile_for = partial(pool.submit, gpu_steps.compile_for, 90)
+        dtypes = ("float32", "bfloat16", "float64")
+        assembly = compile_for(RECOMMENDED, 4, str(tmp_path), dtypes).result()
+        in_fewer_bits = [compile_for(noisy(code), 3, str(tmp_path), ("bfloat16",)).result() for code in MOMENTS]
     names = ("pass_0", "combine_1", "between_1", "pass_1", "between_2")
-    assert assembly.keys() == {(dtype, name) for dtype in ("float32", "bfloat16", "float64") for name in names}
+    assert assembly.keys() == {(dtype, name) for dtype in dtypes for name in names}
     assert "cvt.rn.bf16" in assembly["bfloat16", "pass_1"]  # rounded to nearest
+    assert all(("bfloat16", "pass_0") in made for made in in_fewer_bits)
 
 
 @needs_gpu
@@ -253,7 +353,7 @@ class TestErrors:
             self.step(param=torch.zeros(6, 4).T)
         with pytest.raises(ValueError, match="the plan is for parameters of 2 axes, but the parameter has 3"):
             self.step(param=torch.zeros(4, 6, 1))
-        with pytest.raises(ValueError, match=r"must be of a dtype among .*, but it is torch\.int32"):
+        with pytest.raises(ValueError, match=r"parameter must be torch.float32 of .*, but it is torch\.int32"):
             self.step(torch.int32)
 
     def test_of_the_slots(self):
@@ -261,6 +361,13 @@ class TestErrors:
             self.step(**{"momentum.moment": torch.zeros(4, 6, dtype=torch.bfloat16)})
         with pytest.raises(ValueError, match=r"the slots must be \['momentum.moment', .*\], but they are"):
             self.step(other=torch.zeros(1))
+
+    def test_of_the_words(self):
+        program = trace(noisy(None), 2, dtype="bfloat16")
+        slots = {key: torch.zeros(x.shape((4, 6)), dtype=getattr(torch, x.dtype)) for key, x in program.arrays.items()}
+        param, scalars = torch.zeros(4, 6, dtype=torch.bfloat16), torch.zeros(1, len(numbers(program)))
+        with pytest.raises(ValueError, match=r"the words must be \['param.start'\], but they are \[\]"):
+            gpu.GpuStep(schedule(program), [gpu.Leaf(param, slots)], scalars)
 
     def test_of_the_scalars(self):
         with pytest.raises(ValueError, match=r"the scalars must be a contiguous torch.float32 tensor with rows of 7"):

@@ -10,6 +10,8 @@ import pytest
 from factories import RECOMMENDED, every_factory, gradients, parameters, representative
 
 import fusedbun_jax
+from fusedbun import recipes
+from fusedbun.transforms import Momentum
 from fusedbun_jax import fusedbun
 
 NUMBERS = {  # with the ranges that the documentation gives them
@@ -20,7 +22,7 @@ NUMBERS = {  # with the ranges that the documentation gives them
     "momentum_beta": "[0, 1)",
     "clip_rms": "(0, inf) or None",
 }
-FLAGS = ["centralize", "use_rms", "nesterov", "lagged"]
+FLAGS = ["centralize", "use_rms", "nesterov", "lagged", "stochastic_rounding"]
 NO_NUMBERS = [True, "0.1", 1j, [0.1], np.ones(2), jnp.ones(2), object]
 OUTSIDE = [-0.1, float("nan"), float("inf"), -float("inf"), np.float32(-1), np.array(-1.0), jnp.float32(jnp.nan)]
 
@@ -30,7 +32,7 @@ def make(**arguments):
 
 
 def test_every_argument_has_a_row_here():
-    assert {*NUMBERS, *FLAGS, "channel_axis"} == set(inspect.signature(fusedbun).parameters)
+    assert {*NUMBERS, *FLAGS, "channel_axis", "momentum_dtype", "seed"} == set(inspect.signature(fusedbun).parameters)
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
@@ -71,6 +73,26 @@ def test_what_is_not_a_flag_is_a_type_error(name, value):
 @pytest.mark.parametrize("value", [None, True, 0.0, "0"], ids=repr)
 def test_what_is_not_an_axis_is_a_type_error(value):
     check(TypeError, "channel_axis", value, "must be an integer")
+
+
+@pytest.mark.parametrize("value", [True, 0.0, "0", np.zeros(1, int)], ids=repr)
+def test_what_is_not_a_seed_is_a_type_error(value):
+    check(TypeError, "seed", value, "must be an integer or None")
+    for make_one in (
+        lambda: fusedbun_jax.lift(Momentum(), seed=value),
+        lambda: fusedbun_jax.from_chain(recipes.sm3(), 0.1, seed=value),
+        lambda: fusedbun_jax.round_stochastically(value),
+    ):
+        with pytest.raises(TypeError, match="seed must be an integer, but it is"):
+            make_one()
+
+
+def test_what_is_not_a_dtype_of_moments():
+    allowed = "must be one of 'param', 'float32', 'bfloat16', 'int8', 'int4' or None"
+    for value in ("float16", "int2", "", jnp.float16):
+        check(ValueError, "momentum_dtype", value, allowed)
+    for value in (8, True, jnp.ones(())):
+        check(TypeError, "momentum_dtype", value, allowed)
 
 
 def check(kind, name, value, allowed):

@@ -162,8 +162,9 @@ def traceable(factory, name, value):
 
 @every_factory
 def test_the_documentation_names_exactly_the_structural_arguments(factory):
-    known = {"clip_rms": 1.0, "initial_learning_rate": 0.1}  # the default, None, cannot be traced
-    never_traced = {"betas", "mup", "readout_constraint"}  # a tuple, a tree and a name are no arrays
+    known = {"clip_rms": 1.0, "initial_learning_rate": 0.1, "seed": 0}  # the default, None, cannot be traced
+    # a tuple, a tree and names are no arrays
+    never_traced = {"betas", "mup", "readout_constraint", "momentum_dtype", "second_moment_dtype"}
     structural = []
     for name, parameter in inspect.signature(factory.make).parameters.items():
         value = known.get(name, 0.1 if name == "learning_rate" else parameter.default)
@@ -174,7 +175,7 @@ def test_the_documentation_names_exactly_the_structural_arguments(factory):
 
 @pytest.mark.parametrize("name", static_args(fusedbun))
 def test_a_structural_argument_cannot_be_scheduled(name):
-    value = jnp.asarray(0 if name == "channel_axis" else False)
+    value = jnp.asarray(0 if name in ("channel_axis", "seed") else False)
     others = tuple(n for n in static_args(fusedbun) if n != name)
     make = optax.inject_hyperparams(fusedbun, static_args=others)
     with pytest.raises(TypeError, match=rf"{name} must be .*static_args"):

@@ -22,7 +22,10 @@ FUSEDBUN_DEFAULTS = {
     "clip_rms": None,
     "lagged": False,
     "channel_axis": 0,
+    "momentum_dtype": None,
     "maximize": False,
+    "stochastic_rounding": False,
+    "seed": 0,
 }
 
 
@@ -46,7 +49,7 @@ def test_defaults_and_groups_hold_the_recipes_names():
     assert optimizer.defaults == FUSEDBUN_DEFAULTS
     (group,) = optimizer.param_groups
     assert group == {"params": params, **FUSEDBUN_DEFAULTS}
-    assert list(group)[2:-1] == list(inspect.signature(recipes.fusedbun).parameters)
+    assert list(group)[2:-3] == list(inspect.signature(recipes.fusedbun).parameters)
 
 
 def test_positional_arguments_come_in_the_order_of_the_first_fusedbun():

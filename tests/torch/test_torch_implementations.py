@@ -17,12 +17,12 @@ from makers import MAKERS, SM3_CHAIN, assert_same, assert_same_run, copies, para
 from torch._dynamo.utils import counters
 
 from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, MupAdamW, ScaledOptum, Signal, Slot, Transform
-from fusedbun.optim import IMPLEMENTATIONS, dispatch, openmp
-from fusedbun.optim.overlap import Written, check_overlap
 from fusedbun.compiler import build, native
 from fusedbun.compiler.graph import Span
 from fusedbun.compiler.native import KernelError
 from fusedbun.compiler.trace import trace, used
+from fusedbun.optim import IMPLEMENTATIONS, dispatch, openmp
+from fusedbun.optim.overlap import Written, check_overlap
 
 FAST = ("kernel", "blocks")
 TOLERANCE = 2e-6  # of the largest number, as for the reference in test_equivalence.py

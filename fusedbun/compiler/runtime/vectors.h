@@ -75,10 +75,33 @@ FORCE V wide(X x) {  // a number in every lane; a vector is left as it is
 }
 template <class V, class M, class A, class B>
 FORCE V select(M mask, A a, B b) { return mask ? wide<V>(a) : wide<V>(b); }
+template <class V>
+FORCE V smaller(V a, V b) {  // a < b ? a : b, so b where either is NaN
+#if FUSEDBUN_AVX512
+  if constexpr (std::is_same_v<V, Vector<float>>) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, Vector<double>>) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif FUSEDBUN_AVX2
+  if constexpr (std::is_same_v<V, Vector<float>>) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  if constexpr (std::is_same_v<V, Vector<double>>) return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+#endif
+  return a < b ? a : b;
+}
+template <class V>
+FORCE V larger(V a, V b) {  // a > b ? a : b
+#if FUSEDBUN_AVX512
+  if constexpr (std::is_same_v<V, Vector<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, Vector<double>>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif FUSEDBUN_AVX2
+  if constexpr (std::is_same_v<V, Vector<float>>) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (std::is_same_v<V, Vector<double>>) return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#endif
+  return a > b ? a : b;
+}
+// NaN where either is NaN.
 template <class V, class A, class B>
-FORCE V minimum(A one, B other) { V a = wide<V>(one), b = wide<V>(other), m = a < b ? a : b; return a != a ? a : m; }
+FORCE V minimum(A one, B other) { V a = wide<V>(one), m = smaller(a, wide<V>(other)); return a != a ? a : m; }
 template <class V, class A, class B>
-FORCE V maximum(A one, B other) { V a = wide<V>(one), b = wide<V>(other), m = a > b ? a : b; return a != a ? a : m; }
+FORCE V maximum(A one, B other) { V a = wide<V>(one), m = larger(a, wide<V>(other)); return a != a ? a : m; }
 template <class V>
 FORCE V sign(V x) { return x > V{} ? wide<V>(Element<V>(1)) : x < V{} ? wide<V>(Element<V>(-1)) : x; }
 template <class V, class F>
@@ -217,7 +240,14 @@ struct Whole {
     constexpr int n = LANES<T>;
     if constexpr (std::is_same_v<S, T>) return *(const Loose<T, n>*)p;
     else if constexpr (std::is_same_v<S, bfloat16>) {
-      return (Vector<T>)(__builtin_convertvector(*(const Loose<uint16_t, n>*)p, Simd<uint32_t, n>) << 16);
+#if FUSEDBUN_AVX512
+      const Simd<Word, n> bits = (Simd<Word, n>)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif FUSEDBUN_AVX2
+      const Simd<Word, n> bits = (Simd<Word, n>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+      const Simd<Word, n> bits = __builtin_convertvector(*(const Loose<uint16_t, n>*)p, Simd<Word, n>);
+#endif
+      return (Vector<T>)(bits << 16);
     } else if constexpr (std::is_same_v<S, float16>) {
 #if FUSEDBUN_AVX512
       return (Vector<T>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -232,13 +262,12 @@ struct Whole {
   static inline INLINE void store(S* p, V x) {
     using T = Element<V>;
     constexpr int n = sizeof(V) / sizeof(T);
-    if constexpr (std::is_same_v<T, Word>) store_words<S, n>(p, x);
+    if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<T, Word>) store_top(p, x);
+    else if constexpr (std::is_same_v<T, Word>) store_words<S, n>(p, x);
     else if constexpr (std::is_same_v<S, T>) *(Loose<T, n>*)p = x;
     else if constexpr (std::is_same_v<S, bfloat16>) {
-      using U = Simd<uint32_t, n>;
-      U bits = (U)x;
-      U even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      *(Loose<uint16_t, n>*)p = __builtin_convertvector(x != x ? ((bits >> 16) | 0x40) : even, Simd<uint16_t, n>);
+      const Simd<Word, n> bits = (Simd<Word, n>)x;
+      store_top(p, x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1));
     } else if constexpr (std::is_same_v<S, float16>) {
 #if FUSEDBUN_AVX512
       _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -248,6 +277,15 @@ struct Whole {
       for (int i = 0; i < n; i++) put(p + i, x[i]);
 #endif
     } else store_words<S, n>(p, whole<Simd<Word, n>>(x));
+  }
+  template <class W>
+  static inline INLINE void store_top(bfloat16* p, W words) {  // of each word the upper half
+    constexpr int n = sizeof(W) / sizeof(Word);
+#if FUSEDBUN_AVX512
+    if constexpr (n == 16) _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)words, 16)));
+    else
+#endif
+    *(Loose<uint16_t, n>*)p = __builtin_convertvector(words >> 16, Simd<uint16_t, n>);
   }
   template <class S, int n>
   static inline INLINE void store_words(S* p, Simd<Word, n> x) {
@@ -370,20 +408,31 @@ FORCE void blocks(Index n, F body) {
     }, b);
   }
 }
+template <int N, int BY>
+FORCE Simd<Word, N> exchanged(Simd<Word, N> x) {  // every lane with the one that is BY away
+  Simd<Word, N> y;
+#ifdef __clang__
+  for (int i = 0; i < N; i++) y[i] = x[i ^ BY];
+#else
+  Simd<Word, N> at;
+  for (int i = 0; i < N; i++) at[i] = i ^ BY;
+  y = __builtin_shuffle(x, at);
+#endif
+  return y;
+}
 template <class T, class F>
-FORCE Word largest(const Words<T>* x, F lanes_of) {  // of a block's words, none of which has a sign
+FORCE Words<T> largest(const Words<T>* x, F lanes_of) {  // of a block's words, none of which has a sign
   using Signed = Simd<int32_t, LANES<T>>;
   Signed most{};
   each<BLOCK / LANES<T>>([&](auto r) INLINE {
     const Signed here = (Signed)lanes_of(r).only(x[r], Words<T>{});
     most = here > most ? here : most;
   });
-#if FUSEDBUN_AVX512
-  if constexpr (LANES<T> == 16) return Word(_mm512_reduce_max_epi32((__m512i)most));
-#endif
-  int32_t found = 0;
-  for (int i = 0; i < LANES<T>; i++) found = most[i] > found ? most[i] : found;
-  return Word(found);
+  each<LANES<T> == 16 ? 4 : LANES<T> == 8 ? 3 : 2>([&](auto s) INLINE {  // each lane meets the one 2^s away
+    const Signed other = (Signed)exchanged<LANES<T>, 1 << s>((Words<T>)most);
+    most = other > most ? other : most;
+  });
+  return (Words<T>)most;
 }
 template <class T>
 FORCE Words<T> from_pairs(const Pair* p, int r) {  // register r of a block's codes
@@ -434,10 +483,13 @@ struct RowsOf {
     each<K>([&](auto k) INLINE { at[k] = row<S>(w, array, i + k); });
   }
   INLINE S* operator[](int k) const { return at[k]; }
-  INLINE const S* ahead(int k, Index j, Index n) const {  // past the row's end: in the row of the next block
+  static constexpr Index LINE = 64 / sizeof(S);  // of the cache, in elements
+  INLINE void ask_ahead(int k, Index j, Index n) const {  // past the row's end: in the row of the next block
+    if (sizeof(S) < 4 && j % LINE >= LINE / 2) return;  // a register is half a line or less: one asks for both
     j += AHEAD;
-    return j < n ? at[k] + j : next(k) + (j - n);
+    ask(j < n ? at[k] + j : next(k) + (j - n));
   }
+  INLINE void ask_next(int k, Index j) const { ask(next(k) + j); }
   INLINE const S* next(int k) const { return (const S*)((const char*)at[k] + K * stride); }
 };
 

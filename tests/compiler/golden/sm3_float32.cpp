@@ -87,8 +87,8 @@ void pass0(const Work& w, Index begin, Index end) {
       auto a12 = lanes.template load<T>(a12_ + j);
       Vector<T> o0[K];
       each<K>([&](auto k) __attribute__((always_inline)) {
-        if constexpr (K == ROWS) ask(p1.ahead(k, j, n));
-        if constexpr (K == ROWS) ask(p0.ahead(k, j, n));
+        if constexpr (K == ROWS) p1.ask_ahead(k, j, n);
+        if constexpr (K == ROWS) p0.ask_ahead(k, j, n);
         const auto x7 = minimum<Vector<T>>(v3, b2[k]);
         const auto x1 = lanes.template load<T>(p1[k] + j);
         const auto x6 = x1 * x1;

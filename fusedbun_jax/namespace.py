@@ -1,0 +1,65 @@
+"""JAX's functions as the namespace that rules, rounding and codes are written over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.numpy import abs, astype, expm1, floor, log, max, maximum, mean, min, minimum, sign, sqrt, sum, where
+
+from fusedbun import codes
+from fusedbun.transform import Array, Shape
+
+__all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
+__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "from_pairs", "index", "real", "single"]
+__all__ += ["to_blocks", "to_pairs", "whole"]
+
+
+def single(x: Array, /) -> Array:
+    return x.astype(jnp.float32)
+
+
+real = single
+
+
+def bits(x: Array, /) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def from_bits(word: Array, /) -> Array:
+    return jax.lax.bitcast_convert_type(word, jnp.float32)
+
+
+def whole(x: Array, /) -> Array:
+    return x.astype(jnp.int32)
+
+
+def index(like: Array, axes: Sequence[int], /) -> list[Array]:
+    return [jax.lax.broadcasted_iota(jnp.int32, codes.along(like.shape, i), i) for i in axes]
+
+
+def block_max(words: Array, /) -> Array:
+    return words.max(axis=-1, keepdims=True)
+
+
+def to_blocks(x: Array, /) -> Array:
+    return codes.to_blocks(x, lambda rows, n: jnp.pad(rows, ((0, 0), (0, n))))
+
+
+def from_blocks(x: Array, shape: Shape, /) -> Array:
+    return codes.from_blocks(x, shape)
+
+
+def to_pairs(x: Array, /) -> Array:
+    return codes.to_pairs(x)
+
+
+def from_pairs(stored: Array, /) -> Array:
+    return codes.from_pairs(whole(stored), jnp.concatenate)
+
+
+def __getattr__(name: str) -> Any:
+    """What else a rule of one's own takes from jax.numpy."""
+    return getattr(jnp, name)

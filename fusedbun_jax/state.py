@@ -1,0 +1,95 @@
+"""The state of transformations in JAX, made from the arrays that they declare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fusedbun import codes
+from fusedbun.codes import Stored
+from fusedbun.rounding import BLOCK
+from fusedbun.transform import Shape, Slot
+from fusedbun_jax import leaf
+
+
+class TransformState(NamedTuple):
+    """A transformation's state: the tree of the parameters, at every leaf with the arrays that its slots are stored in.
+
+    A slot has one array under its own name, or codes there beside `<slot>.exponents`, and where what is stored is
+    rounded with noise `<slot>.step` (`fusedbun.codes`).
+    """
+
+    slots: Any
+
+
+def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
+    """The arrays that the slots of a parameter of this dtype are stored in, by slot and what its code appends."""
+    return {name + part: x for name, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
+
+
+def zeros(stored: Stored, param: Any) -> jax.Array:
+    """The array at its start, split over devices along the parameter's axes as the parameter is."""
+    if stored.part == "element" and len(stored.axes) == param.ndim:
+        return jnp.zeros_like(param, dtype=stored.dtype)  # keeps the parameter's sharding
+    return jnp.zeros(stored.shape(param.shape), stored.dtype, device=_sharding(stored, param))
+
+
+def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
+    if not isinstance(param, jax.Array) or isinstance(param, jax.core.Tracer):
+        return None
+    if not isinstance(param.sharding, NamedSharding):
+        return None
+    mesh, spec = param.sharding.mesh, param.sharding.spec
+    if stored.part != "element":
+        return NamedSharding(mesh, PartitionSpec(*spec[:1], *_along_a_row(param.shape, spec[1:], mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(*(axis if i in stored.axes else None for i, axis in enumerate(spec))))
+
+
+def _along_a_row(shape: Shape, trailing: tuple[Any, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """How the blocks of a row are split: as the axis behind the leading one is, where each part has whole blocks."""
+    if not trailing or any(axis is not None for axis in trailing[1:]):
+        return ()
+    names = trailing[0] if isinstance(trailing[0], tuple) else (trailing[0],)
+    parts = math.prod(sizes[name] for name in names if name is not None)
+    return () if math.prod(shape[1:]) % (parts * BLOCK) else (trailing[0],)
+
+
+def check_state(
+    owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, kept: Mapping[str, Any], by_dtype: bool
+) -> None:
+    """Raises a ValueError where the arrays kept for a leaf are not those that are needed.
+
+    Args:
+        owner: the transformation's name.
+        path: the leaf's.
+        needed: the arrays that are.
+        param: the parameter, or an array of its shape.
+        kept: the arrays that are kept.
+        by_dtype: look at their dtypes as well.
+    """
+    shapes, wanted = {n: x.shape for n, x in kept.items()}, {n: x.shape(param.shape) for n, x in needed.items()}
+    if shapes != wanted:
+        raise ValueError(
+            f"{owner}: the state of {leaf.title(path)} holds {shapes or 'nothing'}, but {wanted or 'nothing'} "
+            f"is needed; it belongs to other parameters or other hyper-parameters, so make one with init"
+        )
+    for name, stored in needed.items():
+        if by_dtype and kept[name].dtype.name != stored.dtype:
+            raise ValueError(
+                f"{owner}: the state {name!r} of {leaf.title(path)} is {kept[name].dtype.name}, but {stored.dtype} is "
+                f"stored now; what it is stored in must not change in a run, so make one with init"
+            )
+
+
+@jax.custom_jvp
+def with_derivative_of(x: Any, value: Any) -> Any:
+    """The value, with the derivative of `x`, which it is a rounding of."""
+    return value
+
+
+with_derivative_of.defjvp(lambda primals, tangents: (primals[1], tangents[0].astype(primals[1].dtype)))

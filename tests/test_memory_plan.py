@@ -1,0 +1,500 @@
+"""`fusedbun.plan`: what it reads, what it counts, and what it refuses."""
+
+import json
+import math
+import re
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fusedbun
+from fusedbun.bench.shapes import gpt2
+from fusedbun.memory import Estimate, Plan, Refusal, Setting, temporaries
+from fusedbun.memory.settings import ADAMW, USUAL
+from fusedbun.memory.sizes import parse_size, readable
+from fusedbun.memory.sources import Tensor
+from fusedbun.recipes import RECIPES
+
+SM3 = Setting("sm3")
+OURS = [setting for setting in USUAL if not setting.is_torch_adamw]
+SHAPES = {"embed.weight": (50, 70), "layer.weight": (70, 33), "layer.bias": (70,), "kernel": (3, 4, 5, 6), "scale": ()}
+ELEMENTS = sum(map(math.prod, SHAPES.values()))
+
+
+def the_one(model, setting=SM3, **options):
+    """The estimates of one setting, without and with gradient release."""
+    return fusedbun.plan(model, setting, threads=1, **options).estimates
+
+
+def seven_billion():
+    block = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
+    return [(32000, 4096), *block * 32, (4096,), (32000, 4096)]
+
+
+# ---- what is counted
+
+
+def test_the_parts_add_up():
+    usual, released = the_one({"w": (1000, 500), "b": (500,)}, dtype="bfloat16", stochastic_rounding=False)
+    elements = 1000 * 500 + 500
+    assert usual.parameters == elements
+    assert (usual.weights, usual.gradients, usual.state) == (2 * elements, 2 * elements, 4 * (1000 + 500 + 500))
+    assert usual.total == usual.weights + usual.gradients + usual.state + usual.temporaries
+    assert usual.bytes_per_parameter == usual.total / elements
+    assert (usual.gradient_release, released.gradient_release) == (False, True)
+    assert (released.weights, released.gradients, released.state) == (2 * elements, 2 * 1000 * 500, usual.state)
+
+
+def test_stochastic_rounding_keeps_a_counter_for_each_bfloat16_tensor():
+    shapes = {"a": ((9, 9), "bfloat16"), "b": ((9,), "bfloat16"), "c": ((9, 9), "float32")}
+    rounded, nearest = the_one(shapes)[0], the_one(shapes, stochastic_rounding=False)[0]
+    assert rounded.state - nearest.state == 2 * 4
+    assert (rounded.stochastic_rounding, nearest.stochastic_rounding) == (True, False)
+    assert not the_one({"c": (9, 9)})[0].stochastic_rounding
+
+
+@pytest.mark.parametrize("setting", OURS, ids=lambda s: f"{s.optimizer} {s.label}")
+def test_the_state_of_a_jax_tree_is_what_optax_keeps(setting):
+    import fusedbun_jax
+
+    leaves = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+    tree = {"a": leaves, "b": (None, [leaves["scale"]])}
+    typed = {"mup": lambda path, param: "norm"} if setting.optimizer.startswith("mup") else {}
+    rate = () if RECIPES[setting.optimizer].fixed_lr else (0.1,)
+    factory = getattr(fusedbun_jax, setting.optimizer)
+    state = jax.eval_shape(factory(*rate, **setting.hyperparameters, **typed).init, tree)
+    kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert the_one(tree, setting)[0].state == kept
+
+
+def test_what_the_goal_allows_for_gpt2():
+    share = 50257 * 768 / 124_439_808
+    allowed = {
+        ("sm3", "no momentum"): 2.05 + 2 * share,
+        ("fusedbun", "momentum int8"): 3.10 + 2 * share,
+        ("fusedbun", "momentum int4"): 2.60 + 2 * share,
+    }
+    found = fusedbun.plan(list(gpt2()), dtype="bfloat16", threads=1).estimates
+    least = {(e.setting.optimizer, e.setting.label): e.bytes_per_parameter for e in found if e.gradient_release}
+    assert all(least[key] <= most for key, most in allowed.items())
+    assert found[-2].setting.is_torch_adamw
+    assert found[-2].bytes_per_parameter == pytest.approx(16, abs=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_temporaries_are_at_most_one_in_a_hundred_of_the_weights(threads):
+    for model in (list(gpt2()), seven_billion()):
+        for one in fusedbun.plan(model, dtype="bfloat16", threads=threads).estimates:
+            assert one.temporaries <= 0.01 * one.weights
+
+
+def test_seven_billion_parameters_take_less_than_two_seconds():
+    temporaries._program.cache_clear()
+    began = time.perf_counter()
+    plan = fusedbun.plan(seven_billion(), dtype="bfloat16")
+    str(plan)
+    assert time.perf_counter() - began < 2
+    assert plan.parameters == 6_738_415_616
+
+
+def test_more_threads_take_more():
+    for one, two in zip(*(fusedbun.plan(list(gpt2()), threads=n).estimates for n in (1, 2)), strict=True):
+        assert (one.state, one.gradients, one.weights) == (two.state, two.gradients, two.weights)
+        assert two.temporaries >= one.temporaries
+
+
+def test_frozen_parameters_and_buffers_are_weights_alone():
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(100, 100), nn.BatchNorm1d(100), nn.Linear(100, 10))
+    module[0].requires_grad_(False)
+    usual, released = the_one(module)
+    trained = 2 * 100 + 100 * 10 + 10
+    assert usual.parameters == 100 * 100 + 100 + trained
+    assert usual.weights == 4 * (usual.parameters + 2 * 100) + 8  # running mean and variance, and a counter in int64
+    assert usual.gradients == 4 * trained
+    assert usual.state == 4 * (2 * 100 + (100 + 10) + 10)
+    assert released.gradients == 4 * 100 * 10
+
+
+def test_a_tied_weight_is_counted_once_and_named():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"embed": nn.Embedding(50, 8), "head": nn.Linear(8, 50, bias=False)})
+        model["head"].weight = model["embed"].weight
+    plan = fusedbun.plan(model, SM3)
+    assert plan.parameters == 50 * 8
+    assert plan.tied == ("embed.weight",)
+    assert "Of a tied weight (embed.weight) a second gradient" in str(plan)
+
+
+def test_sparse_embeddings_keep_a_number_for_each_row():
+    sparse = fusedbun.plan(SHAPES, ["sm3", "fusedbun", "scaled_optum"], sparse="embed*", tokens=1000)
+    dense = fusedbun.plan(SHAPES, ["sm3", "scaled_optum"])
+    assert sparse.sparse == ("embed.weight",)
+    for one, other in zip(sparse.estimates[:2], dense.estimates[:2], strict=True):
+        assert one.state == other.state - 4 * 70
+    assert sparse.estimates[0].gradients == 4 * (ELEMENTS - 50 * 70) + 1000 * (4 * 70 + 8)
+    assert sparse.estimates[1].gradients == 1000 * (4 * 70 + 8)
+    assert {one.setting.optimizer for one in sparse.estimates} == {"sm3", "scaled_optum"}
+    assert {one.reason for one in sparse.refusals} == {"centralize needs every row of a gradient"}
+
+
+def test_a_pattern_matches_from_the_beginning_or_from_behind_a_dot():
+    names = {"model.embed_tokens.weight": (9, 2), "model.layer.weight": (9, 2), "head": (9, 2)}
+    assert fusedbun.plan(names, SM3, sparse="embed*").sparse == ("model.embed_tokens.weight",)
+    assert fusedbun.plan(names, SM3, sparse=["*.layer.*", "head"]).sparse == ("model.layer.weight", "head")
+
+
+def test_adamw_in_float32_is_told_from_adamw_in_the_weights_dtype():
+    both = fusedbun.plan((1000, 10), ADAMW, dtype="bfloat16").estimates
+    assert [(one.weights, one.gradients, one.state) for one in both] == [
+        (40_000, 40_000, 80_004),
+        (20_000, 20_000, 40_004),
+    ]
+    assert len(fusedbun.plan((1000, 10), ADAMW).estimates) == 1
+
+
+# ---- what is read
+
+
+def test_ways_to_give_the_same_model():
+    dtypes = dict.fromkeys(SHAPES, "bfloat16")
+    arrays = {name: np.zeros(shape, jnp.bfloat16) for name, shape in SHAPES.items()}
+    models = [
+        {name: (shape, "bfloat16") for name, shape in SHAPES.items()},
+        {name: (list(shape), torch.bfloat16) for name, shape in SHAPES.items()},
+        [(shape, jnp.bfloat16) for shape in SHAPES.values()],
+        arrays,
+        {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()},
+        {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in SHAPES.items()},
+    ]
+    first, *others = [fusedbun.plan(model, dtype=None) for model in models]
+    assert {t.name: t.dtype for t in first.tensors} == dtypes
+    for other in others:
+        assert [e.as_dict() for e in other.estimates] == [e.as_dict() for e in first.estimates]
+
+
+def test_a_registered_node_is_taken_apart():
+    jax.tree_util.register_pytree_with_keys(
+        (kind := type("Node", (), {})),
+        lambda node: ([(jax.tree_util.GetAttrKey("weight"), node.weight)], None),
+        lambda _, children: children,
+    )
+    node = kind()
+    node.weight = jnp.zeros((3, 4))
+    assert [t.name for t in fusedbun.plan({"layer": node}, SM3).tensors] == ["layer.weight"]
+
+
+def test_another_dtype_is_for_floating_point_tensors():
+    model = {"w": ((9, 9), "float8_e4m3fn"), "n": ((7,), "int64")}
+    plan = fusedbun.plan(model, SM3, dtype=torch.bfloat16)
+    assert [(t.dtype, t.role) for t in plan.tensors] == [("bfloat16", "trained"), ("int64", "buffer")]
+    assert plan.parameters == 81
+    assert plan.estimates[0].weights == 2 * 81 + 8 * 7
+
+
+def test_it_needs_neither_torch_nor_jax_and_allocates_nothing():
+    code = """
+import resource, sys
+sys.modules.update(torch=None, jax=None)
+import fusedbun
+fusedbun.plan([(8, 8)], threads=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(fusedbun.plan([(1 << 20, 1 << 20), (1 << 30,)], threads=1).parameters)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8192
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{(1 << 40) + (1 << 30)}\n"), done.stderr
+
+
+# ---- files
+
+
+def tensor(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def written(path, header, data, length=None):
+    """A safetensors file of a header, as JSON or as bytes, and so many bytes of data."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(data))
+    return path
+
+
+def sharded(folder, shards):
+    """A folder of shards, each a mapping from names to shapes, and their index."""
+    places = {}
+    for number, shapes in enumerate(shards):
+        file, header, at = f"model-{number}.safetensors", {}, 0
+        for name, shape in shapes.items():
+            header[name] = tensor(shape, at, at := at + 2 * math.prod(shape), "BF16")
+            places[name] = file
+        written(folder / file, header, at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def test_a_file_and_a_folder_of_files(tmp_path):
+    folder = sharded(tmp_path, [{"embed": [50, 8], "norm": [8]}, {"head": [50, 8]}])
+    for path in (folder, folder / "model.safetensors.index.json", str(folder)):
+        plan = fusedbun.plan(path, SM3)
+        assert [(t.name, t.shape, t.dtype) for t in plan.tensors] == [
+            ("embed", (50, 8), "bfloat16"),
+            ("norm", (8,), "bfloat16"),
+            ("head", (50, 8), "bfloat16"),
+        ]
+    assert fusedbun.plan(folder / "model-0.safetensors", SM3).parameters == 50 * 8 + 8
+    (folder / "model.safetensors.index.json").unlink()
+    assert fusedbun.plan(folder, SM3).parameters == 2 * 50 * 8 + 8
+
+
+def test_a_large_file_is_not_read(tmp_path):
+    size = 1 << 36
+    path = written(tmp_path / "large.safetensors", {"w": tensor([1 << 17, 1 << 17], 0, size)}, 0)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + size)  # a hole, which takes no room
+    assert the_one(path)[0].weights == size
+
+
+def test_a_json_file_of_shapes(tmp_path):
+    path = tmp_path / "shapes.json"
+    path.write_text('{"a": [2, 3], "b": {"shape": [4], "dtype": "bfloat16"}, "c": {"scale": []}}')
+    assert [tuple(t[:3]) for t in fusedbun.plan(path, SM3).tensors] == [
+        ("a", (2, 3), "float32"),
+        ("b", (4,), "bfloat16"),
+        ("c.scale", (), "float32"),
+    ]
+
+
+GOOD = {"w": tensor([2, 2], 0, 16)}
+CORRUPT = {
+    "empty": (b"", None),
+    "shorter than a length": (b"\0\0\0", None),
+    "data cut off": (GOOD, 8),
+    "data behind the end": (GOOD, 32),
+    "no JSON": (b"{nope", 0),
+    "no UTF-8": (b"\xff\xfe{}", 0),
+    "a list": (b"[1, 2]", 0),
+    "deep": (b'{"a":' * 100_000, 0),
+    "overlapping": ({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, 12),
+    "oversized": ({"a": tensor([2], 0, 1 << 60)}, 8),
+    "reversed": ({"a": tensor([2], 8, 0)}, 8),
+    "negative offset": ({"a": tensor([2], -8, 0)}, 8),
+    "negative shape": ({"a": tensor([-2], 0, 8)}, 8),
+    "shape of another size": ({"a": tensor([3], 0, 8)}, 8),
+    "more than a machine counts": ({"a": tensor([1 << 40, 1 << 40], 0, 8)}, 8),
+    "unknown dtype": ({"a": tensor([2], 0, 8, "Q4")}, 8),
+    "text for a shape": ({"a": tensor("2", 0, 8)}, 8),
+}
+
+
+@pytest.mark.parametrize("content", CORRUPT.values(), ids=CORRUPT)
+def test_a_corrupt_file_is_one_clear_error(tmp_path, content):
+    header, data = content
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(header) if data is None else written(path, header, data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or a part of one: .+download it"):
+        fusedbun.plan(path, SM3)
+
+
+@pytest.mark.parametrize("length", [1 << 30, 90_000_000, 1 << 63, (1 << 64) - 1])
+def test_a_header_that_claims_to_be_longer_than_the_file(tmp_path, length):
+    path = written(tmp_path / "model.safetensors", GOOD, 16, length)
+    with pytest.raises(ValueError, match="is no safetensors file, or a part of one"):
+        fusedbun.plan(path, SM3)
+
+
+def test_every_file_cut_short_is_an_error(tmp_path):
+    whole = written(tmp_path / "whole", GOOD, 16).read_bytes()
+    for length in range(len(whole)):
+        part = tmp_path / "part.safetensors"
+        part.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is no safetensors file, or a part of one"):
+            fusedbun.plan(part, SM3)
+
+
+def test_other_files_and_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        fusedbun.plan(tmp_path / "absent.safetensors", SM3)
+    with pytest.raises(ValueError, match="has no safetensors files"):
+        fusedbun.plan(tmp_path, SM3)
+    with pytest.raises(ValueError, match="must be a file or a folder"):
+        fusedbun.plan("/dev/null", SM3)
+    pointer = tmp_path / "pointer.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        fusedbun.plan(pointer, SM3)
+    for name in ("a", "b"):
+        written(tmp_path / f"{name}.safetensors", GOOD, 16)
+    pointer.unlink()
+    with pytest.raises(ValueError, match="has 'w' in several files and no index"):
+        fusedbun.plan(tmp_path, SM3)
+    with pytest.raises(ValueError, match="nothing to plan"):
+        fusedbun.plan(written(tmp_path / "nothing.safetensors", {}, 0), SM3)
+
+
+INDICES = {
+    '{"weight_map": {"w": "absent.safetensors"}}': "there is no such file beside it",
+    '{"weight_map": {"w": "../model-0.safetensors"}}': "names files beside it",
+    '{"weight_map": {"w": "/etc/passwd"}}': "names files beside it",
+    '{"weight_map": {"other": "model-0.safetensors"}}': "says that 'other' is in 'model-0.safetensors', but it is not",
+    '{"weight_map": {"w": 3}}': 'it has no "weight_map"',
+    '{"weight_map": ["w"]}': 'it has no "weight_map"',
+    "[]": 'it has no "weight_map"',
+    "{": "is not JSON",
+    "[" * 100_000: "is not JSON",
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), INDICES.items(), ids=[text[:40] for text in INDICES])
+def test_a_wrong_index_is_one_clear_error(tmp_path, text, reason):
+    sharded(tmp_path, [{"w": [2, 2]}])
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        fusedbun.plan(tmp_path, SM3)
+
+
+# ---- what is refused
+
+
+class Unknown:
+    def __repr__(self):
+        return "an unknown object"
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "reason"),
+    [
+        ({"w": (3, -1)}, ValueError, "the shape of 'w' must be of whole numbers from 0 up, but it is (3, -1)"),
+        ((True, 2), ValueError, "the shape of 'the tensor' must be of whole numbers"),
+        ({"w": (1 << 60, 1 << 60)}, ValueError, "'w' must have at most 2**59 elements"),
+        ({"w": ((2, 2), "float31")}, ValueError, "the dtype of 'w' must be one of float64, float32"),
+        ({"w": ((2, 2), "float8_e5m2")}, ValueError, "'w' is float8_e5m2, but the optimizers step float64"),
+        ({"w": ((2, 2), "complex64")}, ValueError, "'w' is complex64"),
+        ({"w": ((2, 2), "int8")}, ValueError, "nothing to plan"),
+        ([], ValueError, "nothing to plan"),
+        ((0, 4), ValueError, "nothing to plan"),
+        ({"w": (2.5, 3)}, TypeError, "at 'w.0' there is 2.5 (float)"),
+        (Unknown(), TypeError, "it is an unknown object (Unknown)"),
+        (7, TypeError, "a model must be a torch module, a tree of arrays, a shape"),
+        (nn.LazyLinear(3), ValueError, "'weight' has no shape yet; give its module a batch first"),
+    ],
+)
+def test_a_model_that_is_none(model, error, reason):
+    with pytest.raises(error, match=re.escape(reason)):
+        fusedbun.plan(model, SM3)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of float64, float32, bfloat16, float16, but it is 'int8'"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, but it is 0"),
+        ({"tokens": 1.5}, "tokens must be a whole number of at least 1, but it is 1.5"),
+        ({"budget": -1}, "budget must be a whole number of at least 1, but it is -1"),
+        ({"budget": "much"}, "budget must be a size above 0, a number and one of the units B, KiB"),
+        ({"sparse": "embde*"}, "'embde*' matches none of the 3: 'embed.weight', 'layer.weight', 'kernel'"),
+        ({"sparse": "layer.bias"}, "sparse must match trained parameters of two or more axes"),
+    ],
+)
+def test_options_that_are_not_valid(options, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        fusedbun.plan(SHAPES, SM3, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "reason"),
+    [
+        (lambda: Setting("sm4"), ValueError, "but it is 'sm4'; did you mean 'sm3'?"),
+        (lambda: fusedbun.plan(SHAPES, ["adamq"]), ValueError, "did you mean 'adamw'?"),
+        (lambda: Setting("sm3", {"momentun": 0.9}), TypeError, "its arguments are momentum, beta, eps, momentum_dtype"),
+        (lambda: Setting("sm3", {"momentum_dtype": "int3"}), ValueError, "but it is 'int3'"),
+        (lambda: Setting("decoupled_lionw", {"momentum_dtype": "int4"}), ValueError, "too coarse"),
+        (lambda: Setting("adamw", {"amsgrad": True}), TypeError, 'adamw takes "weights" only'),
+        (lambda: Setting("adamw", {"weights": "int8"}), ValueError, 'weights must be "float32" or "param"'),
+    ],
+)
+def test_settings_that_are_not_valid(make, error, reason):
+    with pytest.raises(error, match=re.escape(reason)):
+        make()
+
+
+def test_an_optimizer_goes_by_either_name():
+    assert Setting("Fusedbun") == Setting("fusedbun")
+    assert Setting("DecoupledLionW").optimizer == "decoupled_lionw"
+    assert {s.optimizer for s in USUAL} == {*RECIPES, ADAMW}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 << 30),
+        ("24 gib", 24 << 30),
+        ("1.5GB", 1_500_000_000),
+        (" 7B ", 7),
+        ("1KiB", 1024),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "24", "GiB", "24G", "-1GiB", "0GiB", "1e3GiB", "24GiBs", "9" * 99 + "GiB", "99999999TiB", "٣GiB"]
+)
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="must be a size above 0, a number and one of the units"):
+        parse_size(text)
+
+
+def test_sizes_are_readable():
+    assert [readable(n) for n in (0, 1023, 1 << 20, 24 << 30)] == ["0 B", "1,023 B", "1.00 MiB", "24.00 GiB"]
+
+
+# ---- the table
+
+TABLE = Path(__file__).parent / "golden" / "memory_plan.txt"
+
+
+def test_the_table_says_what_fits():
+    tensors = Tensor("a", (8000, 10_000), "bfloat16"), Tensor("b", (20_000_000,), "float32", "frozen")
+    settings = [Setting("sm3", {}, "no momentum"), Setting("Fusedbun", {}, "momentum int8"), Setting(ADAMW, {}, "")]
+    size, largest = 240_000_000, 160_000_000
+    estimates = [
+        Estimate(settings[0], True, False, 100_000_000, size, largest, 72_004, 1_000_000),
+        Estimate(settings[0], True, True, 100_000_000, size, largest // 4, 72_004, 2000),
+        Estimate(settings[1], True, False, 100_000_000, size, largest, 82_500_000, 1_000_000),
+        Estimate(settings[1], True, True, 100_000_000, size, largest // 4, 82_500_000, 2000),
+        Estimate(settings[2], False, False, 100_000_000, 2 * size, 2 * largest, 4 * largest + 4, 0),
+    ]
+    refusals = (Refusal(settings[0], "its reasons"), Refusal(settings[1], "others"))
+    plan = Plan(tensors, tuple(estimates), refusals, 2, 500, ("a",), ("a",), 450_000_000)
+    assert f"{plan}\n" == TABLE.read_text()
+    assert [e.gradient_release for e in plan.fitting().estimates] == [False, True, True]
+    assert "Nothing fits in 1.00 KiB" in str(fusedbun.plan(SHAPES, SM3, budget="1KiB").fitting())
+
+
+def test_the_numbers_as_json():
+    plan = fusedbun.plan(SHAPES, ["sm3", ADAMW], budget="99MiB", sparse="embed*")
+    found = json.loads(json.dumps(plan.as_dict()))
+    assert (found["parameters"], found["tensors"], found["budget"]) == (ELEMENTS, len(SHAPES), 99 << 20)
+    first = found["estimates"][0]
+    assert first["total"] == sum(first[part] for part in ("weights", "gradients", "state", "temporaries"))
+    assert first["fits"] is True
+    assert found["refused"][0]["reason"] == "torch's AdamW takes dense gradients"
+
+
+def test_the_chart_is_a_picture():
+    from fusedbun.memory.picture import draw
+
+    assert draw(fusedbun.plan(SHAPES, budget="1MiB")).startswith(b"\x89PNG")
+    assert draw(fusedbun.plan(SHAPES, budget="1KiB").fitting()).startswith(b"\x89PNG")

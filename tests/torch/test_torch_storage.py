@@ -1,0 +1,346 @@
+"""State in fewer bits and stochastic rounding in torch: the same bits as NumPy's, whatever steps the parameters."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import fusedbun
+from fusedbun import ChainOptimizer, in_numpy
+from fusedbun.chain import PARAM, Rounding, step
+from fusedbun.optim import IMPLEMENTATIONS
+from fusedbun.storage import Storage
+from fusedbun.transforms import Momentum
+
+TYPED = {"mup": lambda path, param: "weight"}
+# Those whose steps add nothing up, so that every bit is the same. (But eager torch's roots are not rounded right.)
+EXACT = {
+    "SM3": (fusedbun.SM3, {"lr": 0.1, "momentum": 0.9}),
+    "DecoupledLionW": (fusedbun.DecoupledLionW, {"lr": 1e-2}),
+    "MupSGD": (fusedbun.MupSGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True, **TYPED}),
+}
+OTHERS = {
+    "Fusedbun": (fusedbun.Fusedbun, {"lr": 1e-2, "centralize": True, "use_rms": True}),
+    "MupAdamW": (fusedbun.MupAdamW, {"lr": 1e-2, **TYPED}),
+    "ScaledOptum": (fusedbun.ScaledOptum, {"lr": 1e-2}),
+}
+EVERY = EXACT | OTHERS
+MOMENTS = ("float32", "bfloat16", "int8", "int4", "param")
+SHAPES = [(), (5,), (40, 70), (6, 3, 3, 3)]
+ROUNDED = {"stochastic_rounding": True, "seed": 3}
+torch_names = ["0", "1", "2", "3"]
+
+
+def parameters(dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def gradients(step, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+def run(optimizer, steps, dtype=torch.bfloat16):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i in steps if isinstance(steps, range) else range(steps):
+        for param, grad in zip(params, gradients(i, dtype), strict=True):
+            param.grad = grad
+        optimizer.step()
+    return params
+
+
+def bits(x):
+    x = x.detach()
+    return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def assert_same(one, other):
+    """Parameters and state, to the bit."""
+    for a, b in zip(one.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True):
+        assert {key: x.dtype for key, x in a.items()} == {key: x.dtype for key, x in b.items()}
+        for key in a:
+            np.testing.assert_array_equal(bits(a[key]), bits(b[key]), err_msg=key)
+    for a, b in zip(*([p for g in o.param_groups for p in g["params"]] for o in (one, other)), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def numpy_steps(optimizer, params, steps):
+    """The same steps by the definition, in NumPy."""
+    chain = optimizer.chain(optimizer.param_groups[0])
+    found = []
+    for i, param in enumerate(params):
+        p = param.detach().float().numpy()
+        here = chain.at((), p, str(i))
+        slots = here.slots(p.shape)
+        state = {
+            key: np.zeros(x.shape(p.shape), np.int32 if "int" in x.dtype else np.float32)
+            for key, x in here.arrays(p.shape, "bfloat16").items()
+        }
+        for t in range(steps):
+            storage = Storage(in_numpy, here.rounding, p, "bfloat16")
+            decoded = {key: storage.decode(key, slot, state, np.float32) for key, slot in slots.items()}
+            lr = np.float32(optimizer.param_groups[0]["lr"])
+            new, decoded = step(in_numpy, here, lr, p, gradients(t)[i].float().numpy(), decoded)
+            new, after = storage.round(np.asarray(new, np.float32), state)
+            for key, slot in slots.items():
+                after |= storage.encode(key, slot, np.asarray(decoded[key], np.float32), state)
+            p, state = new, {key: np.asarray(x) for key, x in after.items()}
+        found.append((p, state))
+    return found
+
+
+@pytest.mark.parametrize("momentum_dtype", MOMENTS)
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "compiled"])
+@pytest.mark.parametrize("name", EXACT)
+@np.errstate(over="ignore")
+def test_gives_numpys_bits(name, implementation, momentum_dtype):
+    cls, given = EXACT[name]
+    if name == "SM3" and implementation != "kernel":
+        given = {**given, "lr": 0.0, "momentum": 0.0}  # which leaves the rounding of the parameter
+    if (name, momentum_dtype) == ("DecoupledLionW", "int4"):
+        with pytest.raises(ValueError, match='momentum_dtype="int4" is too coarse'):
+            cls(parameters(), **given, momentum_dtype=momentum_dtype)
+        return
+    params = parameters()
+    optimizer = cls(params, **given, momentum_dtype=momentum_dtype, implementation=implementation, **ROUNDED)
+    want = numpy_steps(optimizer, params, 4)
+    run(optimizer, 4)
+    for param, (p, state) in zip(params, want, strict=True):
+        np.testing.assert_array_equal(param.detach().float().numpy(), p)
+        for key, x in optimizer.state[param].items():
+            np.testing.assert_array_equal(x.float().numpy(), np.float32(state[key]), err_msg=key)
+
+
+@pytest.mark.parametrize("momentum_dtype", ["bfloat16", "int8", "int4"])
+def test_compiled_it_is_the_same_but_for_multiplying_and_adding_at_once(momentum_dtype):
+    """A compiler may round `a*b + c` once: then a moment's last bit differs, and now and then a rounding."""
+    cls, given = EXACT["SM3"]
+    one, other = (
+        cls(parameters(), **given, momentum_dtype=momentum_dtype, implementation=implementation, **ROUNDED)
+        for implementation in ("compiled", "definition")
+    )
+    for param, reference in zip(run(one, 3), run(other, 3), strict=True):
+        assert torch.count_nonzero(param != reference) <= max(1, 0.01 * param.numel())
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, *MOMENTS])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_resumed_run_goes_on_to_the_bit(name, momentum_dtype):
+    cls, given = EVERY[name]
+    if name == "ScaledOptum" or (name, momentum_dtype) == ("DecoupledLionW", "int4"):
+        given = given if name == "ScaledOptum" else {**given, "momentum_dtype": "int8"}
+    else:
+        given = {**given, "momentum_dtype": momentum_dtype}
+    whole = cls(parameters(), **given, **ROUNDED)
+    run(whole, 3)
+    file = io.BytesIO()
+    torch.save([whole.state_dict(), whole.param_groups[0]["params"]], file) if "mup" not in given else None
+    saved = copy.deepcopy(whole.state_dict())
+    resumed = cls(copy.deepcopy(whole.param_groups[0]["params"]), **{**given, **ROUNDED})
+    resumed.load_state_dict(saved)
+    assert_same(resumed, whole)
+    run(whole, range(3, 6))
+    run(resumed, range(3, 6))
+    assert_same(resumed, whole)
+
+
+def test_torch_save_and_pickle_keep_every_dtype():
+    optimizer = fusedbun.Fusedbun(parameters(), 1e-2, momentum_dtype="int4", **ROUNDED)
+    run(optimizer, 2)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = fusedbun.Fusedbun(
+        copy.deepcopy(optimizer.param_groups[0]["params"]), 1e-2, momentum_dtype="int4", **ROUNDED
+    )
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(loaded, optimizer)
+    assert_same(pickle.loads(pickle.dumps(optimizer)), optimizer)
+
+
+def test_what_is_stored():
+    (_, vector, matrix, convolution) = params = parameters()
+    optimizer = fusedbun.Fusedbun(params, 1e-2, momentum_dtype="int4", **ROUNDED)
+    run(optimizer, 1)
+    kept = {key: (x.dtype, tuple(x.shape)) for key, x in optimizer.state[matrix].items()}
+    assert kept == {
+        "sm3_accumulate.axis0": (torch.float32, (40, 1)),
+        "sm3_accumulate.axis1": (torch.float32, (1, 70)),
+        "momentum.moment": (torch.uint8, (40, 3, 16)),
+        "momentum.moment.exponents": (torch.uint8, (40, 3, 1)),
+        "momentum.moment.step": (torch.int32, (1, 1)),
+        "rounding.step": (torch.int32, (1, 1)),
+    }
+    assert optimizer.state[vector]["momentum.moment"].dtype == torch.float32
+    assert "momentum.moment.step" not in optimizer.state[vector]
+    assert optimizer.state[convolution]["momentum.moment.exponents"].shape == (6, 1, 1)
+    plain = fusedbun.SM3(parameters(), momentum_dtype="int8")  # which has no momentum
+    run(plain, 1)
+    assert all(x.dtype == torch.float32 for state in plain.state.values() for x in state.values())
+
+
+@pytest.mark.parametrize(("momentum_dtype", "most"), [("int8", 1.04), ("int4", 0.55), ("bfloat16", 2.01)])
+@pytest.mark.parametrize("network", ["gpt2", "resnet50"])
+def test_bytes_a_parameter(network, momentum_dtype, most):
+    from fusedbun.bench import shapes
+
+    sizes = getattr(shapes, network)()
+    chain = fusedbun.recipes.fusedbun(momentum_dtype=momentum_dtype)
+    total = sum(
+        np.prod(x.shape(shape), dtype=np.int64) * np.dtype(x.dtype if x.dtype != "bfloat16" else "int16").itemsize
+        for shape in sizes
+        for key, x in chain.arrays(shape, "bfloat16").items()
+        if key.startswith("momentum")
+    )
+    assert total / sum(np.prod(shape, dtype=np.int64) for shape in sizes) <= most + (
+        0.02 if network == "resnet50" and momentum_dtype == "int4" else 0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_stochastic_rounding_is_for_bfloat16(dtype):
+    with pytest.raises(ValueError, match="stochastic rounding is for bfloat16 parameters, but this one is"):
+        fusedbun.SM3(parameters(dtype), stochastic_rounding=True)
+    optimizer = fusedbun.SM3(parameters(), stochastic_rounding=True)
+    with pytest.raises(ValueError, match="stochastic rounding is for bfloat16"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, dtype=dtype))]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group(
+        {"params": [torch.nn.Parameter(torch.ones(2, dtype=dtype))], "stochastic_rounding": False}
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"momentum_dtype": "int7"},
+            ValueError,
+            "must be one of 'param', 'float32', 'bfloat16', 'int8', 'int4' or None",
+        ),
+        ({"momentum_dtype": 8}, TypeError, "momentum_dtype must be one of"),
+        ({"momentum_dtype": torch.float64}, ValueError, "but it is torch.float64"),
+        ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding must be True or False"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer"),
+    ],
+)
+def test_errors(given, error, message):
+    with pytest.raises(error, match=message):
+        fusedbun.Fusedbun(parameters(), 1e-2, **given)
+
+
+def test_int8_is_too_coarse_for_a_second_moment():
+    with pytest.raises(ValueError, match="second_moment_dtype must be one of 'param', 'float32', 'bfloat16' or None"):
+        fusedbun.MupAdamW(parameters(), **TYPED, second_moment_dtype="int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, np.dtype("float32"), "bfloat16", torch.int8])
+def test_dtypes_as_frameworks_write_them(dtype):
+    optimizer = fusedbun.DecoupledLionW(parameters(), momentum_dtype=dtype)
+    run(optimizer, 1)
+    name = str(dtype).removeprefix("torch.")
+    assert optimizer.state[optimizer.param_groups[0]["params"][2]]["scale_by_lion.moment"].dtype == getattr(torch, name)
+
+
+def test_the_seed_and_the_names_decide_the_noise():
+    def after(names=None, **given):
+        params = parameters()
+        named = zip(names, params, strict=True) if names else params
+        run(fusedbun.SM3([*named], lr=1e-3, stochastic_rounding=True, **given), 2)
+        return params[2].detach().clone()
+
+    assert torch.equal(after(), after(torch_names))
+    assert not torch.equal(after(), after(seed=1))
+    assert not torch.equal(after(), after(["a", "b", "c", "d"]))
+
+
+def test_rounded_without_bias_small_steps_add_up():
+    """Steps of 1/100 of the spacing: to the nearest nothing moves."""
+    shape, steps = (64, 64), 200
+    moved = {}
+    for stochastic in (False, True):
+        param = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+        optimizer = fusedbun.ScaledOptum([param], lr=2.0**-8 / 100, stochastic_rounding=stochastic)
+        for _ in range(steps):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        moved[stochastic] = 1 - param.detach().double().mean().item()
+    assert moved[False] == 0
+    assert abs(moved[True] / (steps * 2.0**-8 / 100) - 1) < 0.05
+
+
+def test_rows_of_a_sparse_gradient_are_rounded_as_in_the_whole():
+    """With every row touched it is the dense step of one accumulator; with few, the others stay."""
+    noise = {}
+    for rows in ([0, 1, 2, 3, 4, 5], [1, 4]):
+        param = torch.nn.Parameter(torch.linspace(1, 2, 60).reshape(6, 10).to(torch.bfloat16))
+        optimizer = fusedbun.SM3([param], lr=1e-3, **ROUNDED)
+        values = torch.full((len(rows), 10), 0.5, dtype=torch.bfloat16)
+        param.grad = torch.sparse_coo_tensor([rows], values, (6, 10), check_invariants=True)
+        optimizer.step()
+        assert optimizer.state[param]["rounding.step"].item() == 1
+        noise[len(rows)] = param.detach().clone()
+    assert torch.equal(noise[6][[1, 4]], noise[2][[1, 4]])
+    before = torch.linspace(1, 2, 60).reshape(6, 10).to(torch.bfloat16)
+    assert torch.equal(noise[2][[0, 2, 3, 5]], before[[0, 2, 3, 5]])
+
+
+class TestLoading:
+    def saved(self, **given):
+        optimizer = fusedbun.Fusedbun(parameters(), 1e-2, use_rms=True, **given)
+        run(optimizer, 3)
+        return optimizer
+
+    def test_another_dtype_is_an_error(self):
+        saved = self.saved().state_dict()
+        other = fusedbun.Fusedbun(parameters(), 1e-2, momentum_dtype="int8")
+        with pytest.raises(ValueError, match=r"the saved state has momentum_dtype=None, .* has 'int8'; .*convert=True"):
+            other.load_state_dict(saved)
+        assert not other.state
+
+    @pytest.mark.parametrize("before", [None, "bfloat16", "int8", "int4"])
+    @pytest.mark.parametrize("now", [None, "bfloat16", "int8", "int4"])
+    def test_is_converted_when_asked_for(self, before, now):
+        saved = self.saved(momentum_dtype=before)
+        other = fusedbun.Fusedbun(copy.deepcopy(saved.param_groups[0]["params"]), 0.5, momentum_dtype=now)
+        if before == now:
+            other.load_state_dict(saved.state_dict(), convert=True)
+            assert_same(other, saved)
+            return
+        with pytest.warns(UserWarning, match=r"is converted .* momentum.moment of . parameters"):
+            other.load_state_dict(saved.state_dict(), convert=True)
+        group = other.param_groups[0]
+        assert (group["momentum_dtype"], group["lr"], group["use_rms"]) == (now, 1e-2, True)
+        for param, was in zip(group["params"], saved.param_groups[0]["params"], strict=True):
+            decoded = [
+                Storage(fusedbun.optim.namespace, Rounding(), p, "bfloat16").decode(
+                    "momentum.moment", Momentum(dtype=dtype).slots(p.shape)["moment"], optimizer.state[p], torch.float32
+                )
+                for optimizer, p, dtype in ((other, param, now), (saved, was, before))
+            ]
+            coarse = {None: 0.0, "bfloat16": 2.0**-7, "int8": 2.0**-6, "int4": 2.0**-2}[now]
+            apart, largest = (decoded[0] - decoded[1]).abs().max(), decoded[1].abs().max()
+            assert apart <= coarse * largest
+        run(other, range(3, 5))
+
+    def test_stochastic_rounding_is_the_optimizers_own(self):
+        saved = self.saved()
+        other = fusedbun.Fusedbun(parameters(), 1e-2, use_rms=True, **ROUNDED)
+        with pytest.raises(ValueError, match="the saved state has stochastic_rounding=False"):
+            other.load_state_dict(saved.state_dict())
+        other.load_state_dict(saved.state_dict(), convert=True)
+        assert other.param_groups[0]["stochastic_rounding"] is True
+        run(other, 1)
+
+
+def test_a_chain_of_ones_own_stores_in_fewer_bits_too():
+    params = parameters()
+    optimizer = ChainOptimizer(params, [Momentum(0.9, dtype="int8")], lr=1e-2, **ROUNDED)
+    run(optimizer, 2)
+    assert optimizer.state[params[2]]["momentum.moment"].dtype == torch.int8
+    assert optimizer.param_groups[0]["momentum.dtype"] == "int8"
+    assert PARAM == "param"

@@ -388,7 +388,7 @@ def decoupled_lionw(
     """
     if momentum_dtype == "int4":
         raise ValueError(
-            'decoupled_lionw: momentum_dtype="int4" is too coarse, for a step is the sign of the momentum, whatever its '
-            'size: its losses are far higher; "int8" serves'
+            'decoupled_lionw: momentum_dtype="int4" is too coarse, for a step is the sign of the momentum, however '
+            'small that is, and losses are far higher; "int8" serves'
         )
     return chain(ScaleByLion(*betas, momentum_dtype), Decay(relative_decay(weight_decay, initial_lr)))

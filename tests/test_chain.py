@@ -179,7 +179,7 @@ class TestCodes:
         assert (decoded.dtype, decoded.item()) == (np.float64, 7)
 
     def test_an_unknown_code(self):
-        with pytest.raises(ValueError, match="code must be one of compute, int8, .*, block4, but it is 'int7'"):
+        with pytest.raises(ValueError, match=r"code must be one of compute, int8, .*, block4, but it is 'int7'"):
             codes.arrays(Slot((0,), "int7"), "float32")
 
     def test_a_counter_in_every_driver(self, x64):

@@ -140,7 +140,7 @@ def test_codes_are_as_defined(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_codes_are_without_bias(bits):
-    """Exhaustively over the noise, for all but a block's largest number, which may be cut off at the end of the scale."""
+    """Exhaustively over the noise, but for a block's largest number, which may be cut off at the scale's end."""
     x = np.random.default_rng(1).standard_normal(32).astype(np.float32)
     x[0] = 4.0
     many = np.broadcast_to(x, (65_536, 32)).copy()

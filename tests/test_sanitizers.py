@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import pytest
 from cases import CASES
 from sanitized import Job
 
+from fusedbun import recipes
+from fusedbun.chain import Rounding
 from fusedbun.compiler import build, native
 from fusedbun.compiler.cpp import TYPES, emit
 from fusedbun.compiler.trace import trace
@@ -23,12 +26,14 @@ FLAGS = "-fno-sanitize-recover=all -O0 -g1"
 DENSE = [(), (1,), (17,), (40_000,), (0,), (0, 5), (8, 16), (9, 2), (5, 1), (1, 5), (130, 257), (1000, 31), (2, 40_001)]
 STRIDED = [(40_000,), (17, 9), (130, 257)]
 NARROW = [(700, 3), (33, 17)]  # rows that are shorter than a register
-FEW = (
-    "fusedbun recommended",
-    "sm3 momentum",
-    "decoupled_lionw",
-    "ternary_vote",
-)  # reductions, slots and codes of all kinds
+FEW = ("fusedbun recommended", "sm3 momentum", "decoupled_lionw", "ternary_vote")  # reductions and slots of all kinds
+STOCHASTIC = Rounding(stochastic=True, seed=1, name="w")
+CODED = (  # codes and noise of all kinds
+    (recipes.sm3(momentum=0.9, momentum_dtype="int8"), "float32"),
+    (replace(recipes.sm3(momentum=0.9, momentum_dtype="int8"), rounding=STOCHASTIC), "bfloat16"),
+    (recipes.fusedbun(use_rms=True, centralize=True, momentum_dtype="int4"), "float16"),
+    (replace(recipes.decoupled_lionw(initial_lr=0.1, momentum_dtype="bfloat16"), rounding=STOCHASTIC), "bfloat16"),
+)
 
 
 def jobs_of_all():
@@ -51,12 +56,19 @@ def jobs_of_all():
         for shape, registers in product([(17,), (130, 257), *NARROW], range(2, native.registers() + 1)):
             yield job(case, shape, registers=registers)
 
+    for (chain, dtype), registers in product(CODED, range(1, native.registers() + 1)):
+        for shape in [(), (17,), (9, 2), (130, 257), (33, 17), (700, 3), (2, 4001), (8, 3, 3, 3)]:
+            yield Job(chain, shape, dtype=dtype, registers=registers)
+
 
 def jobs_of_threads():
     """Chunks of several leaves on three threads, in each way of going over memory."""
     for case in (case for case in CASES if case.name in (*FEW, "fusedbun clipped")):
         for shape in [(100_000,), (1000, 257), (2, 40_001), (20_000, 3)]:
             yield job(case, shape, registers=native.registers(), threads=3)
+    for chain, dtype in CODED:
+        for shape in [(1000, 257), (20_000, 3)]:
+            yield Job(chain, shape, dtype=dtype, registers=native.registers(), threads=3)
 
 
 def job(case, shape, registers=1, **about):

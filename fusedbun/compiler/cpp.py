@@ -39,9 +39,9 @@ def emit(program: Program) -> str:
         lines += _plan("flat", rows, [Flat])
         plans["flat"] = "&flat::plan"
     else:
-        by_row: list[type[Way]] = (
-            [Rows] if any(map(has_blocks, (s for p in rows.passes for s in p.sweeps))) else [Rows, PackedRows]
-        )
+        is_coded = any(has_blocks(sweep) for work in rows.passes for sweep in work.sweeps)
+        is_one_row = program.graph.ndim == 1
+        by_row: list[type[Way]] = [Rows] if is_coded or is_one_row else [Rows, PackedRows]
         lines += _plan("rows", rows, by_row)
         plans |= {"rows": "&rows::plan", **({"packed": "&rows::packed_plan"} if PackedRows in by_row else {})}
         try:

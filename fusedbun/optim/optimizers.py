@@ -26,9 +26,10 @@ _RATE = """\
 _REMARK = """
 `maximize=True` climbs instead of descending.
 
-`stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest, so
-that steps much smaller than a parameter's precision still move it. `seed=0`, any integer, decides the noise of this and of
-all rounding of state; with the same seed, parameter names and number of steps, it is the same on any device and in JAX.
+`stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest,
+so that steps much smaller than a parameter's precision still move it. `seed=0`, any integer, decides the noise of this
+and of all rounding of state; with the same seed, parameter names and number of steps it is the same on any device and
+in JAX.
 
 `implementation=` chooses how it is computed, with the same result: "kernel" by code generated for it, on the CPU;
 "compiled" by torch.compile; "blocks" by eager torch, block by block; "definition" by its rules as they are written.

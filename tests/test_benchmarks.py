@@ -53,3 +53,17 @@ def test_the_results_were_written_by_this_protocol(benchmark):
         if hasattr(benchmark, name.upper()):
             ours = getattr(benchmark, name.upper())
             assert value == (ours if isinstance(ours, (int, float, str, dict)) else list(ours)), name
+
+
+def test_memory_of_training(tmp_path):
+    from benchmarks.memory.__main__ import add_activations, draw, measure, show
+    from benchmarks.memory.training import BARE
+
+    rows = [measure("none", contender) for contender in (BARE, "SM3")]
+    assert [row["status"] for row in rows] == ["measured", "measured"]
+    assert rows[0]["parameters"] > 10_000
+    add_activations(rows)
+    missing = {"model": "none", "contender": "torch-SM3", "status": "not installed"}
+    show([*rows, missing])
+    draw([*rows, missing], tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 1000

@@ -19,6 +19,7 @@ def leaf(case, name):
     chain = case.chain.at((), params[name])
     rng = np.random.default_rng(3)
     state = {key: rng.uniform(0.5, 1.5, slot.shape(SHAPES[name])) for key, slot in chain.slots(SHAPES[name]).items()}
+    state |= {key: np.rint(state[key]) for key, x in chain.arrays(SHAPES[name], "float64").items() if "int" in x.dtype}
     return chain, params[name], steps[0][name], state
 
 
@@ -41,7 +42,8 @@ def test_traces_to_a_graph_that_gives_the_same_numbers(case, name):
     chain, param, grad, state = leaf(case, name)
     want_param, want_state = step(np, chain, 0.5, param, grad, state)
     whole = plan(chain, param.shape, param.strides, dtype="float64")
-    arrays = {"param": param.copy(), "grad": grad, **{key: value.copy() for key, value in state.items()}}
+    dtypes = {key: x.dtype for key, x in chain.arrays(param.shape, "float64").items()}
+    arrays = {"param": np.array(param), "grad": grad, **{key: np.asarray(x, dtypes[key]) for key, x in state.items()}}
     Blocks(whole, in_numpy).run(
         evaluate(whole.program.scalars, hyperparameters(whole.program, chain, 0.5)), arrays, param.dtype
     )

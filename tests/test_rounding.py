@@ -25,7 +25,7 @@ def mix(h: int) -> int:
 def noise_one_by_one(shape, seed, name, step, stream):
     key = mix((seed + stream * 0x9E3779B9) & WORD)
     key = mix((mix((key + zlib.crc32(name.encode())) & WORD) + step) & WORD)
-    found = np.empty(shape, np.int32)
+    found = np.zeros(shape, np.int32)
     for place in np.ndindex(*shape):
         h = mix(key)
         for axis, index in enumerate(place):
@@ -47,24 +47,24 @@ def noise(xp, like, seed=42, name="w.0", step=5, stream=0):
 @np.errstate(over="ignore")
 def test_noise_is_as_defined(shape, seed, name, step, stream):
     want = noise_one_by_one(shape, seed, name, step, stream)
-    np.testing.assert_array_equal(noise(in_numpy, np.empty(shape), seed, name, step, stream), want)
-    np.testing.assert_array_equal(noise(in_torch, torch.empty(shape), seed, name, step, stream).numpy(), want)
+    np.testing.assert_array_equal(noise(in_numpy, np.zeros(shape), seed, name, step, stream), want)
+    np.testing.assert_array_equal(noise(in_torch, torch.zeros(shape), seed, name, step, stream).numpy(), want)
 
 
 def test_a_part_has_the_noise_that_it_has_in_the_whole():
-    whole, step = noise(in_numpy, np.empty((60, 90))), np.full((1, 1), 5, np.int32)
+    whole, step = noise(in_numpy, np.zeros((60, 90))), np.full((1, 1), 5, np.int32)
     places = np.arange(60, dtype=np.int32)[20:31, None], np.arange(90, dtype=np.int32)[None, 40::3]
     part = rounding.noise(rounding.start(42, "w.0", 0), step, places)
     np.testing.assert_array_equal(part, whole[20:31, 40::3])
 
 
 def test_noise_is_uniform_and_differs_by_all_it_is_made_of():
-    drawn = noise(in_numpy, np.empty((2048, 2048)))
+    drawn = noise(in_numpy, np.zeros((2048, 2048)))
     counts = np.bincount(drawn.ravel(), minlength=65_536)
     expected = drawn.size / 65_536
     squares = ((counts - expected) ** 2 / expected).sum() / 65_535  # chi-square for each degree of freedom
     assert abs(squares - 1) < 5 * math.sqrt(2 / 65_535)
-    small = np.empty((512, 512))
+    small = np.zeros((512, 512))
     base = noise(in_numpy, small)
     others = [
         noise(in_numpy, small, **change) for change in ({"seed": 43}, {"name": "w.1"}, {"step": 6}, {"stream": 1})

@@ -117,10 +117,16 @@ def test_loaded_state_has_its_parameters_strides(make):
 
 @every_optimizer
 def test_state_moves_between_precisions(make):
-    """State saved for float32 parameters serves float64 ones in float64."""
+    """State saved for float32 parameters serves float64 ones in float64, if that is asked for."""
     whole = trained(make)
     double = make([p.detach().double().requires_grad_() for p in whole.param_groups[0]["params"]], lr=0.1)
-    double.load_state_dict(whole.state_dict())
+    if any(x.is_floating_point() for state in states(whole) for x in state.values()):
+        with unchanged(double), pytest.raises(ValueError, match=r"is float32, but it is stored in float64; .*convert"):
+            double.load_state_dict(whole.state_dict())
+        with pytest.warns(UserWarning, match="the saved state is converted"):
+            double.load_state_dict(whole.state_dict(), convert=True)
+    else:
+        double.load_state_dict(whole.state_dict())
     assert_same(
         states(double),
         [{k: v.double() if v.is_floating_point() else v for k, v in state.items()} for state in states(whole)],

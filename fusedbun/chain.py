@@ -125,6 +125,11 @@ class Chain:
             return here
         return Chain(here.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
 
+    def named_as(self, other: Chain) -> Chain:
+        """This chain for the parameter that the other one, of the same slots, is for."""
+        keys = [key for key, _ in other.rounding.starts]
+        return Chain(self.transforms, self.rounding.of(other.rounding.name, keys)) if keys else self
+
     def noisy(self, shape: Shape) -> list[str]:
         """The arrays of such a parameter, its own among them, that may be rounded with noise."""
         slots = [key for key, slot in self.slots(shape).items() if codes.may_be_noisy(slot.code)]

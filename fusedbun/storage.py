@@ -73,4 +73,4 @@ class Storage:
         return codes.resolved(slot.code, self.dtype)
 
     def _parts(self, key: str, slot: Slot, stored: Mapping[str, Array]) -> dict[str, Array]:
-        return {part: stored[key + part] for part in codes.arrays(slot, self.dtype)}
+        return {part: stored[key + part] for part in codes.arrays(slot, self.dtype) if key + part in stored}

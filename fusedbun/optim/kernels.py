@@ -204,7 +204,7 @@ class Batch:
         for row, (g, kernel, chain) in enumerate(self._numbers):
             if groups[g] is not before[g]:
                 renewed = groups[g].chain is not before[g].chain
-                self._numbers[row] = (g, kernel, groups[g].chain if renewed else chain)
+                self._numbers[row] = (g, kernel, groups[g].chain.named_as(chain) if renewed else chain)
                 self._evaluate(row, groups)
         self.groups = groups
         return True

@@ -23,8 +23,9 @@ SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 def text() -> str:
     """All works, one after the other."""
     with tarfile.open(_archive()) as archive:
-        names = sorted(name for name in archive.getnames() if name.endswith("_gut.txt"))
-        return "".join(archive.extractfile(name).read().decode("utf-8", "replace") for name in names)  # type: ignore[union-attr]
+        works = sorted((f for f in archive if f.name.endswith("_gut.txt")), key=lambda f: f.name)
+        files = [archive.extractfile(work) for work in works]
+        return "".join(file.read().decode("utf-8", "replace") for file in files if file is not None)
 
 
 def characters() -> tuple[np.ndarray, np.ndarray, int]:

@@ -149,6 +149,15 @@ def test_codes_are_without_bias(bits):
     assert (error[1:] < 2e-5 * 4).all()  # the noise has 65,536 values
 
 
+def test_noise_of_codes_lies_in_the_middle_of_its_steps():
+    """A number half a step of the noise below a code is always that code, and one and a half are it all but once."""
+    for below, others in ((2.0**-17, 0), (3 * 2.0**-17, 1)):
+        x = np.full((65_536, 32), 1 - below, np.float32)
+        x[:, 0] = 127  # of which the codes are the numbers themselves
+        found, _ = rounding.encode(in_numpy, x, np.repeat(EVERY[:, None], 32, 1), 8)
+        assert np.count_nonzero(found[:, 1] != 1) == others
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("run", [lambda f: f, torch.compile], ids=["eager", "compiled"])
 @np.errstate(all="ignore")

@@ -3,7 +3,7 @@
     trace      a chain's rules, called once with symbols, become a graph of values
     schedule   the values are put in order: passes over memory, sweeps along a block, small values in between
     cpp        a schedule is printed as C++
-    triton     a schedule is printed as Triton
+    triton     a schedule is printed as Triton, which gpu launches
     blocks     a schedule is run block by block with any array library
 
 No mathematics of any optimizer is written here: a new transformation needs none of these modules to be touched.

@@ -22,7 +22,7 @@ from fusedbun.optim import namespace as xp
 from fusedbun.optim.checks import chain_at
 from fusedbun.optim.state import State, compute_dtype, name_of_dtype, stored_dtype, zeros
 from fusedbun.storage import Storage
-from fusedbun.transform import Shape
+from fusedbun.transform import Shape, Slot
 
 if TYPE_CHECKING:
     from fusedbun.optim.driver import TransformOptimizer
@@ -114,6 +114,7 @@ def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any], co
                 if key in found:
                     _check(owner, index, key, value, found[key], shape, convert)
             entries = {key: value for key, value in entries.items() if key in found}
+            _check_parts(owner, index, before.slots(shape), dtype, entries)
             if any(_is_other(entries[key], found[key]) for key in entries) or (
                 entries and {key: x for key, x in wanted.items() if key != COUNTER} != found
             ):
@@ -149,6 +150,15 @@ def _check(owner: str, index: Any, key: str, value: Any, stored: Stored, shape: 
             f"{owner}: the saved {key!r} of parameter {index} is {name_of_dtype(value.dtype)}, but it is stored in "
             f"{stored.dtype}; to have it converted, load_state_dict(…, convert=True)"
         )
+
+
+def _check_parts(owner: str, index: Any, slots: Mapping[str, Slot], dtype: str, entries: Mapping[str, Any]) -> None:
+    """Raises a ValueError where codes were saved without what they stand for; a count of steps begins anew."""
+    for name, slot in slots.items():
+        needed = [name + part for part in codes.arrays(slot, dtype) if part != codes.STEP]
+        missing = [key for key in needed if key not in entries]
+        if 0 < len(missing) < len(needed):
+            raise ValueError(f"{owner}: the saved state of parameter {index} lacks {missing[0]!r}; it is damaged")
 
 
 def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, Tensor]) -> State:

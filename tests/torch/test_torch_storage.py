@@ -181,8 +181,17 @@ def test_what_is_stored():
     assert all(x.dtype == torch.float32 for state in plain.state.values() for x in state.values())
 
 
-@pytest.mark.parametrize(("momentum_dtype", "most"), [("int8", 1.04), ("int4", 0.55), ("bfloat16", 2.01)])
-@pytest.mark.parametrize("network", ["gpt2", "resnet50"])
+@pytest.mark.parametrize(
+    ("network", "momentum_dtype", "most"),
+    [
+        ("gpt2", "int8", 1.04),
+        ("gpt2", "int4", 0.55),
+        ("gpt2", "bfloat16", 2.01),
+        ("resnet50", "int8", 1.04),
+        ("resnet50", "int4", 0.57),  # many of its rows are no whole blocks
+        ("resnet50", "bfloat16", 2.01),
+    ],
+)
 def test_bytes_a_parameter(network, momentum_dtype, most):
     from fusedbun.bench import shapes
 
@@ -194,9 +203,7 @@ def test_bytes_a_parameter(network, momentum_dtype, most):
         for key, x in chain.arrays(shape, "bfloat16").items()
         if key.startswith("momentum")
     )
-    assert total / sum(np.prod(shape, dtype=np.int64) for shape in sizes) <= most + (
-        0.02 if network == "resnet50" and momentum_dtype == "int4" else 0
-    )
+    assert total / sum(np.prod(shape, dtype=np.int64) for shape in sizes) <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -324,6 +331,30 @@ class TestLoading:
             apart, largest = (decoded[0] - decoded[1]).abs().max(), decoded[1].abs().max()
             assert apart <= coarse * largest
         run(other, range(3, 5))
+
+    def test_of_parameters_of_another_dtype(self):
+        """In the parameter's dtype, that was float32: there was no noise, and so no count of steps."""
+        params = parameters(torch.float32)
+        saved = fusedbun.SM3(params, momentum=0.9, momentum_dtype="param")
+        run(saved, 2, torch.float32)
+        low = [torch.nn.Parameter(p.detach().to(torch.bfloat16)) for p in params]
+        other = fusedbun.SM3(low, momentum=0.9, momentum_dtype="param")
+        with pytest.raises(ValueError, match="is float32, but it is stored in bfloat16"):
+            other.load_state_dict(saved.state_dict())
+        with pytest.warns(UserWarning, match=r"is converted .* momentum.moment of 4 parameters"):
+            other.load_state_dict(saved.state_dict(), convert=True)
+        assert other.state[low[2]]["momentum.moment.step"].item() == 1
+        run(other, 1)
+
+    def test_codes_without_their_exponents(self):
+        saved = self.saved(momentum_dtype="int8")
+        state = copy.deepcopy(saved.state_dict())
+        del state["state"][2]["momentum.moment.exponents"]
+        for convert, now in ((False, "int8"), (True, "int8"), (True, None)):
+            other = fusedbun.Fusedbun(parameters(), 1e-2, momentum_dtype=now)
+            with pytest.raises(ValueError, match=r"parameter 2 lacks 'momentum.moment.exponents'"):
+                other.load_state_dict(state, convert=convert)
+            assert not other.state
 
     def test_stochastic_rounding_is_the_optimizers_own(self):
         saved = self.saved()

@@ -50,6 +50,7 @@ class Contender:
         package: the package that brings the module.
         rereads: how often more than once the algorithm has to read the gradient: a statistic of a whole tensor is
             needed before the first element can be written.
+        itemsize: the bytes of an element of the parameters and of their gradients.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Contender:
     module: str | None = None
     package: str | None = None
     rereads: int = 0
+    itemsize: int = 4
 
     @property
     def label(self) -> str:
@@ -70,12 +72,12 @@ class Contender:
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
     def bytes_per_parameter(self, state: float) -> float:
-        """The bytes that a float32 step has to move: the parameter twice, the gradient, the state twice.
+        """The bytes that a step has to move: the parameter twice, the gradient, the state twice.
 
         Args:
             state: the bytes of state per parameter.
         """
-        return 12 + 4 * self.rereads + 2 * state
+        return self.itemsize * (3 + self.rereads) + 2 * state
 
 
 def select(contenders: Sequence[Contender], only: re.Pattern[str] | None) -> list[Contender]:

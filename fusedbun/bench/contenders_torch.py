@@ -15,7 +15,15 @@ from torch import Tensor, nn
 import fusedbun
 import fusedbun.optim
 from fusedbun.bench.arena import Arena
-from fusedbun.bench.contenders import LEARNING_RATE, TORCH, TORCH_OURS, TORCH_PACKAGES, Contender, held_bytes
+from fusedbun.bench.contenders import (
+    LEARNING_RATE,
+    TORCH,
+    TORCH_OURS,
+    TORCH_PACKAGES,
+    Contender,
+    Stepper,
+    held_bytes,
+)
 from fusedbun.bench.machine import peak_during
 
 Params = list[nn.Parameter]
@@ -23,15 +31,34 @@ MakeOptimizer = Callable[[Params], torch.optim.Optimizer]
 
 REFERENCE = "AdamW, fused"  # of the path `TORCH`: what every other time is divided by
 
+_FUSEDBUN = {"centralize": True, "use_rms": True}
 # Name, class, arguments, how often more than once the gradient has to be read.
 _OURS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("SM3", "SM3", {}, 0),
     ("SM3, momentum", "SM3", {"momentum": 0.9}, 0),
-    ("Fusedbun", "Fusedbun", {"centralize": True, "use_rms": True}, 1),
-    ("Fusedbun, lagged", "Fusedbun", {"centralize": True, "use_rms": True, "lagged": True}, 0),
+    ("Fusedbun", "Fusedbun", _FUSEDBUN, 1),
+    ("Fusedbun, lagged", "Fusedbun", {**_FUSEDBUN, "lagged": True}, 0),
     ("DecoupledLionW", "DecoupledLionW", {}, 0),
     ("MupAdamW", "MupAdamW", {"mup": lambda path, param: "weight"}, 0),
     ("ScaledOptum", "ScaledOptum", {}, 0),
+)
+# The same on bfloat16 parameters, where the default path alone is measured.
+_OURS_BFLOAT16: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+    ("SM3, bfloat16", "SM3", {}, 0),
+    ("SM3, bfloat16 rounded stochastically", "SM3", {"stochastic_rounding": True}, 0),
+    ("Fusedbun, bfloat16, int8", "Fusedbun", {**_FUSEDBUN, "momentum_dtype": "int8"}, 1),
+    (
+        "Fusedbun, bfloat16 rounded stochastically, int8",
+        "Fusedbun",
+        {**_FUSEDBUN, "momentum_dtype": "int8", "stochastic_rounding": True},
+        1,
+    ),
+    (
+        "Fusedbun, bfloat16 rounded stochastically, int4",
+        "Fusedbun",
+        {**_FUSEDBUN, "momentum_dtype": "int4", "stochastic_rounding": True},
+        1,
+    ),
 )
 _OWN: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     (REFERENCE, "AdamW", {"fused": True}, 0),
@@ -60,11 +87,12 @@ class TorchStepper:
     Args:
         make: makes the optimizer.
         copies: give it gradients that it may change.
+        dtype: of parameters and gradients.
         arena: what it steps.
     """
 
-    def __init__(self, make: MakeOptimizer, copies: bool, arena: Arena) -> None:
-        self._params, self._grads = _shared(arena)
+    def __init__(self, make: MakeOptimizer, copies: bool, dtype: torch.dtype, arena: Arena) -> None:
+        self._params, self._grads = _shared(arena, dtype)
         self._copies = copies
         self._optimizer = make(self._params)
 
@@ -90,26 +118,36 @@ class TorchStepper:
 def contenders() -> list[Contender]:
     """All of them; those of packages that are not installed too."""
     ours = [
-        Contender(path, name, partial(TorchStepper, _ours(cls, {**settings, **given}), False), rereads=rereads)
+        Contender(path, name, _stepper(_ours(cls, {**settings, **given})), rereads=rereads)
         for path, given in _paths()
         for name, cls, settings, rereads in _OURS
     ]
+    fewer_bits = [
+        Contender(
+            TORCH_OURS,
+            name,
+            _stepper(_ours(cls, settings), dtype=torch.bfloat16),
+            rereads=rereads,
+            itemsize=torch.bfloat16.itemsize,
+        )
+        for name, cls, settings, rereads in _OURS_BFLOAT16
+    ]
     own = [
-        Contender(TORCH, name, partial(TorchStepper, _make("torch.optim", cls, settings), False), rereads=rereads)
+        Contender(TORCH, name, _stepper(_make("torch.optim", cls, settings)), rereads=rereads)
         for name, cls, settings, rereads in _OWN
     ]
     packages = [
         Contender(
             TORCH_PACKAGES,
             f"{package} {cls}",
-            partial(TorchStepper, _make(module, cls, {}), cls in _SPOILS_GRADIENTS),
+            _stepper(_make(module, cls, {}), copies=cls in _SPOILS_GRADIENTS),
             module,
             package,
             rereads,
         )
         for package, module, cls, rereads in _PACKAGES
     ]
-    return ours + own + packages
+    return ours + fewer_bits + own + packages
 
 
 @contextmanager
@@ -148,10 +186,17 @@ def _make(module: str, cls: str, settings: dict[str, Any]) -> MakeOptimizer:
     return make
 
 
-def _shared(arena: Arena) -> tuple[Params, list[Tensor]]:
-    """The arena's arrays as parameters and gradients, made once: they share its memory."""
-    if "torch" not in arena.shared:
-        params = [nn.Parameter(torch.from_numpy(array)) for array in arena.params]
-        arena.shared["torch"] = params, [torch.from_numpy(array) for array in arena.grads]
-    found: tuple[Params, list[Tensor]] = arena.shared["torch"]
+def _stepper(
+    make: MakeOptimizer, copies: bool = False, dtype: torch.dtype = torch.float32
+) -> Callable[[Arena], Stepper]:
+    return partial(TorchStepper, make, copies, dtype)
+
+
+def _shared(arena: Arena, dtype: torch.dtype) -> tuple[Params, list[Tensor]]:
+    """The arena's arrays as parameters and gradients, made once; those in float32 share its memory."""
+    key = f"torch {dtype}"
+    if key not in arena.shared:
+        params = [nn.Parameter(torch.from_numpy(array).to(dtype)) for array in arena.params]
+        arena.shared[key] = params, [torch.from_numpy(array).to(dtype) for array in arena.grads]
+    found: tuple[Params, list[Tensor]] = arena.shared[key]
     return found

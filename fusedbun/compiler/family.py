@@ -10,12 +10,13 @@ import os
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fusedbun.chain import Chain
+from fusedbun.chain import Chain, Rounding
 from fusedbun.compiler.build import DRIVER, BuildError, bundle, bundle_prefix, compile_in, jax_handler
 from fusedbun.compiler.cpp import TYPES, emit
 from fusedbun.compiler.native import registers as own_registers
@@ -38,7 +39,7 @@ USUAL: dict[str, list[Settings]] = {
         {},
         *_every(**_RECOMMENDED, nesterov=(True,), Lambda=(0.01, 0.0)),
         *_every(**_RECOMMENDED, nesterov=(False,)),
-        *_every(**_RECOMMENDED, nesterov=(True,), lagged=(True,)),
+        *_every(**_RECOMMENDED, nesterov=(True, False), lagged=(True,)),
         *_every(**_RECOMMENDED, nesterov=(True,), clip_rms=(1.0,)),
         *_every(**_RECOMMENDED, nesterov=(True,), channel_axis=(-1,)),  # of Flax's layers
         *_every(**_RECOMMENDED, momentum_beta=(0.0,)),
@@ -60,6 +61,17 @@ LESS_USUAL: dict[str, list[Settings]] = {
         *_every(**_RECOMMENDED, momentum_beta=(0.0,), lagged=(True, False), Lambda=(0.0,)),
     ]
 }
+# Of bfloat16 parameters, with fewer bits a moment, and rounded to the nearest or stochastically.
+FEWER_BITS: dict[str, list[Settings]] = {
+    "fusedbun": _every(
+        **_RECOMMENDED, nesterov=(True, False), momentum_dtype=("int8", "int4"), stochastic_rounding=(False, True)
+    ),
+    "sm3": [
+        {"stochastic_rounding": True},
+        *_every(momentum=(0.9,), momentum_dtype=("param", "int8"), stochastic_rounding=(True,)),
+    ],
+    "decoupled_lionw": _every(momentum_dtype=("param", "int8"), stochastic_rounding=(True,)),
+}
 # A parameter's axes from the slowest in memory to the fastest.
 VECTOR, MATRIX, CUBE, CONVOLUTION, CHANNELS_LAST = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3), (0, 2, 3, 1)
 STRIP = ("-s",)
@@ -68,10 +80,12 @@ BUNDLE = 24  # kernels: the shorter, the more even the work of many processors; 
 
 def chain_of(name: str, settings: Settings, ndim: int) -> Chain:
     """The chain of a recipe for a weight with so many axes."""
-    recipe = RECIPES[name]
+    recipe, numbers = RECIPES[name], {**settings}
+    rounding = Rounding(stochastic=numbers.pop("stochastic_rounding", False))
     initial = {"initial_lr": 0.1} if recipe.wants_initial_lr else {}
     typed = {"mup": {"w": "weight"}} if name.startswith("mup") else {}
-    return recipe.make(**settings, **initial, **typed).at(("w",), SimpleNamespace(shape=(2,) * ndim))
+    chain = replace(recipe.make(**numbers, **initial, **typed), rounding=rounding)
+    return chain.at(("w",), SimpleNamespace(shape=(2,) * ndim))
 
 
 def sources(dtype: str) -> list[str]:
@@ -81,6 +95,8 @@ def sources(dtype: str) -> list[str]:
     if for_networks:
         wanted += _programs(USUAL, [CUBE, CONVOLUTION, CHANNELS_LAST])
         wanted += _programs(LESS_USUAL, [VECTOR, MATRIX])
+    if dtype == "bfloat16":
+        wanted += _programs(FEWER_BITS, [VECTOR, MATRIX, CONVOLUTION])
     return list(dict.fromkeys(emit(trace(chain, len(order), order, dtype=dtype)) for chain, order in wanted))
 
 

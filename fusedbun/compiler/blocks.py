@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fusedbun.chain import PARAM, Chain
 from fusedbun.compiler.graph import BITWISE, COMPARISONS, REDUCTIONS, Span, UnplannableError, Value
 from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
-from fusedbun.compiler.trace import trace
+from fusedbun.compiler.trace import Program, trace
 from fusedbun.transform import Array, Shape
 
 ELEMENTS = 1 << 17  # in a block: few enough for its buffers to stay in the cache, many enough to be worth a call
@@ -53,6 +53,11 @@ def plan(
         except UnplannableError:
             pass  # another axis may suit the rules
     return _plan(chain, in_memory, last, maximize, dtype)
+
+
+def scheduled(program: Program) -> Schedule:
+    """The schedule of a program whose order of axes suits blocks already."""
+    return schedule(program, "rows" if program.graph.ndim > 1 else "columns")
 
 
 class Blocks:
@@ -322,7 +327,7 @@ class _Total:
 
 def _plan(chain: Chain, in_memory: list[int], row: int, maximize: bool, dtype: str) -> Schedule:
     order = (row, *(axis for axis in in_memory if axis != row))
-    return schedule(trace(chain, len(in_memory), order, maximize, dtype), "rows" if len(in_memory) > 1 else "columns")
+    return scheduled(trace(chain, len(in_memory), order, maximize, dtype))
 
 
 def _slice(axis: int, start: int, stop: int) -> tuple[slice, ...]:

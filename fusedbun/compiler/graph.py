@@ -161,6 +161,11 @@ class Graph:
             return self._extreme(op, args)
         return self._elementwise(op, args, CONVERSIONS.get(op, "number"))
 
+    def again(self, v: Value, args: tuple[Value, ...]) -> Value:
+        """A value of another graph with other operands, which span what its own do or are hyper-parameters instead."""
+        span = Span.HOST if args and all(a.span == Span.HOST for a in args) else v.span
+        return self._value(v.op, args, v.axes, v.detail, span, v.kind)
+
     def block_max(self, x: Value) -> Value:
         """The largest of the words of each block, as numbers without a sign."""
         return self._value("block_max", (x,), self.every, None, Span.BLOCK, "word")

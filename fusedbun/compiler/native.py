@@ -81,8 +81,6 @@ def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize
         raise KernelError(str(error)) from error
     if key not in _KERNELS:
         try:
-            if dtype not in TYPES:
-                raise UnplannableError(f"there are kernels for {', '.join(TYPES)}, but not for {dtype}")
             _KERNELS[key] = _kernel(trace(chain, ndim, order or None, maximize, dtype))
         except (UnplannableError, BuildError) as error:
             _KERNELS[key] = str(error)
@@ -95,7 +93,17 @@ def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize
 _KERNELS: dict[Any, Kernel | str] = {}  # by what decides the code; a reason where there is none
 
 
+def compiled(program: Program) -> Kernel:
+    """The kernel of any program; raises a KernelError where there is none."""
+    try:
+        return _kernel(program)
+    except (UnplannableError, BuildError) as error:
+        raise KernelError(str(error)) from error
+
+
 def _kernel(program: Program) -> Kernel:
+    if program.dtype not in TYPES:
+        raise UnplannableError(f"there are kernels for {', '.join(TYPES)}, but not for {program.dtype}")
     source = emit(program)
     function = entry(source, registers())
     function.restype = ctypes.c_void_p

@@ -140,7 +140,7 @@ class _Scheduler:
         ends = [self.times[v.args[0]] for v in self.partials]
         ends += [self.times[v] for _, v in (*self.full_stores, *self.block_stores)]
         ends += [self.times[v] for v in self.values if self._reads_slots(v)]  # before the last pass writes to them
-        last = max(t for t, _ in ends)
+        last = max((t for t, _ in ends), default=0)
         passes = [self._pass(t, t == last) for t in range(last + 1)]
         for t, work in enumerate(passes):
             later = [v for p in passes[t + 1 :] for values in (p.after, *(s.block for s in p.sweeps)) for v in values]

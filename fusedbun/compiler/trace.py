@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fusedbun.transform import Transform
 
 GRAD, LR = "grad", "lr"
 START = ".start"  # behind the name of an array: where its noise begins
+SIZE, FIRST = "size.{}", "first.{}"  # along an axis, of a whole parameter, and the place of a shard's first element
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,18 @@ def trace(
     for name, value in outputs.items():
         if value.axes != inputs[name].axes:
             raise UnplannableError(f"the new {name} does not have the axes that it is declared with")
-    known = used(outputs.values())
-    scalars = {a: None for v in known if v.span for a in v.args if not a.span and a.op != "const"}
-    return Program(graph, dtype, arrays, outputs, tuple(sorted(scalars, key=lambda v: v.number)))
+    return Program(graph, dtype, arrays, outputs, scalars(outputs.values()))
+
+
+def scalars(outputs: Iterable[Value]) -> tuple[Value, ...]:
+    """The numbers made of hyper-parameters that these are computed with, in the order of the graph."""
+    found = {a for v in used(outputs) if v.span for a in v.args if not a.span and a.op != "const"}
+    return tuple(sorted(found, key=lambda v: v.number))
 
 
 def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
     """The values of a traced program's hyper-parameters, for this chain."""
-    noise = [v.detail for v in program.scalars if v.is_word]
+    noise = [v.detail for v in program.scalars if v.is_word and v.detail.endswith(START)]
     starts = {name: chain.rounding.start(name.removesuffix(START)) for name in noise}
     return {LR: lr, **starts, **{name: x for name, x in chain.hyperparameters().items() if is_input(x)}}
 
@@ -123,7 +128,7 @@ def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp:
     return [value(v) for v in scalars]
 
 
-def used(outputs: Any) -> list[Value]:
+def used(outputs: Iterable[Value]) -> list[Value]:
     """The values that these are made of, each after its own operands."""
     found: dict[Value, None] = {}
 

@@ -6,7 +6,8 @@
     definition   the rules as they are written, a whole parameter at a time
 
 All of them do what the definition says, and differ in speed and memory only. The definition serves what is no plain
-array of numbers: sparse gradients, tensor subclasses such as DTensor, and empty parameters.
+array of numbers: sparse gradients, tensor subclasses, and empty parameters. DTensors are stepped part by part, with
+kernels or in blocks (`fusedbun.optim.sharded`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from torch import Tensor
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.native import KernelError
 from fusedbun.metrics import Products
-from fusedbun.optim import in_blocks, kernels, metrics
+from fusedbun.optim import in_blocks, kernels, metrics, sharded
 from fusedbun.optim.definition import Leaf, compilable, learning_rate, step_leaf, step_leaves
 from fusedbun.optim.kernels import Batch, Described
 from fusedbun.optim.overlap import Written, check_overlap
+from fusedbun.optim.placement import is_sharded
 from fusedbun.optim.prepare import Group, Place, Prepared, prepare, ready
 
 if TYPE_CHECKING:
     from fusedbun.optim.driver import TransformOptimizer
 
 KERNEL, COMPILED, BLOCKS, DEFINITION = IMPLEMENTATIONS = ("kernel", "compiled", "blocks", "definition")
+SHARDED = "sharded"  # what steps DTensors
 # By the type of device, the best first. CUDA has no kernels in use yet.
 BEST = {"cpu": (KERNEL, BLOCKS, DEFINITION), "cuda": (COMPILED, BLOCKS, DEFINITION)}
 ELSEWHERE = (BLOCKS, DEFINITION)
@@ -73,7 +76,7 @@ def step(optimizer: TransformOptimizer, groups: list[Group], batch: Batch) -> Ba
     leaves = [ready(optimizer, one.prepared) for one in chosen]
     batch = batch.extended(described(chosen, leaves))
     batch.step()
-    step_without_kernels(chosen, leaves)
+    step_without_kernels(chosen, leaves, optimizer.implementation)
     return batch
 
 
@@ -91,7 +94,7 @@ def step_recorded(
             step_leaf(leaf)
         else:
             Batch(groups, []).extended(described([one], [leaf])).step()
-            step_without_kernels([one], [leaf])
+            step_without_kernels([one], [leaf], optimizer.implementation)
         products[leaf.param] = metrics.record(before, leaf.param, leaf.grad, leaf.state)
     return products
 
@@ -109,6 +112,9 @@ def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group
         KernelError: what was asked for by name does not serve it.
     """
     param, asked = prepared.leaf.param, optimizer.implementation
+    if is_sharded(param):
+        _check_sharded(optimizer, prepared)
+        return Chosen(prepared, SHARDED, None)
     if not (kernels.is_dense(param) and kernels.is_dense(param.grad)):
         return Chosen(prepared, DEFINITION, None)
     options = (asked,) if asked else BEST.get(param.device.type, ELSEWHERE)
@@ -124,6 +130,14 @@ def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group
             if not isinstance(error, kernels.UnsuitedError):
                 optimizer.warn_once(f"its steps take longer than they need to, for {error}")
     raise AssertionError("the definition serves everything")
+
+
+def _check_sharded(optimizer: TransformOptimizer, prepared: Prepared) -> None:
+    """Raises a KernelError where a sharded parameter cannot be stepped."""
+    try:
+        sharded.check(prepared.leaf, optimizer.implementation)
+    except (KernelError, UnplannableError) as error:
+        raise KernelError(f"{type(optimizer).__name__} cannot step {prepared.name} part by part: {error}") from error
 
 
 def _find(name: str, optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group]) -> Any:
@@ -161,18 +175,27 @@ def described(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> list[Describe
     ]
 
 
-def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> None:
-    """Steps the leaves that other implementations serve."""
+def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf], asked: str | None) -> None:
+    """Steps the leaves that other implementations serve.
+
+    Args:
+        chosen: what steps each leaf.
+        leaves: the leaves.
+        asked: the implementation that was asked for by name.
+    """
     rates: dict[int, Any] = {}
     to_compile = []
+    in_parts = [leaf for one, leaf in zip(chosen, leaves, strict=True) if one.implementation == SHARDED]
     for (_, implementation, found), leaf in zip(chosen, leaves, strict=True):
         if implementation == BLOCKS:
             in_blocks.step_leaf(leaf, found)
         elif implementation == COMPILED and compilable(leaf):
             lr = rates.setdefault(id(leaf.lr), learning_rate(leaf.lr, compiling=True))
             to_compile.append(leaf._replace(lr=lr))
-        elif implementation != KERNEL:
+        elif implementation not in (KERNEL, SHARDED):
             step_leaf(leaf)
+    if in_parts:
+        sharded.step(in_parts, asked)
     if to_compile:
         compiled()(to_compile)
 

@@ -14,12 +14,13 @@ from fusedbun import derive
 from fusedbun.chain import Chain, Rounding
 from fusedbun.hyper import NonNegative, Whole, check
 from fusedbun.metrics import Products, measured
-from fusedbun.optim import dispatch, loading, metrics
+from fusedbun.optim import dispatch, loading, metrics, sharded
 from fusedbun.optim.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.optim.definition import Leaf, compilable, step_leaves
 from fusedbun.optim.kernels import Batch
+from fusedbun.optim.placement import check_placement, is_sharded
 from fusedbun.optim.prepare import look, prepare, ready, with_gradient
-from fusedbun.optim.state import name_of_dtype
+from fusedbun.optim.state import follow, name_of_dtype
 from fusedbun.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     The param groups hold the recipe's arguments under their own names, beside `lr` and `maximize`; they may be
     changed between steps, by a scheduler or by hand. State is float32 (float64 for float64 parameters), is made when
-    a parameter first has a gradient, and follows a change of hyper-parameters: a slot that comes into being starts at
-    zero, one that goes is freed. Everything is checked before anything is changed.
+    a parameter first has a gradient (of a DTensor at once), and follows a change of hyper-parameters: a slot that
+    comes into being starts at zero, one that goes is freed. Everything is checked before anything is changed.
 
     Args:
         params: parameters, named parameters, or param groups, as for every torch optimizer.
@@ -100,13 +101,22 @@ class TransformOptimizer(torch.optim.Optimizer):
             chain = self.chain(group)
             if self.recipe.wants_initial_lr:
                 group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
+            placed = {}
             for index, param in enumerate(group["params"]):
-                self._check_parameter(name_of(group, len(self.param_groups) - 1, index), param)
+                name = name_of(group, len(self.param_groups) - 1, index)
+                self._check_parameter(name, param)
                 here = chain_at(chain, self.param_groups, len(self.param_groups) - 1, index)
-                here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
+                arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
+                if is_sharded(param):
+                    check_placement(type(self).__name__, name, param, arrays)
+                    placed[param] = arrays
         except Exception:
             self.param_groups.pop()
             raise
+        # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
+        for param, arrays in placed.items():
+            if param.requires_grad and not param.is_meta:
+                follow(self.state[param], param, arrays)
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
 
@@ -207,6 +217,8 @@ class TransformOptimizer(torch.optim.Optimizer):
             return []
         self._products, groups = self._finish_release(), look(self, [])
         leaves = [ready(self, p) for p in prepare(self, groups, with_gradient(groups), compiling=True)]
+        sharded.step([leaf for leaf in leaves if is_sharded(leaf.param)], self.implementation)
+        leaves = [leaf for leaf in leaves if not is_sharded(leaf.param)]
         step_leaves([leaf for leaf in leaves if not compilable(leaf)])
         return [leaf for leaf in leaves if compilable(leaf)]
 

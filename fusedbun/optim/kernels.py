@@ -61,11 +61,13 @@ class Described(NamedTuple):
         """What the driver is told; it learns where the gradient is with every step."""
         width = self.param.element_size()
         grad = native.Array(native.ABSENT, width, tuple(step * width for step in self.grad_strides))
-        slots = [_array(self.state[key]) for key in self.kernel.program.arrays]
-        return native.Description(self.kernel, tuple(self.param.shape), [_array(self.param), grad, *slots], numbers)
+        slots = [described_array(self.state[key]) for key in self.kernel.program.arrays]
+        arrays = [described_array(self.param), grad, *slots]
+        return native.Description(self.kernel, tuple(self.param.shape), arrays, numbers)
 
 
-def _array(x: Tensor) -> native.Array:
+def described_array(x: Tensor) -> native.Array:
+    """A tensor as the driver sees it."""
     return native.Array(ADDRESS(x), x.element_size(), tuple(step * x.element_size() for step in STRIDES(x)))
 
 
@@ -102,7 +104,7 @@ def _unsuited(prepared: Prepared, group: Group, state: Mapping[str, Tensor]) -> 
         return f"kernels step parameters on the CPU, but it is on {param.device}"
     if grad.dtype != param.dtype:
         return f"its gradient is {grad.dtype}, but it is {param.dtype}"
-    if group.rate is None or not _is_of_numbers(chain):
+    if group.rate is None or not is_of_numbers(chain):
         return "one of its hyper-parameters is a tensor"
     if param.is_neg() or grad.is_neg():
         return "it is stored as its negative"
@@ -258,7 +260,7 @@ def _is_described(group: Group, before: Group) -> bool:
         return False
     if group.chain is before.chain:
         return True
-    if group.chain.has_rules or not _is_of_numbers(group.chain):
+    if group.chain.has_rules or not is_of_numbers(group.chain):
         return False
     try:
         return native.structure(group.chain) == native.structure(before.chain)
@@ -266,6 +268,6 @@ def _is_described(group: Group, before: Group) -> bool:
         return False
 
 
-def _is_of_numbers(chain: Chain) -> bool:
+def is_of_numbers(chain: Chain) -> bool:
     """Whether all hyper-parameters that are numbers are Python's own."""
     return not any(isinstance(value, Tensor) for value in chain.hyperparameters().values())

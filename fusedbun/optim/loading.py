@@ -20,6 +20,7 @@ from fusedbun.codes import Stored
 from fusedbun.hyper import plain
 from fusedbun.optim import namespace as xp
 from fusedbun.optim.checks import chain_at
+from fusedbun.optim.placement import put
 from fusedbun.optim.state import State, compute_dtype, name_of_dtype, stored_dtype, zeros
 from fusedbun.storage import Storage
 from fusedbun.transform import Shape, Slot
@@ -185,7 +186,5 @@ def restore(optimizer: TransformOptimizer, saved: Saved) -> None:
             if param in optimizer.state:
                 here = chain_at(chain, optimizer.param_groups, g, i)
                 arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
-                state: State = {
-                    key: zeros(arrays[key], param).copy_(value.detach()) for key, value in saved[param].items()
-                }
+                state: State = {key: put(zeros(arrays[key], param), value) for key, value in saved[param].items()}
                 optimizer.state[param] = state

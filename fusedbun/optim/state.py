@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedbun import codes
 from fusedbun.codes import Stored
+from fusedbun.optim.placement import is_sharded, zeros_like_parts
 
 State = dict[str, Tensor]  # by `<transformation>.<slot>` and what its code appends (`fusedbun.codes`)
 
@@ -26,6 +27,8 @@ def follow(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> State:
 def zeros(stored: Stored, param: Tensor) -> Tensor:
     """The array at its start; one of the parameter's shape has the parameter's strides."""
     dtype, shape = stored_dtype(stored), tuple(param.shape)
+    if is_sharded(param):
+        return zeros_like_parts(stored, param, dtype)
     if stored.part == "element" and len(stored.axes) == param.ndim:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     return torch.zeros(stored.shape(shape), dtype=dtype, device=param.device)

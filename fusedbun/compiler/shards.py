@@ -1,0 +1,198 @@
+"""A step on a shard of a parameter: a program cut into phases, with all that has to cross the network between them.
+
+A shard is a part of the parameter, cut along some of its axes. A reduction over such an axis *crosses*: every shard
+computes its part, and the parts are combined over the network. The program is cut there. A phase reads the shard's
+arrays and what crossed before it, and leaves parts to be combined for the next; each is a program of its own, so that
+whatever runs programs runs phases.
+
+Only the last phase with work of full size writes to arrays of full size, for what came before it reads them as they
+were. What is left after that is made of vectors. So a chain of n passes takes n phases of full size, and SM3 or Lion
+one. In a phase, a shard differs from a whole parameter in two ways: its elements' places begin at its first element's,
+and what is counted is the whole parameter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+
+from fusedbun import codes
+from fusedbun.codes import Stored
+from fusedbun.compiler.graph import REDUCTIONS, Graph, Span, Value
+from fusedbun.compiler.schedule import WIDE
+from fusedbun.compiler.trace import FIRST, SIZE, Program, scalars, used
+
+START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}  # the part of a shard without elements
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A reduction that crosses the network.
+
+    Args:
+        function: "sum", "max" or "min", which combines the shards' parts.
+        over: the axes among those that the parameter is cut along whose shards are combined.
+        stored: the array that holds a shard's part, and then the result.
+    """
+
+    function: str
+    over: frozenset[int]
+    stored: Stored
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is computed before the network is waited for, or at the end.
+
+    Args:
+        program: what is computed; parts that cross are among its outputs, and afterwards among later phases' inputs.
+        crossings: what is combined when it has been computed, by the array's name.
+    """
+
+    program: Program
+    crossings: Mapping[str, Crossing]
+
+
+def phases(program: Program, cut: frozenset[int]) -> list[Phase]:
+    """The phases of a step on a shard.
+
+    Args:
+        program: the step on a whole parameter.
+        cut: the axes that the parameter is cut along.
+    """
+    if not cut:
+        return [Phase(program, {})]
+    return _Cutter(program, cut).run()
+
+
+class _Cutter:
+    def __init__(self, program: Program, cut: frozenset[int]) -> None:
+        self.program, self.cut = program, cut
+        self.values = used(program.outputs.values())
+        self.over = self._crossing()
+        self.time: dict[Value, int] = {}  # the phase in which a value is known
+        self.is_local: dict[Value, bool] = {}  # made of arrays of full size, with nothing in between that crosses
+        for v in self.values:
+            self.time[v] = max((self.time[a] for a in v.args), default=0) + (v in self.over)
+            self.is_local[v] = v not in self.over and (v.span in WIDE or any(self.is_local[a] for a in v.args))
+        ends = [a for v in self.over for a in v.args] + list(program.outputs.values())
+        self.full = max((self.time[v] for v in ends if self.is_local[v]), default=0)  # the last phase of full size
+        self.last = max(self.time.values(), default=0)
+
+    def run(self) -> list[Phase]:
+        late = {name for name, v in self.program.outputs.items() if self.time[v] > self.full}
+        while True:  # what later phases read is not written before them
+            later = [self._build(t, late) for t in range(self.full + 1, self.last + 1)]
+            read = {v.detail for made in later for v in made.read}
+            if read & self.program.outputs.keys() <= late:
+                break
+            late |= read & self.program.outputs.keys()
+        carried = {v: None for made in later for v in made.carried}
+        phases = [self._build(t, late, carried) for t in range(self.full + 1)]
+        return [made.phase() for made in (*phases, *later)]
+
+    def _crossing(self) -> dict[Value, frozenset[int]]:
+        """The reductions that cross, and over which axes.
+
+        One that is only reduced further, by the same function, waits for that: so fewer numbers cross.
+        """
+        users: dict[Value, list[Value]] = {}
+        for v in self.values:
+            for a in v.args:
+                users.setdefault(a, []).append(v)
+        outputs = set(self.program.outputs.values())
+        over: dict[Value, frozenset[int]] = {}
+        waiting: dict[Value, frozenset[int]] = {}
+        for v in self.values:
+            if v.op in REDUCTIONS:
+                (x,) = v.args
+                axes = ((x.axes - v.axes) & self.cut) | waiting.get(x, frozenset())
+                goes_on = v not in outputs and all(u.op in REDUCTIONS and u.detail == v.detail for u in users[v])
+                if axes:
+                    (waiting if goes_on else over)[v] = axes
+        return over
+
+    def _build(self, t: int, late: set[str], carried: Iterable[Value] = ()) -> _Made:
+        made = _Made(self, t)
+        for v in self.over:
+            if self.time[v] == t + 1:
+                made.puts_out(_crossed(v), v)
+        for name, v in self.program.outputs.items():
+            if t == (self.last if name in late else self.full):
+                made.outputs[name] = made.value(v)
+        if t == self.full:
+            for v in carried:
+                made.puts_out(_carried(v), v)
+        return made
+
+
+class _Made:
+    """A phase that is being made: the values of the program again, in a graph of its own."""
+
+    def __init__(self, cutter: _Cutter, t: int) -> None:
+        self.cutter, self.t = cutter, t
+        self.graph = Graph(cutter.program.graph.ndim, cutter.program.graph.order)
+        self.outputs: dict[str, Value] = {}
+        self.arrays: dict[str, Stored] = {}
+        self.crossings: dict[str, Crossing] = {}
+        self.read: list[Value] = []  # the arrays that it reads
+        self.carried: list[Value] = []  # what it takes from the last phase of full size
+        self._known: dict[Value, Value] = {}
+
+    def puts_out(self, name: str, v: Value) -> None:
+        """Has the phase put out a value, of which a part where it crosses."""
+        self.arrays[name] = self._stored(v)
+        if v in self.cutter.over:
+            self.outputs[name] = self._again(v)
+            self.crossings[name] = Crossing(v.detail, self.cutter.over[v], self.arrays[name])
+        else:
+            self.outputs[name] = self.value(v)
+
+    def value(self, v: Value) -> Value:
+        """The value in this phase's graph."""
+        if v not in self._known:
+            self._known[v] = self._of(v)
+        return self._known[v]
+
+    def phase(self) -> Phase:
+        program = self.cutter.program
+        outputs = self.outputs
+        arrays = {**program.arrays, **self.arrays}
+        return Phase(Program(self.graph, program.dtype, arrays, outputs, scalars(outputs.values())), self.crossings)
+
+    def _of(self, v: Value) -> Value:
+        cutter = self.cutter
+        if v in cutter.over:
+            return self._given(_crossed(v), v)
+        if self.t > cutter.full and cutter.is_local[v]:
+            self.carried.append(v)
+            return self._given(_carried(v), v)
+        if v.op == "count":
+            sizes = (self.graph.hyperparameter(SIZE.format(axis)) for axis in v.detail)
+            return reduce(partial(self.graph.apply, "mul"), sizes)
+        if v.op == "index":
+            place = self.graph.again(v, ())
+            first = self.graph.hyperparameter(FIRST.format(v.detail), is_word=True)
+            return self.graph.apply("add", place, first) if v.detail in cutter.cut else place
+        if v.op == "input" and v.span != Span.HOST:
+            self.read.append(v)
+        return self._again(v)
+
+    def _again(self, v: Value) -> Value:
+        return self.graph.again(v, tuple(self.value(a) for a in v.args))
+
+    def _given(self, name: str, v: Value) -> Value:
+        self.arrays[name] = self._stored(v)
+        return self.graph.input(name, v.axes, v.is_word)
+
+    def _stored(self, v: Value) -> Stored:
+        return Stored("int32" if v.is_word else codes.computed_in(self.cutter.program.dtype), tuple(sorted(v.axes)))
+
+
+def _crossed(v: Value) -> str:
+    return f"crossed.{v.number}"
+
+
+def _carried(v: Value) -> str:
+    return f"carried.{v.number}"

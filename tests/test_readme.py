@@ -1,10 +1,15 @@
-"""The README tells the truth: its code runs, and its numbers are those of the files that the commands wrote."""
+"""The documents tell the truth: their code runs, and their numbers are those of the files that the commands wrote."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from benchmarks import tables
+from fusedbun.cli import bench, main
+from fusedbun.rounding import BLOCK
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,9 +21,82 @@ def test_every_block_of_code_runs(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_the_files_it_links_to_are_there():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("document", ["README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))])
+def test_the_files_it_links_to_are_there(document):
+    path = ROOT / document
+    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS)
+def test_the_tables_are_the_benchmarks(document):
+    text = (ROOT / document).read_text()
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(tables.blocks(text))
+    assert tables.updated(text) == text, "python -m benchmarks.tables writes the tables"
+
+
+def test_every_table_is_in_a_document():
+    named = {name for document in tables.DOCUMENTS for name in tables.blocks((ROOT / document).read_text())}
+    assert named == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("document", ["docs/performance.md", "docs/memory.md"])
+def test_no_measurement_is_typed(document):
+    words = tables.typed((ROOT / document).read_text())
+    assert not re.findall(r"\d+\.\d+|\d\s?%|\d\s(?:ms|ns|KiB|MiB|GiB|MB|GB|times)\b", words)
+
+
+def test_the_bytes_of_codes_are_those_of_their_blocks():
+    words = " ".join(README.split())
+    assert f'`"int8"` ({1 + 1 / BLOCK:.2f} bytes a number) or `"int4"` ({0.5 + 1 / BLOCK:.2f})' in words
+
+
+@pytest.mark.parametrize("name", [tables.SPEED, tables.SHAPES])
+def test_the_commands_beside_the_tables_ask_for_what_was_measured(monkeypatch, name):
+    given = {}
+    monkeypatch.setattr(bench, "main", lambda options: given.update(options) or 0)
+    python, m, module, *options = shlex.split(tables.command(name))
+    assert (python, m, module) == ("python", "-m", "benchmarks.speed")
+    assert main(["bench", *options]) == 0
+    assert bench.Settings(**given).report() == tables.load(name)["settings"]
+
+
+def test_we_are_slower_where_the_documents_say_so():
+    rows = [row.strip("| ").split(" | ") for row in tables.slower().splitlines()]
+    said = {title: " ".join(row[2] for row in rows if row[0] == title) for title, *_ in rows}
+    assert "int4" in said["GPT-2 small"]
+    assert "JAX" in said["400 small tensors"]
+    assert "int8" in said["a matrix of 3 columns"]
+    assert "int8" in said["a matrix of 3 rows"]
+    twice, once = (tables.cases(tables.SHAPES)["vocabulary", threads].runs for threads in (2, 1))
+    for name in ("SM3", "Fusedbun"):
+        assert twice[tables.OURS, name]["median_ms"] > 0.9 * once[tables.OURS, name]["median_ms"]
+    tall = tables.cases(tables.SHAPES)["tall", 1].runs
+    int4, full = (tall[tables.OURS, f"Fusedbun{x}"] for x in (", bfloat16 rounded stochastically, int4", ""))
+    assert int4["state_bytes_per_parameter"] > full["state_bytes_per_parameter"]
+
+
+def test_an_interrupted_run_is_not_shown(tmp_path, monkeypatch):
+    (tmp_path / "speed.json").write_text(json.dumps({"interrupted": True, "cases": []}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match="came to its end"):
+        tables.cases.__wrapped__("speed.json")
+
+
+def test_quality_in_fewer_bits_is_shown_when_it_has_been_measured_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.low_precision() == ""
+    protocol = {"steps": 1200, "width": 128, "layers": 2, "context": 64, "batch": 16, "seeds": [0, 1, 2]}
+    runs = {"protocol": protocol, "runs": {"Fusedbun|float32|0.0002|0": 1.8}}
+    (tmp_path / "low_precision.json").write_text(json.dumps(runs))
+    assert tables.low_precision() == ""
+    shared = {"optimizer": "Fusedbun", "lr": 2e-4, "deviation": 0.01}
+    summary = [{**shared, "setting": "float32", "mean": 1.8}, {**shared, "setting": "momentum int4", "mean": 1.89}]
+    (tmp_path / "low_precision.json").write_text(json.dumps({**runs, "summary": summary}))
+    assert tables.low_precision().splitlines()[-2:] == [
+        "| `Fusedbun` | float32 | 0.0002 | 1.8000 ± 0.0100 |  |",
+        "|  | momentum int4 | 0.0002 | 1.8900 ± 0.0100 | +5.00% |",
+    ]
 
 
 @pytest.mark.parametrize(("name", "title"), [("fusedbun", "Fusedbun"), ("adamw", "AdamW")])
@@ -37,8 +115,6 @@ def test_the_drift_is_the_demos():
 
 
 def test_the_table_of_the_family_is_the_commands(capsys):
-    from fusedbun.cli import main
-
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
     rows = re.findall(r"^\| `(\w+)`[^|]*\| `\w+` \| ([\d.]+[^|]*) \|", README, re.MULTILINE)

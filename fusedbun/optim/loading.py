@@ -20,7 +20,7 @@ from fusedbun.codes import Stored
 from fusedbun.hyper import plain
 from fusedbun.optim import namespace as xp
 from fusedbun.optim.checks import chain_at
-from fusedbun.optim.placement import put
+from fusedbun.optim.placement import local, places_of, put
 from fusedbun.optim.state import State, compute_dtype, name_of_dtype, stored_dtype, zeros
 from fusedbun.storage import Storage
 from fusedbun.transform import Shape, Slot
@@ -163,18 +163,22 @@ def _check_parts(owner: str, index: Any, slots: Mapping[str, Slot], dtype: str, 
 
 
 def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, Tensor]) -> State:
-    """The state as it is stored now, from how it was."""
-    dtype, name = compute_dtype(param.dtype), name_of_dtype(param.dtype)
-    shape, like = tuple(param.shape), param.detach()
-    was, will = (Storage(xp, chain.rounding, like, name) for chain in (before, now))
-    slots, empty = now.slots(shape), now.arrays(shape, name)
-    state = {key: zeros(stored, param) for key, stored in empty.items() if key != COUNTER}
-    kept = {key: value.detach().to(param.device) for key, value in entries.items()}
+    """The state as it is stored now, from how it was; of a DTensor each process converts its part."""
+    dtype, name, shape = compute_dtype(param.dtype), name_of_dtype(param.dtype), tuple(param.shape)
+    like, places = local(param.detach()), places_of(param)
+    was, will = (Storage(xp, chain.rounding, like, name, places) for chain in (before, now))
+    slots, found = now.slots(shape), before.arrays(shape, name)
+    state = {key: zeros(stored, param) for key, stored in now.arrays(shape, name).items() if key != COUNTER}
+    parts = {key: local(x) for key, x in state.items()}
+    kept = {}
+    for key, value in entries.items():
+        as_saved = found[key]._replace(dtype=name_of_dtype(value.dtype))
+        kept[key] = local(put(zeros(as_saved, param), value))
     for key, slot in before.slots(shape).items():
         if key in slots and key in kept:
-            changed = will.encode(key, slots[key], was.decode(key, slot, kept, dtype), state)
+            changed = will.encode(key, slots[key], was.decode(key, slot, kept, dtype), parts)
             for part, value in changed.items():
-                state[part].copy_(value)
+                parts[part].copy_(value)
     return state
 
 

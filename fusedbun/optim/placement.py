@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedbun.codes import Stored
+from fusedbun.optim import namespace
 from fusedbun.rounding import BLOCK
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ def cut(param: Any) -> Cut:
             axis = placement.dim % param.ndim
             groups[axis] = (*groups.get(axis, ()), mesh.get_group(dim))
     return Cut(tuple(shape), tuple(first), groups)
+
+
+def places_of(param: Tensor) -> list[Tensor] | None:
+    """The places of this process's elements along each axis, as rounding's noise asks for them; None: all are here."""
+    if not is_sharded(param):
+        return None
+    first = cut(param).first
+    return [at + start for at, start in zip(namespace.index(local(param), range(param.ndim)), first, strict=True)]
 
 
 def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stored]) -> None:

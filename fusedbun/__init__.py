@@ -29,8 +29,10 @@ if TYPE_CHECKING:
         ScaledOptum,
         SignSGD,
         TernaryVote,
+        load_state,
         param_groups,
         release_gradients,
+        save_state,
     )
 
 __version__ = "0.1.0"
@@ -39,8 +41,10 @@ _OF_TORCH = (
     "ChainOptimizer",
     "FusionOptimizer",
     "SignSGD",
+    "load_state",
     "param_groups",
     "release_gradients",
+    "save_state",
     *(r.torch_class for r in recipes.RECIPES.values()),
 )
 
@@ -61,11 +65,13 @@ __all__ = [
     "TernaryVote",
     "Transform",
     "chain",
+    "load_state",
     "memory",
     "param_groups",
     "plan",
     "recipes",
     "release_gradients",
+    "save_state",
     "sm3_schedule",
     "transforms",
 ]

@@ -26,8 +26,10 @@ from fusedbun_jax.optimizers import (
     sm3,
     ternary_vote,
 )
+from fusedbun_jax.portable import flax_mapping, load_state, save_state
 from fusedbun_jax.rounding import round_stochastically, round_to_params
 from fusedbun_jax.schedules import sm3_schedule
+from fusedbun_jax.sharding import state_shardings
 from fusedbun_jax.state import TransformState
 from fusedbun_jax.step import SteppingTransformation, from_chain
 
@@ -57,10 +59,12 @@ __all__ = [
     "decoupled_lionw",
     "factory",
     "flax_channel_axis",
+    "flax_mapping",
     "from_chain",
     "fusedbun",
     "lift",
     "lifted",
+    "load_state",
     "momentum",
     "mup_adam",
     "mup_adamw",
@@ -68,6 +72,7 @@ __all__ = [
     "rms_scale",
     "round_stochastically",
     "round_to_params",
+    "save_state",
     "scale_by_adam",
     "scale_by_lion",
     "scale_by_mup",
@@ -78,6 +83,7 @@ __all__ = [
     "sm3_accumulate",
     "sm3_schedule",
     "sparse_mask",
+    "state_shardings",
     "ternary_vote",
     "vote",
     "with_metrics",

@@ -38,11 +38,11 @@ def by_name(
         ValueError: a pattern matches no parameter (when the optimizer sees the parameters).
     """
 
-    groups = _Groups(make, rules or {}, no_decay, hyperparameters)
+    groups = Groups(make, rules or {}, no_decay, hyperparameters)
     return SteppingTransformation(groups.init, groups.update)
 
 
-class _Groups:
+class Groups:
     """An optimizer for each group of parameters that have the same hyper-parameters."""
 
     def __init__(
@@ -61,7 +61,7 @@ class _Groups:
         tree: Any = jax.tree.structure(grads)
         if tree != jax.tree.structure(params):
             raise IrregularError("the gradients and the parameters are different trees")
-        labels, transforms = self._groups(grads)
+        labels, transforms = self.groups(grads)
         if not isinstance(state, optax.transforms.PartitionState) or state.inner_states.keys() != transforms.keys():
             raise IrregularError("the state is another optimizer's")
         steps = {
@@ -73,7 +73,7 @@ class _Groups:
         for label, step in steps.items():
             held = state.inner_states[label]
             own = [i for i, of in enumerate(labels) if of == label]
-            masked = [_only(set(own), tree, x) for x in (grads, params)]
+            masked = [only(set(own), tree, x) for x in (grads, params)]
             after, inner = step(masked[0], held.inner_state, masked[1], needs_kernels)
             states[label] = held._replace(inner_state=inner)
             for i, x in zip(own, jax.tree.leaves(after), strict=True):
@@ -81,10 +81,10 @@ class _Groups:
         return tree.unflatten(leaves), state._replace(inner_states=states)
 
     def _partition(self, tree: Any) -> optax.GradientTransformationExtraArgs:
-        labels, transforms = self._groups(tree)
+        labels, transforms = self.groups(tree)
         return optax.partition(transforms, jax.tree.unflatten(jax.tree.structure(tree), labels))
 
-    def _groups(self, tree: Any) -> tuple[list[str], dict[str, Any]]:
+    def groups(self, tree: Any) -> tuple[list[str], dict[str, Any]]:
         """The group of each leaf, and the optimizers by group."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         names = [leaf.name(path) for path, _ in leaves]
@@ -98,7 +98,7 @@ class _Groups:
         return labels, {label: self._make(**{**self._hyperparameters, **found[name]}) for label, name in given.items()}
 
 
-def _only(places: set[int], tree: Any, whole: Any) -> Any:
+def only(places: set[int], tree: Any, whole: Any) -> Any:
     """The tree with what optax puts in the place of leaves that are not meant."""
     leaves = jax.tree.leaves(whole)
     return tree.unflatten([x if i in places else optax.MaskedNode() for i, x in enumerate(leaves)])

@@ -32,12 +32,34 @@ def title(path: KeyPath) -> str:
 
 
 def as_array(path: KeyPath, what: str, x: Any) -> Any:
-    """The leaf as a JAX array; what is no array and no number is a TypeError."""
+    """The leaf as a JAX array.
+
+    Raises:
+        TypeError: it is no array and no number.
+        ValueError: under `shard_map` it is not the same on all devices.
+    """
     if isinstance(x, (int, float, complex, np.ndarray, np.generic)):
         return jnp.asarray(x)
     if not hasattr(x, "shape"):
         raise TypeError(f"the {what} of {title(path)} must be an array, but it is {x!r} ({type(x).__name__})")
+    if varying := _varying(x):
+        raise ValueError(
+            f"the {what} of {title(path)} varies over {', '.join(map(repr, varying))} of the mesh: in shard_map a "
+            f"device sees its own part only, but an optimizer needs the whole for its statistics and its noise. Step "
+            f"under jax.jit with sharded arrays instead (fusedbun_jax.state_shardings), or give shard_map whole "
+            f"parameters and state (in_specs=P()) and average the gradients (jax.lax.pmean)"
+        )
     return x
+
+
+def _varying(x: Any) -> list[str]:
+    """The axes of a mesh along which the devices of `shard_map` have different values; with check_vma=False, none."""
+    if not isinstance(x, jax.core.Tracer):
+        return []
+    kind = jax.typeof(x)
+    kind = getattr(kind, "manual_axis_type", kind)  # from JAX 0.10 on it holds what the type itself held
+    found: frozenset[str] = kind.varying if hasattr(kind, "varying") else kind.vma
+    return sorted(found)
 
 
 def computed_in(path: KeyPath, what: str, x: Any) -> Any:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Annotated, Any
 
 import jax
 
 from fusedbun import derive
+from fusedbun.chain import Rounding
 from fusedbun.hyper import Whole, check
 from fusedbun.recipes import RECIPES, Recipe
 from fusedbun_jax import leaf
-from fusedbun_jax.step import ROUNDING, SteppingTransformation, from_chain
+from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation, driven
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
@@ -62,7 +64,9 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
             given["mup"] = _types_by_name(given["mup"])
         if notice := recipe.notice(given):
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
-        return from_chain(recipe.make(**given), learning_rate, **{**own, "seed": own["seed"] or 0})
+        rounding = Rounding(bool(own["stochastic_rounding"]), int(own["seed"] or 0))
+        chain = replace(recipe.make(**given), rounding=rounding)
+        return driven(Driver(chain, learning_rate, (recipe.make.__name__, given)))
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
     before = [] if recipe.fixed_lr else [inspect.Parameter("learning_rate", derive.POSITIONAL, default=default)]

@@ -40,11 +40,18 @@ def zeros(stored: Stored, param: Any) -> jax.Array:
 
 
 def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
-    if not isinstance(param, jax.Array) or isinstance(param, jax.core.Tracer):
+    """The array's sharding; None where the parameter's does not show: under jit the compiler chooses then.
+
+    Of a traced parameter it shows along the explicit axes of its mesh, which is what `state_shardings` makes use of.
+    """
+    if not isinstance(param, jax.Array):
         return None
-    if not isinstance(param.sharding, NamedSharding):
+    sharding = jax.typeof(param).sharding if isinstance(param, jax.core.Tracer) else param.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
-    mesh, spec = param.sharding.mesh, param.sharding.spec
+    mesh, spec = sharding.mesh, sharding.spec
+    if isinstance(param, jax.core.Tracer) and all(axis is None for axis in spec):
+        return None
     if stored.part != "element":
         return NamedSharding(mesh, PartitionSpec(*spec[:1], *_along_a_row(param.shape, spec[1:], mesh.shape)))
     return NamedSharding(mesh, PartitionSpec(*(axis if i in stored.axes else None for i, axis in enumerate(spec))))

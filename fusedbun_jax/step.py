@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -96,15 +96,31 @@ def from_chain(
         seed: any integer; it decides the noise of all rounding.
     """
     check("from_chain", ROUNDING, {"stochastic_rounding": stochastic_rounding, "seed": seed})
-    driver = _Driver(replace(chain, rounding=Rounding(bool(stochastic_rounding), int(seed))), learning_rate)
+    rounded = replace(chain, rounding=Rounding(bool(stochastic_rounding), int(seed)))
+    return driven(Driver(rounded, learning_rate))
+
+
+def driven(driver: Driver) -> SteppingTransformation:
+    """The optimizer that a driver runs."""
     return SteppingTransformation(driver.init, driver.update)
 
 
-class _Driver:
-    """A chain and its learning rate."""
+class Driver:
+    """A chain and its learning rate.
 
-    def __init__(self, chain: Chain, learning_rate: optax.ScalarOrSchedule) -> None:
-        self._chain, self._learning_rate = chain, learning_rate
+    Args:
+        chain: the chain.
+        learning_rate: a number, or a schedule.
+        made_by: the name and the arguments of the recipe that made the chain; None: they are the chain's own.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        learning_rate: optax.ScalarOrSchedule,
+        made_by: tuple[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.chain, self.learning_rate, self.made_by = chain, learning_rate, made_by
         if callable(learning_rate):
             scale = optax.chain(lift(Descend(1.0)), optax.scale_by_schedule(learning_rate))
         else:
@@ -123,7 +139,7 @@ class _Driver:
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         if tree != jax.tree.structure(params):
             raise IrregularError("the gradients and the parameters are different trees")
-        parts, scale, last = self._parts(state)
+        parts, scale, last = self.parts(state)
         try:
             slots = (
                 zip(*(tree.flatten_up_to(part.slots) for part in parts), strict=True) if parts else ((),) * len(leaves)
@@ -135,7 +151,7 @@ class _Driver:
         rate, scale = self._rate(scale)
         rate = numbers.stand_in(rate)
         found = [
-            _Leaf(self._chain, path, param, grad, stored)
+            _Leaf(self.chain, path, param, grad, stored)
             for (path, grad), param, stored in zip(leaves, jax.tree.leaves(params), owned, strict=True)
         ]
         full = [x for x in found if x.param.size]
@@ -148,16 +164,16 @@ class _Driver:
         after = iter(primitive.run(*numbers.values, *(a for x in full for a in x.arrays), step=step))
         stepped = [x.after(after) for x in found]
         new = [TransformState(tree.unflatten([slots[i] for _, slots in stepped])) for i in range(len(parts))]
-        count = len(self._chain.transforms)
+        count = len(self.chain.transforms)
         return tree.unflatten([param for param, _ in stepped]), (*new[:count], scale, *new[count:], *last)
 
-    def _parts(self, state: Any) -> tuple[list[TransformState], Any, list[Any]]:
+    def parts(self, state: Any) -> tuple[list[TransformState], Any, list[Any]]:
         """The states of the chain's transformations and of stochastic rounding, the learning rate's, and others."""
-        count = len(self._chain.transforms)
+        count = len(self.chain.transforms)
         if not isinstance(state, tuple) or len(state) != count + 2:
             raise IrregularError("the state is another optimizer's")
         parts, last = [*state[:count], *state[count + 1 :]], []
-        if not self._chain.rounding.stochastic:
+        if not self.chain.rounding.stochastic:
             last.append(parts.pop())
         if not all(isinstance(part, TransformState) for part in parts):
             raise IrregularError("the state is another optimizer's")
@@ -165,11 +181,11 @@ class _Driver:
 
     def _rate(self, state: Any) -> tuple[Any, Any]:
         """The learning rate of this step, and its state after it."""
-        if not callable(self._learning_rate):
-            return plain(self._learning_rate), state
+        if not callable(self.learning_rate):
+            return plain(self.learning_rate), state
         descend, counted = state
         _, after = optax.scale_by_schedule(lambda _: 1.0).update((), counted)
-        return jnp.asarray(self._learning_rate(counted.count)), (descend, after)
+        return jnp.asarray(self.learning_rate(counted.count)), (descend, after)
 
 
 class _Leaf:

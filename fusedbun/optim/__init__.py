@@ -16,6 +16,7 @@ from fusedbun.optim.optimizers import (
     SignSGD,
     TernaryVote,
 )
+from fusedbun.optim.portable import load_state, save_state
 from fusedbun.optim.release import GradientRelease, release_gradients
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "SignSGD",
     "TernaryVote",
     "TransformOptimizer",
+    "load_state",
     "param_groups",
     "release_gradients",
+    "save_state",
 ]

@@ -1,0 +1,254 @@
+"""From the parameters of a file to those of an optimizer: by name, and from one layout to the other.
+
+Where a parameter's axes are laid out in another order, the slots that are declared for some of its axes belong to
+others: for each slot here that of the file is sought whose declared axes are the same ones, and its numbers are
+permuted. Codes of blocks are decoded, permuted and encoded to the nearest, for a block holds other numbers then. Of
+each number this is half a code's step at most (`2^(e - 126 - bits)`, `e` being the new block's exponent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fusedbun import codes, in_numpy, rounding
+from fusedbun.portable.entries import Group, Parameter, Saved
+from fusedbun.portable.file import Numbers
+from fusedbun.transform import Shape, Slot
+
+Target = str | tuple[str, Sequence[int]]
+Names = Mapping[str, Target] | Callable[[str], Target]
+_LISTED = 100  # problems in one message
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A parameter of the file and the name that it has here.
+
+    Args:
+        saved: the parameter in the file.
+        name: its name here.
+        axes: for each axis here the axis in the file, as `numpy.transpose` takes them; None: they are the same.
+    """
+
+    saved: Parameter
+    name: str
+    axes: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A parameter here, what it takes of the file, and how.
+
+    Args:
+        saved: the parameter in the file.
+        axes: see `Pair`.
+        slots: what it keeps here; None: nothing was kept for it.
+        origins: for each of these slots the one in the file.
+    """
+
+    saved: Parameter
+    axes: tuple[int, ...] | None
+    slots: Mapping[str, Slot] | None
+    origins: Mapping[str, str]
+
+    def arrays(self, file: Saved) -> Iterator[tuple[str, Numbers]]:
+        """The arrays of its state by name, in its layout; one at a time is held."""
+        for key, slot in (self.slots or {}).items():
+            parts = {
+                part: file.read(self.saved, self.origins[key] + part) for part in codes.arrays(slot, self.saved.dtype)
+            }
+            if self.axes is not None and slot.code in codes.BITS:
+                parts |= recoded(parts, self.saved.shape, self.axes, slot.code)
+            elif self.axes is not None:
+                parts[""] = np.ascontiguousarray(parts[""].transpose(self.axes))
+            yield from ((key + part, numbers) for part, numbers in parts.items())
+
+
+def inverse(mapping: Mapping[str, Target]) -> dict[str, Target]:
+    """The mapping that leads back.
+
+    >>> inverse({"0.weight": ("dense.kernel", (1, 0)), "0.bias": "dense.bias"})
+    {'dense.kernel': ('0.weight', (1, 0)), 'dense.bias': '0.bias'}
+
+    Args:
+        mapping: from names to names, or to names and axes, as for `load_state`.
+    """
+    back: dict[str, Target] = {}
+    for name, target in mapping.items():
+        to, axes = (target, None) if isinstance(target, str) else target
+        back[to] = name if axes is None else (name, tuple(map([*axes].index, range(len(axes)))))
+    return back
+
+
+def pairs(
+    file: Saved, names: Sequence[str], mapping: Names | None, partial: bool, problems: list[str]
+) -> dict[str, Pair]:
+    """Which parameter of the file belongs to which here, by the name here.
+
+    Args:
+        file: the file.
+        names: the parameters' names here.
+        mapping: see `load_state`.
+        partial: what is only in the file or only here is no problem.
+        problems: what does not fit is added to these.
+    """
+    found: dict[str, Pair] = {}
+    here = set(names)
+    if isinstance(mapping, Mapping) and not partial:
+        problems += [f"{name!r} is in the mapping, but not in the file" for name in mapping.keys() - file.parameters]
+    for name, parameter in file.parameters.items():
+        target = mapping(name) if callable(mapping) else (mapping or {}).get(name, name)
+        to, axes = _target(name, target, len(parameter.shape))
+        if to in found:
+            problems.append(f"{found[to].saved.name!r} and {name!r} of the file are both to be {to!r}")
+        elif to in here:
+            found[to] = Pair(parameter, to, axes)
+        elif not partial:
+            problems.append(f"{name!r} is in the file, but {f'{to!r} is ' if to != name else ''}not here")
+    if not partial:
+        problems += [f"{name!r} is here, but not in the file" for name in names if name not in found]
+    return found
+
+
+def _target(name: str, target: Target, ndim: int) -> tuple[str, tuple[int, ...] | None]:
+    """The name and the axes that a mapping gives a parameter; the axes are None where they stay as they are."""
+    if isinstance(target, str):
+        return target, None
+    try:
+        to, given = target
+        axes = tuple(int(axis) for axis in given)
+    except (TypeError, ValueError):
+        to, axes = None, ()
+    if not isinstance(to, str) or sorted(axes) != [*range(ndim)]:
+        raise ValueError(
+            f"the mapping of {name!r} must be a name, or a name and the order of its {ndim} axes such as "
+            f"('dense.kernel', {(*reversed(range(ndim)),)}), but it is {target!r}"
+        )
+    return to, None if axes == (*range(ndim),) else axes
+
+
+def compare_groups(saved: Group, here: Group, names: Sequence[str], problems: list[str]) -> bool:
+    """Whether two chains compute the same, hyper-parameters that are numbers apart; adds to the problems if not.
+
+    Args:
+        saved: the group in the file.
+        here: the group here.
+        names: the parameters here that the chain steps.
+        problems: what does not fit is added to these.
+    """
+    of = f" (of {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
+    before = len(problems)
+    if [*saved.transformations] != [*here.transformations]:
+        was, now = (" → ".join(x.transformations) or "none" for x in (saved, here))
+        problems.append(f"the transformations in the file are {was:.300}, but here {now}{of}")
+        return False
+    for transform, values in here.transformations.items():
+        known = saved.transformations[transform]
+        problems += [
+            f"{transform}.{name} is {known[name]!r:.100} in the file, but {value!r} here{of}"
+            for name, value in values.items()
+            if name in known and known[name] != value
+        ]
+    return len(problems) == before
+
+
+def matched(
+    pair: Pair, shape: Shape, dtype: str, choices: Sequence[Mapping[str, Slot]], problems: list[str]
+) -> Match | None:
+    """What a parameter here takes of the file; None, and a problem more, where it cannot.
+
+    Args:
+        pair: the parameter in the file.
+        shape: the parameter's shape here.
+        dtype: its dtype here.
+        choices: what may be kept for it (`entries.slots_of`); the first that fits is.
+        problems: what does not fit is added to these.
+    """
+    saved, axes = pair.saved, pair.axes
+    was = saved.shape if axes is None else tuple(saved.shape[axis] for axis in axes)
+    if was != shape:
+        order = "" if axes is None else f" and {was} in the order {axes} of its axes"
+        problems.append(f"{pair.name!r} has shape {saved.shape} in the file{order}, but {shape} here")
+        return None
+    if saved.dtype != dtype:
+        problems.append(f"{pair.name!r} is {saved.dtype} in the file, but {dtype} here")
+        return None
+    if saved.slots is None:
+        return Match(saved, axes, None, {})
+    first: list[str] | None = None
+    for slots in choices:
+        wrong: list[str] = []
+        origins = _origins(pair, saved.slots, slots, wrong)
+        if not wrong:
+            return Match(saved, axes, slots, origins)
+        first = wrong if first is None else first
+    problems += first or []
+    return None
+
+
+def _origins(pair: Pair, saved: Mapping[str, Slot], here: Mapping[str, Slot], wrong: list[str]) -> dict[str, str]:
+    """For each slot here the one in the file that is declared for the same axes by the same transformation.
+
+    Where there are several, such as two moments, the n-th here is the n-th there.
+    """
+    found: dict[str, str] = {}
+    for key, slot in here.items():
+        if pair.axes is None:
+            origin = key if key in saved and set(saved[key].axes) == set(slot.axes) else None
+        else:
+            axes = {pair.axes[i] if i < len(pair.axes) else i for i in slot.axes}
+            place = _alike(here, key, set(slot.axes)).index(key)
+            origin = next(iter(_alike(saved, key, axes)[place : place + 1]), None)
+        if origin is None:
+            wrong.append(f"{key!r} of {pair.name!r} is kept here, but not in the file")
+        elif saved[origin].code != slot.code:
+            code = saved[origin].code
+            wrong.append(f"{key!r} of {pair.name!r} is stored as {code} in the file, but as {slot.code} here")
+        else:
+            found[key] = origin
+    known = {*found.values()} | {key for key in here if key in saved}
+    wrong += [f"{key!r:.200} of {pair.name!r} is in the file, but not kept here" for key in saved if key not in known]
+    return found
+
+
+def _alike(slots: Mapping[str, Slot], key: str, axes: set[int]) -> list[str]:
+    """The slots for these axes of the transformation that the key names."""
+    owner = key.partition(".")[0]
+    return [name for name, slot in slots.items() if name.partition(".")[0] == owner and set(slot.axes) == axes]
+
+
+def refuse(path: Path, owner: str, problems: Sequence[str]) -> None:
+    """Raises a ValueError that lists the problems, if there are any."""
+    if not problems:
+        return
+    more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    raise ValueError(
+        f"{path} does not fit this {owner}, so nothing was loaded:\n  "
+        + "\n  ".join([*problems[:_LISTED], *more])
+        + "\nMake the optimizer with the hyper-parameters that the saved one had; mapping= is for other names and "
+        "layouts, and partial=True loads the parameters that are both here and in the file."
+    )
+
+
+def recoded(parts: Mapping[str, Numbers], shape: Shape, axes: Sequence[int], code: str) -> dict[str, Numbers]:
+    """Codes of blocks in another layout: decoded, permuted, and encoded to the nearest.
+
+    A block of the new layout in which one number is NaN is NaN, as blocks are.
+
+    Args:
+        parts: the arrays of a slot, by what follows its name.
+        shape: the parameter's shape in the old layout.
+        axes: the order of its axes in the new one.
+        code: how the slot is stored.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        numbers = codes.decode(in_numpy, code, parts, shape, np.float32).transpose(axes)
+        blocks = in_numpy.to_blocks(np.ascontiguousarray(numbers))
+        middle = np.full((1, 1, 1), 2.0**15 - 0.5, np.float32)  # of the noise: it rounds to the nearest
+        words, exponents = rounding.encode(in_numpy, blocks, middle, codes.BITS[code])
+    packed = in_numpy.to_pairs(words) if code == "block4" else in_numpy.from_blocks(words, numbers.shape)
+    return {"": packed.astype(parts[""].dtype), codes.EXPONENTS: exponents.astype(np.uint8)}

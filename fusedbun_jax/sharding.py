@@ -1,0 +1,100 @@
+"""Where the state of an optimizer lies on a mesh of devices: with its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fusedbun_jax import leaf
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    shardings: Any = None,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Any:
+    """The shardings of the state that `tx.init(params)` gives, as a tree like it; nothing is allocated.
+
+        held = state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=held)(params)
+        train = jax.jit(step, out_shardings=(param_shardings, held))
+
+    An array that has its parameter's size along an axis is cut along it as the parameter is; along others, and what
+    belongs to no parameter, it is replicated. In the state of optax's own transformations, and of those around
+    fusedbun's, what `init` makes of a parameter, as `jnp.zeros_like` does, lies as the parameter does, and what it
+    makes of a shape alone is replicated.
+
+    Args:
+        tx: any optimizer.
+        params: arrays, or `jax.ShapeDtypeStruct`s.
+        shardings: of each parameter a NamedSharding, or with `mesh` a PartitionSpec; one for all parameters below a
+            branch may stand in its place. None: those that `params` have.
+        mesh: what PartitionSpecs cut over.
+
+    Raises:
+        TypeError: a parameter has no NamedSharding, or is no array.
+        ValueError: a sharding does not fit a parameter's shape, two parameters lie on different meshes, or there are
+            none.
+    """
+    given = params if shardings is None else _like(params, shardings)
+    tree: Any
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    placed = [
+        _placed(path, leaf.as_array(path, "parameter", x), s, mesh)
+        for (path, x), s in zip(leaves, tree.flatten_up_to(given), strict=True)
+    ]
+    if not placed:
+        raise ValueError("state_shardings needs a parameter: it is their sharding that the state's follows from")
+    found = placed[0].sharding.mesh
+    for (path, _), x in zip(leaves, placed, strict=True):
+        if x.sharding.mesh != found:
+            raise ValueError(
+                f"all parameters must lie on one mesh, but that of {leaf.title(path)} is {x.sharding.mesh} and that of "
+                f"{leaf.title(leaves[0][0])} is {found}"
+            )
+    # Explicit axes are part of an array's type: tracing `init` with them shows where it puts what it makes.
+    explicit = AbstractMesh(found.axis_sizes, found.axis_names, axis_types=(AxisType.Explicit,) * len(found.axis_names))
+    typed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(explicit, x.sharding.spec)) for x in placed]
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, tree.unflatten(typed))
+    return jax.tree.map(lambda x: NamedSharding(found, x.sharding.spec if x.sharding else PartitionSpec()), state)
+
+
+def _like(params: Any, shardings: Any) -> Any:
+    """A sharding for each parameter, from a tree that may have one for a whole branch."""
+    try:
+        return jax.tree.map(lambda s, branch: jax.tree.map(lambda _: s, branch), shardings, params, is_leaf=_is_one)
+    except ValueError as error:
+        raise ValueError(f"the shardings must be a tree of the parameters', or the head of one: {error}") from error
+
+
+def _is_one(x: Any) -> bool:
+    return isinstance(x, (jax.sharding.Sharding, PartitionSpec))
+
+
+def _placed(path: leaf.KeyPath, param: Any, given: Any, mesh: Mesh | AbstractMesh | None) -> jax.ShapeDtypeStruct:
+    """The parameter's shape, dtype and sharding."""
+    if isinstance(given, PartitionSpec):
+        if mesh is None:
+            raise TypeError(f"the sharding of {leaf.title(path)} is {given}, which needs a mesh: pass mesh=")
+        given = NamedSharding(mesh, given)
+    elif not isinstance(given, jax.sharding.Sharding):
+        given = None if isinstance(given, jax.core.Tracer) else getattr(given, "sharding", None)
+    if not isinstance(given, NamedSharding):
+        raise TypeError(
+            f"the parameter of {leaf.title(path)} must have a NamedSharding, but its sharding is {given!r}; place it "
+            f"with jax.device_put, or pass shardings="
+        )
+    unfit = f"the sharding {given.spec} of {leaf.title(path)} does not fit its shape {param.shape}"
+    if len(given.spec) > param.ndim:
+        raise ValueError(f"{unfit}: it has {len(given.spec)} axes, and the parameter {param.ndim}")
+    try:
+        given.shard_shape(param.shape)
+    except ValueError as error:
+        raise ValueError(f"{unfit} on a mesh of {dict(given.mesh.shape)}: {error}") from error
+    return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=given)

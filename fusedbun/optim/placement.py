@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbun.codes import Stored
+from fusedbun.codes import EXPONENTS, Stored
 from fusedbun.optim import namespace
 from fusedbun.rounding import BLOCK
 
@@ -84,7 +84,7 @@ def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stor
             f"{owner}: {name} is placed as {odd[0]}, but parameters must be sharded or replicated; "
             f"redistribute it before the optimizer is made"
         )
-    coded = [key for key, stored in arrays.items() if stored.part != "element"]
+    coded = [key.removesuffix(EXPONENTS) for key, stored in arrays.items() if stored.part != "element"]
     if coded and not _keeps_blocks(param):
         raise ValueError(
             f"{owner}: {coded[0]!r} of {name} is kept in codes that {BLOCK} numbers of a row share an exponent of, but "

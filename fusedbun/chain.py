@@ -108,7 +108,10 @@ class Chain:
         }
         if self.rounding.stochastic:
             if dtype != "bfloat16":
-                raise ValueError(f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}")
+                raise ValueError(
+                    f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
+                    f"with an optimizer, that has stochastic_rounding=False"
+                )
             found[COUNTER] = Stored("int32", ())
         return found
 

@@ -115,6 +115,14 @@ def structure(chain: Chain) -> tuple[Any, ...]:
 
     Raises an UnplannableError where a hyper-parameter cannot be a key.
     """
+    known = vars(chain)
+    if "structure" not in known:  # as a cached property does
+        known["structure"] = _structure(chain)
+    found: tuple[Any, ...] = known["structure"]
+    return found
+
+
+def _structure(chain: Chain) -> tuple[Any, ...]:
     transforms = ((type(t), *(_of_code(getattr(t, f.name)) for f in fields(t))) for t in chain)
     found = (chain.rounding.stochastic, *transforms)
     try:

@@ -76,7 +76,7 @@ def step(optimizer: TransformOptimizer, groups: list[Group], batch: Batch) -> Ba
     leaves = [ready(optimizer, one.prepared) for one in chosen]
     batch = batch.extended(described(chosen, leaves))
     batch.step()
-    step_without_kernels(chosen, leaves, optimizer.implementation)
+    step_without_kernels(chosen, leaves)
     return batch
 
 
@@ -94,7 +94,7 @@ def step_recorded(
             step_leaf(leaf)
         else:
             Batch(groups, []).extended(described([one], [leaf])).step()
-            step_without_kernels([one], [leaf], optimizer.implementation)
+            step_without_kernels([one], [leaf])
         products[leaf.param] = metrics.record(before, leaf.param, leaf.grad, leaf.state)
     return products
 
@@ -113,8 +113,7 @@ def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group
     """
     param, asked = prepared.leaf.param, optimizer.implementation
     if is_sharded(param):
-        _check_sharded(optimizer, prepared)
-        return Chosen(prepared, SHARDED, None)
+        return Chosen(prepared, SHARDED, _planned(optimizer, prepared))
     if not (kernels.is_dense(param) and kernels.is_dense(param.grad)):
         return Chosen(prepared, DEFINITION, None)
     options = (asked,) if asked else BEST.get(param.device.type, ELSEWHERE)
@@ -132,10 +131,10 @@ def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group
     raise AssertionError("the definition serves everything")
 
 
-def _check_sharded(optimizer: TransformOptimizer, prepared: Prepared) -> None:
-    """Raises a KernelError where a sharded parameter cannot be stepped."""
+def _planned(optimizer: TransformOptimizer, prepared: Prepared) -> sharded.Plan:
+    """The plan of a sharded parameter; raises a KernelError where it cannot be stepped."""
     try:
-        sharded.check(prepared.leaf, optimizer.implementation)
+        return sharded.plan(prepared.leaf, optimizer.implementation)
     except (KernelError, UnplannableError) as error:
         raise KernelError(f"{type(optimizer).__name__} cannot step {prepared.name} part by part: {error}") from error
 
@@ -175,17 +174,11 @@ def described(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> list[Describe
     ]
 
 
-def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf], asked: str | None) -> None:
-    """Steps the leaves that other implementations serve.
-
-    Args:
-        chosen: what steps each leaf.
-        leaves: the leaves.
-        asked: the implementation that was asked for by name.
-    """
+def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> None:
+    """Steps the leaves that other implementations serve."""
     rates: dict[int, Any] = {}
     to_compile = []
-    in_parts = [leaf for one, leaf in zip(chosen, leaves, strict=True) if one.implementation == SHARDED]
+    in_parts = [(leaf, one.found) for one, leaf in zip(chosen, leaves, strict=True) if one.implementation == SHARDED]
     for (_, implementation, found), leaf in zip(chosen, leaves, strict=True):
         if implementation == BLOCKS:
             in_blocks.step_leaf(leaf, found)
@@ -195,7 +188,7 @@ def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf], asked
         elif implementation not in (KERNEL, SHARDED):
             step_leaf(leaf)
     if in_parts:
-        sharded.step(in_parts, asked)
+        sharded.step(in_parts)
     if to_compile:
         compiled()(to_compile)
 

@@ -119,6 +119,9 @@ class TransformOptimizer(torch.optim.Optimizer):
                 follow(self.state[param], param, arrays)
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
+        if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
+            named = "; its own decay is Lambda" if "Lambda" in self.defaults else ""
+            self.warn_once(f"it does not read the weight_decay={group['weight_decay']!r} of its param groups{named}")
 
     def _check_parameter(self, name: str, param: Tensor) -> None:
         """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
@@ -217,7 +220,7 @@ class TransformOptimizer(torch.optim.Optimizer):
             return []
         self._products, groups = self._finish_release(), look(self, [])
         leaves = [ready(self, p) for p in prepare(self, groups, with_gradient(groups), compiling=True)]
-        sharded.step([leaf for leaf in leaves if is_sharded(leaf.param)], self.implementation)
+        sharded.step([(x, sharded.plan(x, self.implementation)) for x in leaves if is_sharded(x.param)])
         leaves = [leaf for leaf in leaves if not is_sharded(leaf.param)]
         step_leaves([leaf for leaf in leaves if not compilable(leaf)])
         return [leaf for leaf in leaves if compilable(leaf)]

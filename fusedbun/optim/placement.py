@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,14 +51,18 @@ def local(x: Tensor) -> Tensor:
 
 def cut(param: Any) -> Cut:
     """How a DTensor is cut."""
+    return _cut(param.device_mesh, param.placements, tuple(param.shape))
+
+
+@lru_cache(maxsize=1 << 14)
+def _cut(mesh: Any, placements: tuple[Any, ...], whole: tuple[int, ...]) -> Cut:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, placements = param.device_mesh, param.placements
-    shape, first = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    shape, first = compute_local_shape_and_global_offset(whole, mesh, placements)
     groups: dict[int, tuple[ProcessGroup, ...]] = {}
     for dim, placement in enumerate(placements):
         if _is_shard(placement) and mesh.size(dim) > 1:
-            axis = placement.dim % param.ndim
+            axis = placement.dim % len(whole)
             groups[axis] = (*groups.get(axis, ()), mesh.get_group(dim))
     return Cut(tuple(shape), tuple(first), groups)
 

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 Runner = native.Kernel | blocks.Blocks
 
 
+class Plan(NamedTuple):
+    """How a parameter is stepped: how it is cut, the phases of a step, and what runs each."""
+
+    cut: Cut
+    phases: list[Phase]
+    runners: list[Runner]
+
+
 class Part(NamedTuple):
     """A process's part of a parameter.
 
@@ -60,14 +68,13 @@ class Batch(NamedTuple):
     memory: Tensor
 
 
-def step(leaves: Iterable[Leaf], asked: str | None = None) -> None:
+def step(leaves: Iterable[tuple[Leaf, Plan]]) -> None:
     """One step of each of these DTensors; every process has to call it, with all the same parameters.
 
     Args:
-        leaves: the parameters.
-        asked: the implementation that was asked for; None: kernels where there are some.
+        leaves: the parameters, each with its plan.
     """
-    parts = [_part(leaf, asked) for leaf in leaves]
+    parts = [_part(leaf, found) for leaf, found in leaves]
     for t in range(max((len(part.phases) for part in parts), default=0)):
         working = [part for part in parts if t < len(part.phases)]
         batches = _batches(working, t)
@@ -82,26 +89,39 @@ def step(leaves: Iterable[Leaf], asked: str | None = None) -> None:
             _combine(batch)
 
 
-def check(leaf: Leaf, asked: str | None) -> None:
-    """Raises a KernelError or an UnplannableError where a DTensor cannot be stepped."""
-    _runners(leaf, cut(leaf.param), asked)
+def plan(leaf: Leaf, asked: str | None) -> Plan:
+    """The plan for a DTensor.
+
+    Args:
+        leaf: the parameter.
+        asked: the implementation that was asked for; None: kernels where there are some.
+
+    Raises:
+        KernelError, UnplannableError: it cannot be stepped.
+    """
+    part, at = local(leaf.param), cut(leaf.param)
+    by_kernel = asked == "kernel" or (asked is None and _suits_kernels(leaf))
+    shape, dtype = tuple(max(1, n) for n in part.shape), name_of_dtype(part.dtype)
+    order, along = native.memory_order(shape, part.stride()), frozenset(at.groups)
+    key = (native.structure(leaf.chain), order, dtype, leaf.maximize, along, by_kernel or shape)
+    if key not in _PLANS:
+        _PLANS[key] = _planned(leaf, order, along, by_kernel, asked)
+    return Plan(at, *_PLANS[key])
 
 
-def _part(leaf: Leaf, asked: str | None) -> Part:
-    at = cut(leaf.param)
-    steps, runners = _runners(leaf, at, asked)
-    shape = tuple(max(1, n) for n in at.shape)
+def _part(leaf: Leaf, found: Plan) -> Part:
+    shape = tuple(max(1, n) for n in found.cut.shape)
     param: Any = leaf.param
     grad: Any = leaf.grad
     if grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
     tensors = {PARAM: param, GRAD: grad, **leaf.state}
     arrays = {name: _filled(local(x)) for name, x in tensors.items()}
-    for phase in steps:
+    for phase in found.phases:
         for name in phase.program.arrays.keys() - arrays.keys() - phase.crossings.keys():
             stored = phase.program.arrays[name]
             arrays[name] = torch.empty(stored.shape(shape), dtype=stored_dtype(stored), device=param.device)
-    return Part(leaf, at, shape, steps, runners, arrays)
+    return Part(leaf, found.cut, shape, found.phases, found.runners, arrays)
 
 
 def _filled(x: Tensor) -> Tensor:
@@ -110,18 +130,6 @@ def _filled(x: Tensor) -> Tensor:
 
 
 _PLANS: dict[Any, tuple[list[Phase], list[Runner]]] = {}  # by what decides them
-
-
-def _runners(leaf: Leaf, at: Cut, asked: str | None) -> tuple[list[Phase], list[Runner]]:
-    part = local(leaf.param)
-    dtype, cut_along = name_of_dtype(part.dtype), frozenset(at.groups)
-    shape, strides = tuple(max(1, n) for n in part.shape), part.stride()
-    by_kernel = asked == "kernel" or (asked is None and _suits_kernels(leaf))
-    order = native.memory_order(shape, strides)
-    key = (native.structure(leaf.chain), order, dtype, leaf.maximize, cut_along, by_kernel or shape)
-    if key not in _PLANS:
-        _PLANS[key] = _planned(leaf, order, cut_along, by_kernel, asked)
-    return _PLANS[key]
 
 
 def _planned(
@@ -188,8 +196,9 @@ def _run(parts: Sequence[Part], t: int) -> None:
         descriptions.append(native.Description(kernel, part.shape, arrays, row))
     leaves = native.Leaves(descriptions, len(parts))
     leaves.set_gradients([part.arrays[GRAD].data_ptr() for part in parts])
+    known: dict[tuple[int, int], dict[str, Any]] = {}
     for row, part in enumerate(parts):
-        leaves.set_numbers(row, _numbers(part, part.phases[t].program))
+        leaves.set_numbers(row, _numbers(part, part.phases[t].program, known))
     leaves.step(torch.get_num_threads(), parallel())
     written = [part.arrays[name] for part in parts for name in part.phases[t].program.outputs]
     torch.autograd.graph.increment_version(written)
@@ -198,13 +207,22 @@ def _run(parts: Sequence[Part], t: int) -> None:
 def _run_blocks(part: Part, t: int) -> None:
     runner = part.runners[t]
     assert isinstance(runner, blocks.Blocks)
-    runner.run(_numbers(part, part.phases[t].program), part.arrays, compute_dtype(part.leaf.param.dtype))
+    runner.run(_numbers(part, part.phases[t].program, {}), part.arrays, compute_dtype(part.leaf.param.dtype))
 
 
-def _numbers(part: Part, program: Program) -> list[Any]:
-    """The numbers that a phase is run with, among them what it has to know of the whole parameter."""
+def _numbers(part: Part, program: Program, known: dict[tuple[int, int], dict[str, Any]]) -> list[Any]:
+    """The numbers that a phase is run with, among them what it has to know of the whole parameter.
+
+    Args:
+        part: the part.
+        program: the phase's.
+        known: the hyper-parameters that were evaluated already, by chain and program.
+    """
     chain, lr, param = part.leaf.chain, part.leaf.lr, part.leaf.param
-    values = hyperparameters(program, chain, lr)
+    key = (id(chain), id(program))
+    if key not in known:
+        known[key] = hyperparameters(program, chain, lr)
+    values = {**known[key]}
     whole = (param.shape, part.cut.first) if param.ndim else ((1,), (0,))  # one of no axes is traced as one element
     for axis, (size, first) in enumerate(zip(*whole, strict=True)):
         values |= {SIZE.format(axis): size, FIRST.format(axis): first}

@@ -239,3 +239,12 @@ def test_entries_of_the_users_own_stay_in_the_groups(make):
     run(optimizer, 1)
     assert optimizer.param_groups[0]["stage"] == "head"
     assert optimizer.state_dict()["param_groups"][0]["stage"] == "head"
+
+
+def test_a_weight_decay_that_is_not_read_is_said(recwarn):
+    """transformers' Trainer writes it into every group."""
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    Fusedbun([{"params": params, "weight_decay": 0.0}], lr=0.1)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"does not read the weight_decay=0.1 .*; its own decay is Lambda"):
+        Fusedbun([{"params": params, "weight_decay": 0.1}], lr=0.1)

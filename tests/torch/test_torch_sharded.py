@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from makers import MAKERS, gradient, parameters
 from processes import placed, run_in_processes
+from test_torch_ternary_vote import ternary
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fusedbun import SM3, DecoupledLionW, Fusedbun, MupAdamW
+from fusedbun import SM3, DecoupledLionW, Fusedbun, MupAdamW, TernaryVote
 from fusedbun.optim import placement
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ SHAPES = ((), (5,), (7, 6), (1, 33), (6, 4, 3, 3))
 IN_BLOCKS = ((), (9,), (7, 128), (2, 256), (5, 4, 32))
 STEPS = 20
 ELEMENTWISE = {"scaled-optum", "mup-adam", "mup-adamw", "mup-sgd", "decoupled-lionw"}
-EXACT = ELEMENTWISE | {"sm3", "sm3-momentum", "chain"}
+EXACT = ELEMENTWISE | {"ternary-vote", "sm3", "sm3-momentum", "chain"}
 
 recommended = partial(Fusedbun, centralize=True, use_rms=True, nesterov=True)
 STOCHASTIC = {"stochastic_rounding": True, "seed": 3}
@@ -53,8 +54,10 @@ def cut_up(mesh, placements, x):
 
 
 def stepped(make, shapes, dtype, split, steps=STEPS):
-    params = [split(p.detach()).requires_grad_() for p in parameters(*shapes, dtype=dtype)]
-    optimizer = make([(f"p{i}", p) for i, p in enumerate(params)], lr=0.01)
+    is_ternary = make.keywords.get("threshold") if isinstance(make, partial) else None
+    values = (ternary if is_ternary else parameters)(*shapes, dtype=dtype)
+    params = [split(p.detach()).requires_grad_() for p in values]
+    optimizer = make([(f"p{i}", p) for i, p in enumerate(params)], **({} if is_ternary else {"lr": 0.01}))
     for step in range(steps):
         for i, p in enumerate(params):
             p.grad = split(gradient(torch.empty(shapes[i], dtype=dtype), step, i))
@@ -101,7 +104,7 @@ def everything(rank, count, cases):
 
 
 def in_blocks():
-    for name, make in MAKERS.items():
+    for name, make in {**MAKERS, "ternary-vote": partial(TernaryVote, threshold=2)}.items():
         for dtype in (torch.float32, torch.float64):
             yield name, partial(make, implementation="blocks"), SHAPES, dtype, name in EXACT
 

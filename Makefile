@@ -1,12 +1,13 @@
 # make demo  the main job: a small network on real digits, in torch and in Flax
 # make test  all tests but the longest, which make test-long runs
 # make lint  formatting, lint and types
+# make docs  the documentation site, in build/site; a warning is an error
 # Each makes .venv first, from constraints.txt, where it is not there or is out of date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint format clean
+.PHONY: demo test test-long lint docs format clean
 
 demo: .venv/ready
 	$(BIN)/fusedbun train --framework both
@@ -21,6 +22,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/sphinx-build --fresh-env --write-all --quiet --nitpicky --fail-on-warning --keep-going docs build/site
 
 format: .venv/ready
 	$(BIN)/ruff format .

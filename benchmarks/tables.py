@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/performance.md and docs/memory.md, from the files that the benchmarks wrote.
+"""The tables of README.md and of the documents in docs, from the files that the benchmarks wrote.
 
     python -m benchmarks.tables
 
@@ -26,7 +26,7 @@ from fusedbun.cli.table import cell
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/memory.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/memory.md", "docs/quality.md")
 SPEED, SHAPES = "speed.json", "shapes/speed.json"
 _BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w ]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
@@ -472,6 +472,17 @@ def low_precision() -> str:
     )
 
 
+def quality(part: str) -> Callable[[], str]:
+    """A table of docs/quality.md, which `benchmarks.quality.document` makes."""
+
+    def make() -> str:
+        from benchmarks.quality import document
+
+        return str(getattr(document, part)())
+
+    return make
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed in short": speed_in_short,
     "speed": speed_whole,
@@ -487,6 +498,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory in short": memory_in_short,
     "memory": memory_whole,
     "low precision": low_precision,
+    "quality in short": quality("in_short"),
+    "quality who": quality("who"),
+    "quality rates": quality("rates"),
+    "quality settings": quality("settings"),
+    "quality as reported": quality("as_reported"),
+    "quality measured": quality("measured"),
+    "quality whole": quality("whole"),
 }
 
 

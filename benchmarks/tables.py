@@ -483,6 +483,26 @@ def quality(part: str) -> Callable[[], str]:
     return make
 
 
+def low_precision_in_short() -> str:
+    """For each optimizer the loss in float32, and how far off it is in fewer bits."""
+    if not (RESULTS / "low_precision.json").exists() or "summary" not in (file := load("low_precision.json")):
+        return ""
+    found = {(row["optimizer"], row["setting"]): row for row in file["summary"]}
+    settings = list(dict.fromkeys(setting for _, setting in found if setting != "float32"))
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        full = found[name, "float32"]
+        cells = [found.get((name, setting), {}).get("mean") for setting in settings]
+        off = ["-" if mean is None else f"{mean / full['mean'] - 1:+.2%}" for mean in cells]
+        rows.append([f"`{name}`", f"{full['mean']:.3f} ± {full['deviation']:.3f}", *off])
+    steps, seeds = file["protocol"]["steps"], len(file["protocol"]["seeds"])
+    said = (
+        f"Validation loss of a character transformer after {steps:,} steps in float32, the mean of {seeds} seeds and "
+        f"its standard deviation, and how much higher it is in fewer bits:"
+    )
+    return f"{paragraph(said)}\n\n{table(('', 'float32', *settings), rows)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed in short": speed_in_short,
     "speed": speed_whole,
@@ -498,6 +518,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory in short": memory_in_short,
     "memory": memory_whole,
     "low precision": low_precision,
+    "low precision in short": low_precision_in_short,
     "quality in short": quality("in_short"),
     "quality who": quality("who"),
     "quality rates": quality("rates"),

@@ -59,7 +59,7 @@ def test_memory_of_training(tmp_path):
     from benchmarks.memory.__main__ import add_activations, draw, measure, show
     from benchmarks.memory.training import BARE
 
-    rows = [measure("none", contender) for contender in (BARE, "SM3")]
+    rows = [measure("none", contender, []) for contender in (BARE, "SM3")]
     assert [row["status"] for row in rows] == ["measured", "measured"]
     assert rows[0]["parameters"] > 10_000
     add_activations(rows)

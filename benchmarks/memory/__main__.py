@@ -8,7 +8,8 @@ Each contender trains in a process of its own (`training.py`), and the system sa
 (the high-water mark of its resident memory). From this the same process's peak with next to no model is taken away:
 Python, torch and the kernels. What remains is for the model, over its parameters. The activations are those of four
 tokens. How much they are is measured without an optimizer, every gradient being dropped at once: what that holds beside
-the weights and the largest gradient. A contender that is not installed is listed so.
+the weights and the largest gradient. A contender that is not installed is listed so, and one of a second model that
+would hold more than the memory that is free, by what it held of the first.
 
 Writes benchmarks/results/memory.json and benchmarks/results/memory.png.
 """
@@ -26,7 +27,8 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.memory.training import BARE, CONTENDERS, SIZES, STEPS, TOKENS
+from benchmarks.memory.training import BARE, CONTENDERS, SIZES, STEPS, TOKENS, parameters
+from fusedbun.bench.machine import available_memory
 from fusedbun.cli.files import write_json
 from fusedbun.cli.results import versions
 
@@ -54,11 +56,14 @@ def peak(model: str, contender: str) -> tuple[int, str]:
     return usage.ru_maxrss * 1024, printed
 
 
-def measure(model: str, contender: str) -> dict[str, Any]:
-    """One row of the table."""
+def measure(model: str, contender: str, before: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table; `before` are those above it."""
     row: dict[str, Any] = {"model": model, "contender": contender}
     if find_spec(CONTENDERS[contender].module.partition(".")[0]) is None:
         return {**row, "status": "not installed"}
+    held, free = [r["bytes_per_parameter"] for r in before if _is_of(r, contender)], available_memory()
+    if held and free is not None and (needed := held[0] * parameters(SIZES[model])) > free:
+        return {**row, "status": f"not tried: about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB were free"}
     try:
         (held, printed), (without, _) = peak(model, contender), peak("none", contender)
     except RuntimeError as error:
@@ -71,6 +76,10 @@ def measure(model: str, contender: str) -> dict[str, Any]:
         "without_model_bytes": without,
     }
     return {**row, "status": "measured", **found, "bytes_per_parameter": (held - without) / int(count)}
+
+
+def _is_of(row: dict[str, Any], contender: str) -> bool:
+    return row["contender"] == contender and row["status"] == "measured"
 
 
 def add_activations(rows: list[dict[str, Any]]) -> None:
@@ -127,7 +136,9 @@ def main() -> None:
     models = parser.parse_args().model
     models = [models] if isinstance(models, str) else models
     cases = [(model, contender) for model in models for contender in CONTENDERS]
-    rows = [measure(*case) for case in track(cases, "training")]
+    rows: list[dict[str, Any]] = []
+    for model, contender in track(cases, "training"):
+        rows.append(measure(model, contender, rows))
     add_activations(rows)
     show(rows)
     protocol = {"tokens": TOKENS, "steps": STEPS, "threads": 1}

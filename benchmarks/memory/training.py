@@ -35,6 +35,12 @@ class Size:
 SIZES = {"gpt2": Size(50257, 1024, 768, 12), "1b": Size(50257, 1024, 2048, 18), "none": Size(64, 8, 32, 1)}
 
 
+def parameters(size: Size) -> int:
+    """The number of parameters of a network of this size."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Model(size, tied=True).parameters())
+
+
 class Block(nn.Module):
     """A layer of GPT-2."""
 

@@ -6,9 +6,9 @@ arrays and what crossed before it, and leaves parts to be combined for the next;
 whatever runs programs runs phases.
 
 Only the last phase with work of full size writes to arrays of full size, for what came before it reads them as they
-were. What is left after that is made of vectors. So a chain of n passes takes n phases of full size, and an elementwise
-one a single one. In a phase, a shard differs from a whole parameter in two ways: its elements' places begin at its first element's,
-and what is counted is the whole parameter's.
+were. What is left after that is made of vectors. So a chain of n passes takes n phases of full size, an elementwise one
+a single one. In a phase, a shard differs from a whole parameter in two ways: its elements' places begin at its first
+element's, and what is counted is the whole parameter's.
 """
 
 from __future__ import annotations

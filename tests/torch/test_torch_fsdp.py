@@ -90,7 +90,7 @@ def train_sharded(rank, sizes):
     return found
 
 
-@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2,), pytest.param((4,), marks=pytest.mark.long), (2, 2)], ids=str)
 def test_a_network_trains_under_fsdp_as_it_does_alone(sizes, tmp_path):
     found = run_in_processes(sizes[0] * (sizes[1] if len(sizes) > 1 else 1), train_sharded, tmp_path, sizes)
     for name in found[0]:

@@ -130,9 +130,14 @@ def every_kernel():
 
 
 @pytest.mark.parametrize(
-    "cases", [in_blocks, in_fewer_bits_in_blocks, in_kernels, pytest.param(every_kernel, marks=pytest.mark.long)]
+    ("count", "cases"),
+    [
+        *((2, cases) for cases in (in_blocks, in_fewer_bits_in_blocks, in_kernels)),
+        (4, in_kernels),
+        *(pytest.param(4, cases, marks=pytest.mark.long) for cases in (in_blocks, in_fewer_bits_in_blocks)),
+        *(pytest.param(count, every_kernel, marks=pytest.mark.long) for count in CUTS),
+    ],
 )
-@pytest.mark.parametrize("count", CUTS)
 def test_several_processes_do_what_one_does(count, cases, tmp_path):
     """Maxima to the bit, means to rounding; noise and codes are those of the whole."""
     for failures in run_in_processes(count, everything, tmp_path, count, cases):

@@ -1,0 +1,190 @@
+"""The quality benchmark runs, in small: every contender trains, runs are kept, and the protocol is kept to."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.quality import contenders, data, document, fetch, in_torch, protocol, report
+from benchmarks.quality.contenders import Contender
+from benchmarks.quality.published import FirstFusedbun
+from benchmarks.quality.workloads import WORKLOADS, Workload
+
+DIGITS = in_torch.images(data.digits, in_torch.convolutional, 64, 20)
+
+
+def nothing(*_):
+    """Nothing is reported."""
+
+
+def study(tmp_path, monkeypatch, run, **settings):
+    monkeypatch.setattr(protocol, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    who = tuple(
+        Contender(title, 0.01, None, ours) for title, ours in (("Fusedbun, recommended", True), ("AdamW", False))
+    )
+    given = {"contenders": who, "seeds": (1, 2), **settings}
+    workload = Workload("digits", "digits", "a network", 64, 20, "constant", run, **given)
+    return protocol.Study(workload, nothing)
+
+
+def pretended(contender, lr, seed, part, advance):
+    """A loss with its least at a learning rate of 0.08 for AdamW, and of 0.01 for the other."""
+    loss = 1 + math.log2(lr / (0.08 if contender.title == "AdamW" else 0.01)) ** 2 + 0.01 * seed
+    curve = {"curve": [[10, 2 * loss], [20, loss]]} if part == "test" else {}
+    return {"loss": loss, "accuracy": 0.5, **curve, "seconds": 2.0, "state_bytes": 8, "parameters": 2}
+
+
+@pytest.mark.parametrize(
+    "contender", [*contenders.IN_TORCH[:1], *contenders.IN_TORCH[-1:], contenders.VARIANTS[3]], ids=lambda x: x.title
+)
+def test_a_contender_trains(contender):
+    torch.set_num_threads(1)
+    found = in_torch.run(replace(DIGITS, steps=40), contender, contender.rate, 1, "test", nothing)
+    assert found["loss"] < 1  # before training it is above 2.3
+    assert [step for step, _ in found["curve"]] == list(range(2, 41, 2))
+    assert found["curve"][-1][1] == found["loss"]
+
+
+ALL_IN_TORCH = (*contenders.IN_TORCH, *contenders.SPARSE, *contenders.VARIANTS, *contenders.AS_REPORTED)
+
+
+@pytest.mark.parametrize("contender", ALL_IN_TORCH, ids=lambda x: x.title)
+def test_every_contender_steps(contender):
+    layer = torch.nn.Embedding(4, 3, sparse=True) if contender.sparse else torch.nn.Linear(3, 4)
+    optimizer = contender.make(list(layer.named_parameters()), 0.1)
+    before = layer.weight.detach().clone()
+    layer(torch.tensor([1]) if contender.sparse else torch.tensor([[1.0, 2.0, 4.0]])).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, layer.weight)
+    assert torch.isfinite(layer.weight).all()
+
+
+def test_jax_trains_from_the_same_weights_and_batches():
+    pytest.importorskip("flax")
+    from benchmarks.quality import in_jax
+
+    ours = next(x for x in contenders.IN_JAX if x.title == contenders.SM3)
+    there = next(x for x in contenders.IN_TORCH if x.title == contenders.SM3)
+    found = in_jax.run(in_jax.TASKS["digits_jax"](64, 20), ours, 0.1, 1, "test", nothing)
+    assert found["loss"] == pytest.approx(in_torch.run(DIGITS, there, 0.1, 1, "test", nothing)["loss"], rel=1e-3)
+
+
+def test_learning_rates_are_added_beyond_an_edge_and_only_there(tmp_path, monkeypatch):
+    results = study(tmp_path, monkeypatch, pretended).complete()["results"]
+    tried = {title: [rate for rate, _ in found["tried"]] for title, found in results.items()}
+    assert tried["Fusedbun, recommended"] == pytest.approx([0.0025, 0.005, 0.01, 0.02, 0.04])
+    assert tried["AdamW"] == pytest.approx([0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16])
+    assert results["AdamW"]["learning_rate"] == pytest.approx(0.08)
+    assert results["AdamW"]["inside_grid"]
+    assert results["AdamW"]["losses"] == pytest.approx([1.01, 1.02])
+
+
+def test_a_run_that_is_done_is_not_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def run(*args):
+        made.append(args)
+        return pretended(*args)
+
+    study(tmp_path, monkeypatch, run).complete()
+    count = len(made)
+    study(tmp_path, monkeypatch, run).complete()
+    assert len(made) == count
+    study(tmp_path, monkeypatch, run, seeds=(1, 2, 3)).complete()
+    assert len(made) == count + 2  # a seed more for each
+    study(tmp_path, monkeypatch, run, rates=(0.01,)).complete()
+    assert len(made) == count + 2 + 2 * (1 + 2)  # another protocol
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch):
+    def run(contender, lr, *rest):
+        found = pretended(contender, lr, *rest)
+        return {**found, "loss": None} if lr > 0.01 else found
+
+    results = study(tmp_path, monkeypatch, run).complete()["results"]
+    assert results["AdamW"]["learning_rate"] == pytest.approx(0.01)
+    assert results["AdamW"]["tried"][-1][1] is None
+
+
+def test_the_tables_and_the_picture_are_made_of_a_file(tmp_path, monkeypatch):
+    study(tmp_path, monkeypatch, pretended).complete()
+    assert report.draw().startswith(b"\x89PNG")
+    assert report.show("digits").row_count == 2
+    best, last = report.rows("digits")
+    assert best.steps_to_adamw == last.steps_to_adamw == 20
+    assert best.seconds_to_adamw == pytest.approx(2)
+    assert document.found() == ["digits"]
+    assert "| **Fusedbun, recommended** | (+0.0%) |" in document.in_short()
+    assert "| **Fusedbun, recommended** | 0.125 | 0.13 |" in document.rates()
+    for part in ("who", "whole", "measured"):
+        assert getattr(document, part)()
+    assert document.as_reported() == document.settings() == ""
+
+
+def test_the_first_public_rule_is_a_sign_of_momentum_for_a_matrix_as_it_was_written():
+    grads = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    steps = {}
+    for rule in ("described", "written", "before the mask"):
+        p = torch.zeros(2, 4, requires_grad=True)
+        optimizer = FirstFusedbun([p], 1.0, rule, Lambda=0.0)
+        for grad in grads:
+            before = p.detach().clone()
+            p.grad = grad.clone()
+            optimizer.step()
+        steps[rule] = before - p.detach()
+    m = torch.zeros(2, 4)
+    for grad in grads:
+        m = 0.9 * m + grad - grad.mean(1, keepdim=True)
+    torch.testing.assert_close(steps["written"], m.sign() / math.sqrt(0.2), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(steps["described"], steps["written"])
+    assert not torch.allclose(steps["before the mask"], steps["written"])
+    with pytest.raises(ValueError, match="rule must be"):
+        FirstFusedbun([p], 1.0, "else")
+
+
+def test_data_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(fetch.MissingError, match=r"no such program; put x\.tgz into .* by other means"):
+        fetch.archive(fetch.Source("x.tgz", "0", ("no-such-program-at-all",)))
+    with pytest.raises(fetch.MissingError, match="another version"):
+        fetch.archive(fetch.Source("x.tgz", "0", ("true",)))
+    (tmp_path / "fusedbun/data/x.tgz").write_bytes(b"else")
+    with pytest.raises(fetch.MissingError, match="is not the archive that was published"):
+        fetch.archive(fetch.Source("x.tgz", "0", ("true",)))
+
+
+def test_no_image_is_in_two_parts():
+    parts = data.digits()
+    assert sum(len(x.labels) for x in parts.values()) == 1797
+    assert {name: len(x.labels) for name, x in parts.items()} == {"train": 898, "validation": 270, "test": 629}
+
+
+def test_schedules():
+    assert [in_torch.linear(k, 100) for k in (0, 9, 50, 75)] == pytest.approx([0.1, 1, 1, 0.5])
+    assert [in_torch.cosine(k, 100) for k in (0, 9, 10, 55)] == pytest.approx([0.1, 1, 1, 0.5])
+    assert np.isclose(in_torch.cosine(99, 100), 0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_results_were_written_by_this_protocol(name):
+    path = protocol.RESULTS / f"quality_{name}.json"
+    if not path.exists():
+        pytest.skip("it has not been run")
+    file = json.loads(path.read_text())
+    said = json.loads(json.dumps(WORKLOADS[name].protocol))
+    assert {key: file["protocol"][key] for key in said} == said
+    assert set(file["results"]) == {x.title for x in WORKLOADS[name].contenders}
+
+
+def test_learns_ratings_with_sparse_gradients(monkeypatch):
+    rng = np.random.default_rng(0)
+    points = data.Ratings(rng.integers(0, 5, 256), rng.integers(0, 4, 256), rng.integers(1, 6, 256).astype(np.float32))
+    monkeypatch.setattr(data, "ratings", lambda: dict.fromkeys(data.PARTS, points))
+    task = in_torch.ratings(width=2, size=64, steps=20)
+    for contender in contenders.SPARSE[:2]:
+        assert partial(in_torch.run, task)(contender, contender.rate, 0, "validation", nothing)["loss"] > 0

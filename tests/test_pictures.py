@@ -97,7 +97,7 @@ def test_covers_are_drawn(monkeypatch, made_up):
 
 def test_the_pictures_are_there_and_small():
     pictures = {path.name: path for path in FOLDER.iterdir() if path.suffix in (".png", ".gif")}
-    text = (FOLDER / "README.md").read_text()
+    text = (FOLDER.parent / "behaviour.md").read_text()
     assert set(pictures) == {
         "rosenbrock.png",
         "rastrigin.png",
@@ -106,6 +106,7 @@ def test_the_pictures_are_there_and_small():
         "covers_digits.gif",
     }
     for name, path in pictures.items():
-        assert f"({name})" in text
+        assert f"(pictures/{name})" in text
         assert path.stat().st_size < 1.5e6
-    assert Image.open(pictures["covers_digits.gif"]).n_frames == len(covers.FRAMES)
+    with Image.open(pictures["covers_digits.gif"]) as picture:
+        assert picture.n_frames == len(covers.FRAMES)

@@ -48,7 +48,7 @@ def test_every_table_is_in_a_document():
     assert named == set(tables.TABLES)
 
 
-@pytest.mark.parametrize("document", ["docs/performance.md", "docs/memory.md"])
+@pytest.mark.parametrize("document", ["docs/performance.md", "docs/memory.md", "docs/quality.md"])
 def test_no_measurement_is_typed(document):
     words = tables.typed((ROOT / document).read_text())
     assert not re.findall(r"\d+\.\d+|\d\s?%|\d\s(?:ms|ns|KiB|MiB|GiB|MB|GB|times)\b", words)

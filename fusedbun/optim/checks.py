@@ -62,6 +62,12 @@ def check_gradient(owner: str, name: str, param: Tensor) -> None:
             f"the gradient of {name} is {grad.dtype}, but {owner} takes real floating-point gradients: "
             f"{', '.join(map(str, FLOATING))}"
         )
+    meshes = [getattr(x, "device_mesh", None) for x in (grad, param)]
+    if meshes[0] != meshes[1]:
+        raise ValueError(
+            f"the gradient of {name} is on {meshes[0] or 'no mesh'}, but the parameter is on {meshes[1] or 'no mesh'}; "
+            f"{owner} takes both as plain tensors, or both as DTensors on one mesh"
+        )
     if grad.shape != param.shape:
         raise ValueError(
             f"the gradient of {name} has shape {tuple(grad.shape)}, but the parameter has {tuple(param.shape)}"

@@ -75,8 +75,9 @@ def step(optimizer: TransformOptimizer, groups: list[Group], batch: Batch) -> Ba
     check_memory(optimizer, batch, chosen)
     leaves = [ready(optimizer, one.prepared) for one in chosen]
     batch = batch.extended(described(chosen, leaves))
+    parts = parts_of(chosen, leaves)
     batch.step()
-    step_without_kernels(chosen, leaves)
+    step_without_kernels(chosen, leaves, parts)
     return batch
 
 
@@ -94,7 +95,7 @@ def step_recorded(
             step_leaf(leaf)
         else:
             Batch(groups, []).extended(described([one], [leaf])).step()
-            step_without_kernels([one], [leaf])
+            step_without_kernels([one], [leaf], parts_of([one], [leaf]))
         products[leaf.param] = metrics.record(before, leaf.param, leaf.grad, leaf.state)
     return products
 
@@ -174,11 +175,17 @@ def described(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> list[Describe
     ]
 
 
-def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> None:
-    """Steps the leaves that other implementations serve."""
+def parts_of(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> list[sharded.Part]:
+    """This process's parts of those of the leaves that are sharded."""
+    return [
+        sharded.part(leaf, one.found) for one, leaf in zip(chosen, leaves, strict=True) if one.implementation == SHARDED
+    ]
+
+
+def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf], parts: Sequence[sharded.Part]) -> None:
+    """Steps the leaves that other implementations serve, `parts` being those of the sharded ones."""
     rates: dict[int, Any] = {}
     to_compile = []
-    in_parts = [(leaf, one.found) for one, leaf in zip(chosen, leaves, strict=True) if one.implementation == SHARDED]
     for (_, implementation, found), leaf in zip(chosen, leaves, strict=True):
         if implementation == BLOCKS:
             in_blocks.step_leaf(leaf, found)
@@ -187,8 +194,8 @@ def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> No
             to_compile.append(leaf._replace(lr=lr))
         elif implementation not in (KERNEL, SHARDED):
             step_leaf(leaf)
-    if in_parts:
-        sharded.step(in_parts)
+    if parts:
+        sharded.step(parts)
     if to_compile:
         compiled()(to_compile)
 

@@ -220,7 +220,9 @@ class TransformOptimizer(torch.optim.Optimizer):
             return []
         self._products, groups = self._finish_release(), look(self, [])
         leaves = [ready(self, p) for p in prepare(self, groups, with_gradient(groups), compiling=True)]
-        sharded.step([(x, sharded.plan(x, self.implementation)) for x in leaves if is_sharded(x.param)])
+        in_parts = [sharded.part(x, sharded.plan(x, self.implementation)) for x in leaves if is_sharded(x.param)]
+        if in_parts:
+            sharded.step(in_parts)
         leaves = [leaf for leaf in leaves if not is_sharded(leaf.param)]
         step_leaves([leaf for leaf in leaves if not compilable(leaf)])
         return [leaf for leaf in leaves if compilable(leaf)]

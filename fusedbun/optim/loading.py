@@ -175,7 +175,7 @@ def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, T
         as_saved = found[key]._replace(dtype=name_of_dtype(value.dtype))
         kept[key] = local(put(zeros(as_saved, param), value))
     for key, slot in before.slots(shape).items():
-        if key in slots and key in kept:
+        if key in slots and key in kept and like.numel():
             changed = will.encode(key, slots[key], was.decode(key, slot, kept, dtype), parts)
             for part, value in changed.items():
                 parts[part].copy_(value)

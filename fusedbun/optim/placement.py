@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,27 +43,41 @@ def is_sharded(x: Tensor | None) -> bool:
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's part of a tensor, which shares its memory; of a plain one all."""
-    part: Tensor = x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
-    return part
+    """This process's part of a tensor, which shares its memory, once what it waits for has come; of a plain one all."""
+    if not is_sharded(x):
+        return x
+    part = x.to_local()  # type: ignore[attr-defined]
+    waiting = sys.modules.get("torch.distributed._functional_collectives")
+    found: Tensor = part.wait() if waiting and isinstance(part, waiting.AsyncCollectiveTensor) else part
+    return found
 
 
 def cut(param: Any) -> Cut:
     """How a DTensor is cut."""
-    return _cut(param.device_mesh, param.placements, tuple(param.shape))
-
-
-@lru_cache(maxsize=1 << 14)
-def _cut(mesh: Any, placements: tuple[Any, ...], whole: tuple[int, ...]) -> Cut:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, first = compute_local_shape_and_global_offset(whole, mesh, placements)
+    mesh, shape, first = param.device_mesh, list(param.shape), [0] * param.ndim
+    coordinate = mesh.get_coordinate()
     groups: dict[int, tuple[ProcessGroup, ...]] = {}
-    for dim, placement in enumerate(placements):
+    for dim in _order(param.placements):
+        axis, parts = param.placements[dim].dim % param.ndim, mesh.size(dim)
+        longest = -(-shape[axis] // parts)  # as torch.chunk cuts
+        before = min(coordinate[dim] * longest, shape[axis])
+        shape[axis], first[axis] = min(longest, shape[axis] - before), first[axis] + before
+    for dim, placement in enumerate(param.placements):
         if _is_shard(placement) and mesh.size(dim) > 1:
-            axis = placement.dim % len(whole)
+            axis = placement.dim % param.ndim
             groups[axis] = (*groups.get(axis, ()), mesh.get_group(dim))
     return Cut(tuple(shape), tuple(first), groups)
+
+
+def _order(placements: Sequence[Any]) -> list[int]:
+    """The dimensions of a mesh that cut a tensor, in the order in which they do.
+
+    FSDP cuts what tensor parallelism has cut already, though its dimension comes first: torch marks it with a
+    split factor, the number of parts that are there before it.
+    """
+    shards = [dim for dim, p in enumerate(placements) if _is_shard(p)]
+    marked = [dim for dim in shards if hasattr(placements[dim], "split_factor")]
+    return [*(dim for dim in shards if dim not in marked), *reversed(marked)]
 
 
 def places_of(param: Tensor) -> list[Tensor] | None:
@@ -84,10 +97,15 @@ def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stor
         param: the parameter.
         arrays: its state's arrays.
     """
-    if odd := [p for p in param.placements if not (_is_shard(p) or p.is_replicate())]:
+    if odd := [p for dim, p in enumerate(param.placements) if not (p.is_replicate() or _is_in_order(param, dim))]:
         raise ValueError(
-            f"{owner}: {name} is placed as {odd[0]}, but parameters must be sharded or replicated; "
+            f"{owner}: {name} is placed as {odd[0]}, but parameters must be replicated or sharded in one piece each; "
             f"redistribute it before the optimizer is made"
+        )
+    if cut(param).shape != tuple(local(param).shape):
+        raise ValueError(
+            f"{owner}: this process holds a part of {name} of shape {tuple(local(param).shape)}, but by its placements "
+            f"{param.placements} it has {cut(param).shape} of {tuple(param.shape)}; make it with distribute_tensor"
         )
     coded = [key.removesuffix(EXPONENTS) for key, stored in arrays.items() if stored.part != "element"]
     if coded and not _keeps_blocks(param):
@@ -138,6 +156,16 @@ def put(target: Tensor, value: Tensor) -> Tensor:
 
 def _is_shard(placement: Any) -> bool:
     return hasattr(placement, "dim") and not placement.is_partial()
+
+
+def _is_in_order(param: Any, dim: int) -> bool:
+    """Whether a dimension of the mesh cuts a DTensor into pieces that lie together."""
+    p, later = param.placements[dim], range(dim + 1, len(param.placements))
+    if not _is_shard(p):
+        return False
+    cut_before = [k for k in later if _is_shard(param.placements[k]) and param.placements[k].dim == p.dim]
+    parts = math.prod(param.device_mesh.size(k) for k in cut_before)
+    return bool(getattr(p, "split_factor", parts) == parts)
 
 
 def _keeps_blocks(param: Any) -> bool:

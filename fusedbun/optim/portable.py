@@ -213,6 +213,13 @@ def _write_from_all(
 
     arrays, done = entries.listed(parameters), 0
     error: Exception | None = None
+    named: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(named, [f"{parameter.name} {key}" for parameter, key, _ in arrays])
+    if other := [rank for rank, names in enumerate(named) if names != named[0]]:
+        raise ValueError(
+            f"save_state: processes {other} have other parameters than the first, as under pipeline parallelism; save "
+            f"the state of each stage to a file of its own, from a process group of its own"
+        )
 
     def gathered(parameter: Parameter, key: str) -> Numbers:
         nonlocal done

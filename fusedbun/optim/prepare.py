@@ -20,6 +20,7 @@ from fusedbun.hyper import plain
 from fusedbun.optim import sparse
 from fusedbun.optim.checks import chain_at, check_gradient, check_state, name_of
 from fusedbun.optim.definition import Leaf, learning_rate
+from fusedbun.optim.placement import check_placement, is_sharded
 from fusedbun.optim.state import follow, name_of_dtype
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ def prepare(
         assert param.grad is not None
         here, grad = _for_layout(optimizer, chain_at(group.chain, optimizer.param_groups, g, i), name, param.grad)
         arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
-        check_state(here, name, param, optimizer.state.get(param, {}), arrays)
+        kept = optimizer.state.get(param, {})
+        check_state(here, name, param, kept, arrays)
+        if is_sharded(param) and kept.keys() != arrays.keys():
+            check_placement(owner, name, param, arrays)
         found.append(Prepared((g, i), name, Leaf(here, rates[g], group.maximize, param, grad, {}), arrays))
         if grad.is_sparse:
             without |= dict.fromkeys(sparse.left_out(group.chain))

@@ -7,7 +7,7 @@ crosses is combined in one collective for each way of combining, however many pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -68,13 +68,8 @@ class Batch(NamedTuple):
     memory: Tensor
 
 
-def step(leaves: Iterable[tuple[Leaf, Plan]]) -> None:
-    """One step of each of these DTensors; every process has to call it, with all the same parameters.
-
-    Args:
-        leaves: the parameters, each with its plan.
-    """
-    parts = [_part(leaf, found) for leaf, found in leaves]
+def step(parts: Sequence[Part]) -> None:
+    """One step of each of these DTensors; every process has to call it, with all the same parameters."""
     for t in range(max((len(part.phases) for part in parts), default=0)):
         working = [part for part in parts if t < len(part.phases)]
         batches = _batches(working, t)
@@ -87,6 +82,7 @@ def step(leaves: Iterable[tuple[Leaf, Plan]]) -> None:
                     part.arrays[name].fill_(START[crossing.function])
         for batch in batches:
             _combine(batch)
+    torch.autograd.graph.increment_version([x for part in parts for x in (part.leaf.param, *part.leaf.state.values())])
 
 
 def plan(leaf: Leaf, asked: str | None) -> Plan:
@@ -99,18 +95,24 @@ def plan(leaf: Leaf, asked: str | None) -> Plan:
     Raises:
         KernelError, UnplannableError: it cannot be stepped.
     """
-    part, at = local(leaf.param), cut(leaf.param)
-    by_kernel = asked == "kernel" or (asked is None and _suits_kernels(leaf))
-    shape, dtype = tuple(max(1, n) for n in part.shape), name_of_dtype(part.dtype)
-    order, along = native.memory_order(shape, part.stride()), frozenset(at.groups)
+    suits = _suits_kernels(leaf)
+    if asked == "kernel" and not suits:
+        raise KernelError(
+            "its device, the dtype of its gradient or a hyper-parameter that is a tensor does not suit it"
+        )
+    at, by_kernel = cut(leaf.param), suits and asked in (None, "kernel")
+    # by what all processes have in common, for what crosses must be the same in all of them
+    shape, strides, dtype = tuple(leaf.param.shape), leaf.param.stride(), name_of_dtype(leaf.param.dtype)
+    order, along = native.memory_order(shape, strides), frozenset(at.groups)
     key = (native.structure(leaf.chain), order, dtype, leaf.maximize, along, by_kernel or shape)
     if key not in _PLANS:
         _PLANS[key] = _planned(leaf, order, along, by_kernel, asked)
     return Plan(at, *_PLANS[key])
 
 
-def _part(leaf: Leaf, found: Plan) -> Part:
-    shape = tuple(max(1, n) for n in found.cut.shape)
+def part(leaf: Leaf, found: Plan) -> Part:
+    """A process's part of a parameter, ready to be stepped; its gradient is brought to where the parameter is."""
+    shape = tuple(max(1, n) for n in local(leaf.param).shape)
     param: Any = leaf.param
     grad: Any = leaf.grad
     if grad.placements != param.placements:
@@ -135,8 +137,7 @@ _PLANS: dict[Any, tuple[list[Phase], list[Runner]]] = {}  # by what decides them
 def _planned(
     leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool, asked: str | None
 ) -> tuple[list[Phase], list[Runner]]:
-    param = local(leaf.param)
-    dtype, shape = name_of_dtype(param.dtype), tuple(max(1, n) for n in param.shape)
+    param, dtype = leaf.param, name_of_dtype(leaf.param.dtype)
     if by_kernel:
         try:
             steps = phases(trace(leaf.chain, param.ndim, order, leaf.maximize, dtype), cut_along)
@@ -144,7 +145,7 @@ def _planned(
         except (KernelError, UnplannableError):
             if asked:
                 raise
-    whole = blocks.plan(leaf.chain, shape, param.stride(), leaf.maximize, dtype)
+    whole = blocks.plan(leaf.chain, tuple(param.shape), param.stride(), leaf.maximize, dtype)
     steps = phases(whole.program, cut_along)
     return steps, [blocks.Blocks(blocks.scheduled(phase.program), namespace) for phase in steps]
 
@@ -177,11 +178,34 @@ def _batches(parts: Sequence[Part], t: int) -> list[Batch]:
 
 
 def _combine(batch: Batch) -> None:
+    """Combines the parts of all processes.
+
+    Of two numbers of which one is NaN a collective's maximum is either. So what is compared is whole numbers in the
+    order of the numbers, NaN being the largest; and a minimum is the negative of the negatives' maximum.
+    """
     import torch.distributed as dist
 
-    combination = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[batch.function]
+    x = batch.memory
+    if batch.function == "min":
+        x.neg_()
+    sent = x if batch.function == "sum" else _ordered(x)
     for group in batch.groups:
-        dist.all_reduce(batch.memory, combination, group=group)
+        dist.all_reduce(sent, dist.ReduceOp.SUM if batch.function == "sum" else dist.ReduceOp.MAX, group=group)
+    if sent is not x:
+        x.copy_(_in_order(sent).view(x.dtype))
+    if batch.function == "min":
+        x.neg_()
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """Whole numbers in the order of these, of which NaN is the largest."""
+    x = torch.where(x.isnan(), torch.nan, x)  # without a sign
+    return _in_order(x.view(torch.int32 if x.dtype == torch.float32 else torch.int64))
+
+
+def _in_order(bits: Tensor) -> Tensor:
+    """A number's bits as a whole number in the same order, and back."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
 def _run(parts: Sequence[Part], t: int) -> None:

@@ -319,7 +319,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or isinstance(value, float)
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _tuples(value: Any) -> Any:

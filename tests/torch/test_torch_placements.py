@@ -1,6 +1,8 @@
 """DTensors: what is refused, how state is placed, and what may stand beside them."""
 
 import copy
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from processes import placed, run_in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, Signal, Transform, chain
+from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, ScaledOptum, Signal, Transform, chain
 from fusedbun.compiler.native import KernelError
+from fusedbun.optim import placement
+from fusedbun.optim import sharded as sharded_steps
 
 MESH = (2, 2)
 
@@ -65,6 +70,86 @@ def test_what_cannot_be_stepped_in_parts_is_refused_before_anything_is_made(mesh
     assert len(optimizer.param_groups) == len(optimizer.state) == 1
 
 
+def test_a_gradient_has_to_be_placed_as_its_parameter_is(mesh):
+    plain, param = torch.zeros(4, 4, requires_grad=True), sharded(mesh, Shard(0), Replicate(), shape=(4, 4))
+    optimizer = SM3([("v", plain), ("w", param)], lr=0.1)
+    plain.grad, param.grad = torch.ones(4, 4), torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"gradient of parameter 'w' is on no mesh, but the parameter is on D"):
+        optimizer.step()
+    assert not plain.any()
+
+
+def test_a_kernel_that_is_asked_for_has_to_suit_the_gradient(mesh):
+    param = sharded(mesh, Shard(0), Replicate(), shape=(4, 4))
+    optimizer = SM3([("w", param)], lr=0.1, implementation="kernel")
+    param.grad_dtype = torch.float64
+    param.grad = placed(torch.ones(4, 4, dtype=torch.float64), mesh, [Shard(0), Replicate()])
+    with pytest.raises(KernelError, match=r"'w' part by part: its device, the dtype of its gradient"):
+        optimizer.step()
+
+
+def test_a_gradient_that_is_still_on_its_way_is_waited_for(mesh):
+    param = sharded(mesh, Shard(0), Replicate(), shape=(4, 4))
+    optimizer = ScaledOptum([param], lr=0.1)
+    whole = DTensor.from_local(torch.ones(4, 4), mesh, [Partial(), Replicate()], run_check=False)
+    param.grad = whole.redistribute(placements=[Shard(0), Replicate()], async_op=True)
+    optimizer.step()
+    assert param._version == 1
+    torch.testing.assert_close(param.to_local().detach(), torch.full((2, 4), -0.1))
+
+
+def test_state_that_comes_later_is_checked_too(mesh):
+    param = sharded(mesh, Shard(1), Replicate(), shape=(4, 40))
+    optimizer = SM3([("w", param)], lr=0.1, momentum_dtype="int8")
+    optimizer.param_groups[0]["momentum"] = 0.9
+    param.grad = param.detach().clone()
+    with pytest.raises(ValueError, match=r"'momentum.moment' of parameter 'w' .* cuts its shape"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rows", [13, 7, 50257])
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (4, 2), (2, 4)])
+def test_fsdp_cuts_what_tensor_parallelism_has_cut(mesh, rows, size):
+    """As torch.chunk does, first by the one and then by the other."""
+    found = []
+    for row, column in product(*map(range, size)):
+        at = placement.cut(Cut2d((rows, 1), size, (row, column), (_StridedShard(0, split_factor=size[1]), Shard(0))))
+        found.append((at.shape[0], at.first[0]))
+    wanted = []
+    for row, column in product(*map(range, size)):
+        parts = torch.arange(rows).chunk(size[1])
+        part = parts[column] if column < len(parts) else torch.arange(0)
+        pieces = part.chunk(size[0]) if len(part) else ()
+        wanted.append((len(pieces[row]), int(pieces[row][0])) if row < len(pieces) else (0, None))
+    assert [(n, first if n else None) for n, first in found] == wanted
+
+
+class Cut2d:
+    """What is asked of a DTensor on a mesh of two dimensions."""
+
+    def __init__(self, shape, size, coordinate, placements):
+        self.shape, self.ndim, self.placements = shape, len(shape), placements
+        self.device_mesh = SimpleNamespace(
+            get_coordinate=lambda: coordinate, size=lambda dim: size[dim], get_group=lambda dim: dim
+        )
+
+
+def test_what_is_cut_into_scattered_pieces_is_refused(mesh):
+    param = placed(torch.zeros(8, 2), mesh, [_StridedShard(0, split_factor=2), Replicate()]).requires_grad_()
+    with pytest.raises(ValueError, match="must be replicated or sharded in one piece"):
+        SM3([param], lr=0.1)
+
+
+def test_nan_is_the_largest_of_all(mesh):
+    for dtype in (torch.float32, torch.float64):
+        numbers = torch.tensor([-torch.nan, torch.nan, torch.inf, 3.0, 0.0, -1e-40, -2.0, -torch.inf], dtype=dtype)
+        ordered = sharded_steps._ordered(numbers)
+        assert ordered[0] == ordered[1] == ordered.max()
+        assert ordered[1:].tolist() == sorted(ordered[1:].tolist(), reverse=True)
+        back = sharded_steps._in_order(ordered).view(dtype)
+        torch.testing.assert_close(back, numbers, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_rule_that_no_plan_expresses_is_refused(mesh):
     class Branching(Transform):
         name = "branching"
@@ -80,6 +165,29 @@ def test_a_rule_that_no_plan_expresses_is_refused(mesh):
 
 
 # In several processes
+
+
+def not_a_number(rank):
+    """A NaN in one process's part is everyone's maximum and minimum."""
+    mesh = init_device_mesh("cpu", (2,))
+    for name in ("max", "min"):
+        x = torch.tensor([torch.nan, 1.0, 2.0, -3.0] if rank else [1.0, torch.nan, -5.0, 7.0])
+        sharded_steps._combine(sharded_steps.Batch((mesh.get_group(0),), name, x))
+        wanted = [torch.nan, torch.nan, *([2.0, 7.0] if name == "max" else [-5.0, -3.0])]
+        torch.testing.assert_close(x, torch.tensor(wanted), equal_nan=True)
+
+
+def no_rows(rank):
+    """The second process has none of the only row."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = placed(torch.ones(1, 64), mesh, [Shard(0)]).requires_grad_()
+    optimizer = DecoupledLionW([("w", param)], lr=0.1)
+    param.grad = placed(torch.ones(1, 64), mesh, [Shard(0)])
+    optimizer.step()
+    other = DecoupledLionW([("w", param)], lr=0.1, momentum_dtype="int8")
+    with pytest.warns(UserWarning, match="is converted"):
+        other.load_state_dict(optimizer.state_dict(), convert=True)
+    other.step()
 
 
 def plain_and_sharded(rank):
@@ -152,6 +260,6 @@ def data_parallel(rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [plain_and_sharded, converted, data_parallel])
+@pytest.mark.parametrize("function", [plain_and_sharded, converted, data_parallel, not_a_number, no_rows])
 def test_two_processes_do_what_one_does(function, tmp_path):
     run_in_processes(2, function, tmp_path)

@@ -181,7 +181,7 @@ def test_the_results_were_written_by_this_protocol(name):
         pytest.skip("it was interrupted")
     said = json.loads(json.dumps({**WORKLOADS[name].protocol, **WORKLOADS[name].choices}))
     assert {key: file["protocol"][key] for key in said} == said
-    assert list(file["results"]) == [x.title for x in WORKLOADS[name].contenders]
+    assert set(file["results"]) <= {x.title for x in WORKLOADS[name].contenders}  # without what was never finished
 
 
 def test_the_advice_is_what_was_measured():
@@ -191,6 +191,9 @@ def test_the_advice_is_what_was_measured():
     assert max(text["Fusedbun, recommended"], text["Fusedbun, lagged"]) < text["AdamW"]
     assert ratings["SM3, sparse gradients"] < min(ratings["SparseAdam, sparse gradients"], ratings["AdamW"])
     assert ratings["AdamW"] < ratings["Fusedbun, recommended"]
+    for name in ("digits", "mnist", "shakespeare"):
+        little = {x: loss[name][x] for x, row in found[name].items() if row.of["state_bytes_per_parameter"] < 1}
+        assert min(little, key=lambda x: little[x]) == "Adafactor"
     for name in ("digits", "digits_jax", "mnist"):
         assert loss[name]["AdamW"] < loss[name]["Fusedbun, recommended"]
     for name, of in loss.items():

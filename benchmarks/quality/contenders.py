@@ -1,0 +1,214 @@
+"""What is compared: how each optimizer is made in torch and in optax, and the middle of its first learning rates.
+
+Every optimizer has the settings of its name and else its own defaults; nothing decays the weights, so that it is the
+rules that are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedbun
+from benchmarks.quality.published import FirstFusedbun
+from fusedbun.transforms import Momentum, RMSScale, SM3Accumulate
+
+Named = Iterable[tuple[str, Tensor]]
+RECOMMENDED = {"centralize": True, "use_rms": True, "nesterov": True, "Lambda": 0.0}
+PLAIN = {"Lambda": 0.0}
+ADAMW, FUSEDBUN, SM3 = "AdamW", "Fusedbun, recommended", "SM3, momentum"
+PUBLIC = "Fusedbun, first public"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer.
+
+    Args:
+        title: what tables call it.
+        rate: the middle of the learning rates that are tried first.
+        make: makes it: in torch of named parameters and a learning rate, in JAX of a schedule.
+        ours: whether it is of this package.
+        sparse: whether embeddings give it sparse gradients.
+        schedule: its own share of the learning rate, from a step and the number of all; None: the workload's.
+    """
+
+    title: str
+    rate: float
+    make: Callable[..., Any]
+    ours: bool = True
+    sparse: bool = False
+    schedule: Callable[[int, int], float] | None = None
+
+
+class Cautious:
+    """Leaves out the elements of an update whose sign is not the gradient's, and makes the others larger by as much.
+
+    Args:
+        optimizer: whose update it is.
+
+    Source: Liang et al. 2024 (arXiv 2411.16085).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in params]
+        self.optimizer.step()
+        for p, old in zip(params, before, strict=True):
+            update = old - p
+            agree = (update * p.grad > 0).to(p.dtype)
+            p.copy_(old - update * agree / agree.mean().clamp(min=1e-3))
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        self.optimizer.zero_grad()
+
+
+def _own(name: str, given: Mapping[str, Any]) -> Callable[[Named, float], Any]:
+    return lambda params, lr: getattr(fusedbun, name)(params, lr=lr, **given)
+
+
+def _own_chain(*parts: Any) -> Callable[[Named, float], Any]:
+    return lambda params, lr: fusedbun.ChainOptimizer(params, fusedbun.chain(*parts), lr=lr)
+
+
+def _of(module: str, name: str, **given: Any) -> Callable[[Named, float], Any]:
+    """A class of another package, which takes parameters without names."""
+    return lambda params, lr: getattr(import_module(module), name)([p for _, p in params], lr=lr, **given)
+
+
+def _adagrad(params: Named, lr: float) -> torch.optim.Optimizer:
+    torch.sparse.check_sparse_tensor_invariants.disable()  # as it is; but torch warns where nobody says so
+    return torch.optim.Adagrad([p for _, p in params], lr)
+
+
+def mup_type(path: tuple[str, ...], param: Any) -> str:
+    """The u-muP type of a parameter of the networks here."""
+    if path[-1] == "bias":
+        return "bias"
+    return "output" if "output" in path else "weight"
+
+
+_MUP = Contender("MupAdamW", 0.06, _own("MupAdamW", {"mup": mup_type}))
+IN_TORCH = (
+    Contender(FUSEDBUN, 4e-4, _own("Fusedbun", RECOMMENDED)),
+    Contender("Fusedbun, default", 0.02, _own("Fusedbun", PLAIN)),
+    Contender("Fusedbun, lagged", 4e-4, _own("Fusedbun", {**RECOMMENDED, "lagged": True})),
+    Contender(SM3, 0.1, _own("SM3", {"momentum": 0.9})),
+    Contender("SM3", 0.1, _own("SM3", {})),
+    Contender("ScaledOptum", 1e-3, _own("ScaledOptum", {})),
+    _MUP,
+    Contender("DecoupledLionW", 4e-4, _own("DecoupledLionW", {})),
+    Contender(ADAMW, 4e-3, _of("torch.optim", "AdamW", weight_decay=0.0), ours=False),
+    Contender("NAdamW", 4e-3, _of("torch.optim", "NAdam", decoupled_weight_decay=True), ours=False),
+    Contender("Adafactor", 0.02, _of("torch.optim", "Adafactor"), ours=False),
+    Contender("SM3 (torch-SM3), momentum", 0.1, _of("SM3", "SM3", momentum=0.9), ours=False),
+    Contender("Lion (lion-pytorch)", 4e-4, _of("lion_pytorch", "Lion"), ours=False),
+    Contender(PUBLIC, 1e-3, _of("benchmarks.quality.published", "FirstFusedbun", Lambda=0.0), ours=False),
+)
+WITHOUT_TYPES = tuple(x for x in IN_TORCH if x is not _MUP)  # u-muP's types are those of dense networks here
+SPARSE = (
+    Contender("SM3, sparse gradients", 0.1, _own("SM3", {}), sparse=True),
+    Contender("SparseAdam, sparse gradients", 4e-3, _of("torch.optim", "SparseAdam"), ours=False, sparse=True),
+    Contender("Adagrad, sparse gradients", 0.1, _adagrad, ours=False, sparse=True),
+)
+
+
+def _of_its_authors(step: int, steps: int) -> float:
+    """SM3's schedule, with the warm-up of all others."""
+    return fusedbun.sm3_schedule(steps // 10, steps)(step)
+
+
+# A run takes long: few take part, and their learning rates begin at a twentieth of those for networks from scratch.
+TO_FINE_TUNE = tuple(
+    replace(x, rate=x.rate / 20)
+    for x in IN_TORCH
+    if x.title in (FUSEDBUN, SM3, "SM3", "DecoupledLionW", ADAMW, "Adafactor")
+)
+
+
+def _fusedbun(**given: Any) -> Callable[[Named, float], Any]:
+    return _own("Fusedbun", {**RECOMMENDED, **given})
+
+
+def _from_sm3(beta: float, statistic: str, combine: str, nesterov: bool = False) -> Any:
+    """SM3 with momentum, from its parts."""
+    momentum = Momentum(0.9, dampening=0.9, nesterov=nesterov)
+    return _own_chain(SM3Accumulate(beta, statistic, combine), RMSScale(0.0, 1e-30), momentum)
+
+
+VARIANTS = (
+    Contender("Fusedbun without nesterov", 4e-4, _fusedbun(nesterov=False)),
+    Contender("Fusedbun without centralize", 4e-4, _fusedbun(centralize=False)),
+    Contender("Fusedbun, clip_rms=1", 4e-4, _fusedbun(clip_rms=1.0)),
+    Contender("Fusedbun, cautious", 4e-4, lambda params, lr: Cautious(_fusedbun()(params, lr))),
+    Contender("Fusedbun, momentum int4", 4e-4, _fusedbun(momentum_dtype="int4")),
+    Contender("Fusedbun without momentum", 4e-3, _fusedbun(momentum_beta=0.0, nesterov=False)),
+    Contender("Fusedbun, beta_decay=0.95", 4e-4, _fusedbun(beta_decay=0.95)),
+    Contender("SM3, nesterov", 0.1, _from_sm3(0.0, "max", "min", nesterov=True)),
+    Contender("SM3, its authors' schedule", 0.1, _own("SM3", {"momentum": 0.9}), schedule=_of_its_authors),
+    Contender("SM3, beta 0.95", 4e-3, _from_sm3(0.95, "max", "min")),
+    Contender("SM3, mean and minimum, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "min")),
+    Contender("SM3, mean and product, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "product")),
+    Contender("AdamW, betas 0.9, 0.95", 4e-3, _of("torch.optim", "AdamW", betas=(0.9, 0.95), weight_decay=0.0), False),
+)
+AS_REPORTED = (
+    Contender("AdamW", 0, _of("torch.optim", "AdamW", weight_decay=0.01), ours=False),
+    Contender("Fusedbun, recommended", 0, _own("Fusedbun", {**RECOMMENDED, "Lambda": 0.01})),
+    *(
+        Contender(
+            f"{PUBLIC}, {how}",
+            0,
+            lambda params, lr, how=how: FirstFusedbun([p for _, p in params], lr, how),
+            ours=False,
+        )
+        for how in ("described", "written", "before the mask")
+    ),
+)
+
+
+def _jax(name: str, **given: Any) -> Callable[[Any], Any]:
+    def make(schedule: Any) -> Any:
+        library = import_module("fusedbun_jax")
+        axis = {"channel_axis": library.flax_channel_axis} if name in ("fusedbun", "mup_adamw") else {}
+        return getattr(library, name)(schedule, **given, **axis)
+
+    return make
+
+
+def _optax(name: str, **given: Any) -> Callable[[Any], Any]:
+    return lambda schedule: getattr(import_module("optax"), name)(schedule, **given)
+
+
+def _optax_sm3(schedule: Any) -> Any:
+    """`optax.sm3`, which takes no schedule itself, from its parts."""
+    optax = import_module("optax")
+    return optax.chain(optax.scale_by_sm3(0.9), optax.scale_by_learning_rate(schedule))
+
+
+IN_JAX = (
+    Contender(FUSEDBUN, 4e-4, _jax("fusedbun", **RECOMMENDED)),
+    Contender("Fusedbun, default", 0.02, _jax("fusedbun", **PLAIN)),
+    Contender("Fusedbun, lagged", 4e-4, _jax("fusedbun", **RECOMMENDED, lagged=True)),
+    Contender("Fusedbun, lagged, clip_rms=1", 4e-4, _jax("fusedbun", **RECOMMENDED, lagged=True, clip_rms=1.0)),
+    Contender(SM3, 0.1, _jax("sm3", momentum=0.9)),
+    Contender("SM3", 0.1, _jax("sm3")),
+    Contender("ScaledOptum", 1e-3, _jax("scaled_optum")),
+    Contender("MupAdamW", 0.06, _jax("mup_adamw", mup=mup_type)),
+    Contender("DecoupledLionW", 4e-4, _jax("decoupled_lionw")),
+    Contender(ADAMW, 4e-3, _optax("adamw", weight_decay=0.0), ours=False),
+    Contender("NAdamW", 4e-3, _optax("nadamw", weight_decay=0.0), ours=False),
+    Contender("Adafactor", 0.02, _optax("adafactor"), ours=False),
+    Contender("SM3 (optax), momentum", 0.1, _optax_sm3, ours=False),
+    Contender("Lion (optax)", 4e-4, _optax("lion", weight_decay=0.0), ours=False),
+)

@@ -122,6 +122,7 @@ def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
     check_continuation(case.torch, case.optax, start(case.ternary), "float32", TOLERANCE["float32"], tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_a_run_in_float64_goes_on(case, tmp_path, x64):
     check_continuation(case.torch, case.optax, start(case.ternary), "float64", TOLERANCE["float64"], tmp_path)

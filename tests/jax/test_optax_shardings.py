@@ -308,7 +308,7 @@ def test_without_means_eight_devices_compute_the_bits_of_one():
     on_eight_devices(VALUES.format(names=EXACT, variants=variants, check="assert not found"), NO_FMA)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_contractions_eight_devices_compute_the_values_of_one():
     """What a machine does by itself: the last bits differ where products and sums are contracted differently."""
     check = "assert all(size < 1e-6 for share, size in found.values())"
@@ -316,7 +316,7 @@ def test_with_contractions_eight_devices_compute_the_values_of_one():
     on_eight_devices(VALUES.format(names=names, variants=PLAIN + CODED, check=check))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_means_eight_devices_compute_the_values_of_one():
     """A mean is summed in another order. Codes and rounded parameters differ where noise decides on the last bit."""
     check = "assert all(size < 1e-5 or share < 0.002 for share, size in found.values())"
@@ -393,7 +393,7 @@ assert not differing(jax.jit(inside)(grads, state, grads), jax.device_get(jax.ji
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whole_parameters_are_stepped_in_shard_map():
     """By every optimizer, to the bit as without it."""
     on_eight_devices(REPLICATED, NO_FMA)

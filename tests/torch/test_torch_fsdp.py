@@ -148,6 +148,7 @@ def load(rank, folder):
     return found
 
 
+@pytest.mark.long
 def test_what_four_processes_save_two_and_one_load(tmp_path):
     """To the bit, and so are the next steps where no mean is added up in another order."""
     (saved, *_) = run_in_processes(4, save, tmp_path, str(tmp_path))

@@ -184,7 +184,7 @@ def what_is_sent(rank, count):
     return found
 
 
-@pytest.mark.parametrize("count", CUTS)
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_only_vectors_are_sent_in_a_number_of_calls_that_no_parameter_adds_to(count, tmp_path):
     along_axes = 4 * (64 + 32 + 40 + 16 + 8 + 3 + 3)
     (found, *_) = run_in_processes(count, what_is_sent, tmp_path, count)

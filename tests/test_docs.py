@@ -1,7 +1,6 @@
 """The documentation site: its code runs, its formulas name what the code names, and no measured number is typed."""
 
 import re
-import socket
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -22,15 +21,9 @@ MATHEMATICS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## )", TEXTS["mathematics.
 TRANSFORMS = [getattr(transforms, name) for name in transforms.__all__]
 
 
+@pytest.mark.usefixtures("as_torchrun")
 @pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in BLOCKS])
-def test_a_pages_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    as_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    for name, value in as_torchrun.items():
-        monkeypatch.setenv(name, value)
+def test_a_pages_code_runs_from_top_to_bottom(page):
     namespace = {"__name__": "page"}
     for number, block in enumerate(BLOCKS[page], 1):
         exec(compile(block, f"docs/{page}, block {number}", "exec"), namespace)

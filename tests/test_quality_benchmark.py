@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import contenders, data, document, fetch, in_torch, protocol, report
+from benchmarks import fetch
+from benchmarks.quality import contenders, data, document, in_torch, protocol, report
 from benchmarks.quality.contenders import Contender
 from benchmarks.quality.published import FirstFusedbun
 from benchmarks.quality.workloads import WORKLOADS, Workload

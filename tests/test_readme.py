@@ -3,12 +3,12 @@
 import json
 import re
 import shlex
-import socket
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tables
+from benchmarks.tables import memory, results, speed
 from fusedbun.cli import bench, main
 from fusedbun.rounding import BLOCK
 
@@ -17,15 +17,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.usefixtures("as_torchrun")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0])
-def test_every_block_of_code_runs(block, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    as_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    for name, value in as_torchrun.items():
-        monkeypatch.setenv(name, value)
+def test_every_block_of_code_runs(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
@@ -59,49 +53,49 @@ def test_the_bytes_of_codes_are_those_of_their_blocks():
     assert f'`"int8"` ({1 + 1 / BLOCK:.2f} bytes a number) or `"int4"` ({0.5 + 1 / BLOCK:.2f})' in words
 
 
-@pytest.mark.parametrize("name", [tables.SPEED, tables.SHAPES])
+@pytest.mark.parametrize("name", [results.SPEED, results.SHAPES])
 def test_the_commands_beside_the_tables_ask_for_what_was_measured(monkeypatch, name):
     given = {}
     monkeypatch.setattr(bench, "main", lambda options: given.update(options) or 0)
-    python, m, module, *options = shlex.split(tables.command(name))
+    python, m, module, *options = shlex.split(speed.command(name))
     assert (python, m, module) == ("python", "-m", "benchmarks.speed")
     assert main(["bench", *options]) == 0
-    assert bench.Settings(**given).report() == tables.load(name)["settings"]
+    assert bench.Settings(**given).report() == results.load(name)["settings"]
 
 
 def test_we_are_slower_where_the_documents_say_so():
-    rows = [row.strip("| ").split(" | ") for row in tables.slower().splitlines()]
+    rows = [row.strip("| ").split(" | ") for row in speed.slower().splitlines()]
     said = {title: " ".join(row[2] for row in rows if row[0] == title) for title, *_ in rows}
     assert "int4" in said["GPT-2 small"]
     assert "JAX" in said["400 small tensors"]
     assert "int8" in said["a matrix of 3 columns"]
     assert "int8" in said["a matrix of 3 rows"]
-    twice, once = (tables.cases(tables.SHAPES)["vocabulary", threads].runs for threads in (2, 1))
+    twice, once = (results.cases(results.SHAPES)["vocabulary", threads].runs for threads in (2, 1))
     for name in ("SM3", "Fusedbun"):
-        assert twice[tables.OURS, name]["median_ms"] > 0.9 * once[tables.OURS, name]["median_ms"]
-    tall = tables.cases(tables.SHAPES)["tall", 1].runs
-    int4, full = (tall[tables.OURS, f"Fusedbun{x}"] for x in (", bfloat16 rounded stochastically, int4", ""))
+        assert twice[results.OURS, name]["median_ms"] > 0.9 * once[results.OURS, name]["median_ms"]
+    tall = results.cases(results.SHAPES)["tall", 1].runs
+    int4, full = (tall[results.OURS, f"Fusedbun{x}"] for x in (", bfloat16 rounded stochastically, int4", ""))
     assert int4["state_bytes_per_parameter"] > full["state_bytes_per_parameter"]
 
 
 def test_an_interrupted_run_is_not_shown(tmp_path, monkeypatch):
     (tmp_path / "speed.json").write_text(json.dumps({"interrupted": True, "cases": []}))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="came to its end"):
-        tables.cases.__wrapped__("speed.json")
+        results.cases.__wrapped__("speed.json")
 
 
 def test_quality_in_fewer_bits_is_shown_when_it_has_been_measured_to_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.low_precision() == ""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert memory.low_precision() == ""
     protocol = {"steps": 1200, "width": 128, "layers": 2, "context": 64, "batch": 16, "seeds": [0, 1, 2]}
     runs = {"protocol": protocol, "runs": {"Fusedbun|float32|0.0002|0": 1.8}}
     (tmp_path / "low_precision.json").write_text(json.dumps(runs))
-    assert tables.low_precision() == ""
+    assert memory.low_precision() == ""
     shared = {"optimizer": "Fusedbun", "lr": 2e-4, "deviation": 0.01}
     summary = [{**shared, "setting": "float32", "mean": 1.8}, {**shared, "setting": "momentum int4", "mean": 1.89}]
     (tmp_path / "low_precision.json").write_text(json.dumps({**runs, "summary": summary}))
-    assert tables.low_precision().splitlines()[-2:] == [
+    assert memory.low_precision().splitlines()[-2:] == [
         "| `Fusedbun` | float32 | 0.0002 | 1.8000 ± 0.0100 |  |",
         "|  | momentum int4 | 0.0002 | 1.8900 ± 0.0100 | +5.00% |",
     ]

@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.quality.fetch import MissingError
+from benchmarks.fetch import MissingError
 from benchmarks.quality.protocol import FIRST, Study
 from benchmarks.quality.report import DRAWN, PICTURE, draw, load, show
 from benchmarks.quality.workloads import WORKLOADS
@@ -52,9 +52,9 @@ def main(names: list[str]) -> int:
             task = progress.add_task(workload.title, total=runs * workload.steps)
 
             def report(title: str, steps: int, task: object = task) -> None:
-                found = progress.tasks[progress.task_ids.index(task)]  # type: ignore[arg-type]
+                found = progress.tasks[progress.task_ids.index(task)]
                 total = max(found.total or 0, found.completed + steps)  # learning rates beyond an edge come on top
-                progress.update(task, description=title or None, advance=steps, total=total)  # type: ignore[arg-type]
+                progress.update(task, description=title or None, advance=steps, total=total)
 
             try:
                 Study(workload, report).complete()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import fusedbun
+from benchmarks.quality.altered import Cautious, RoundedMomentum
 from benchmarks.quality.published import FirstFusedbun
-from fusedbun.transforms import Momentum, RMSScale, SM3Accumulate
+from fusedbun.transforms import Centralize, Momentum, RMSScale, ScaleByAdam, SM3Accumulate, SparseMask
 
 Named = Iterable[tuple[str, Tensor]]
 RECOMMENDED = {"centralize": True, "use_rms": True, "nesterov": True, "Lambda": 0.0}
@@ -44,34 +45,6 @@ class Contender:
     ours: bool = True
     sparse: bool = False
     schedule: Callable[[int, int], float] | None = None
-
-
-class Cautious:
-    """Leaves out the elements of an update whose sign is not the gradient's, and makes the others larger by as much.
-
-    Args:
-        optimizer: whose update it is.
-
-    Source: Liang et al. 2024 (arXiv 2411.16085).
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        before = [p.clone() for p in params]
-        self.optimizer.step()
-        for p, old in zip(params, before, strict=True):
-            update = old - p
-            agree = (update * p.grad > 0).to(p.dtype)
-            p.copy_(old - update * agree / agree.mean().clamp(min=1e-3))
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-        self.optimizer.zero_grad()
 
 
 def _own(name: str, given: Mapping[str, Any]) -> Callable[[Named, float], Any]:
@@ -141,6 +114,11 @@ def _fusedbun(**given: Any) -> Callable[[Named, float], Any]:
     return _own("Fusedbun", {**RECOMMENDED, **given})
 
 
+def _like_fusedbun(*scaling: Any) -> Callable[[Named, float], Any]:
+    """Fusedbun, recommended, from its parts, with another scaling."""
+    return _own_chain(Centralize(), SparseMask(), *scaling, Momentum(0.9, nesterov=True))
+
+
 def _from_sm3(beta: float, statistic: str, combine: str, nesterov: bool = False) -> Any:
     """SM3 with momentum, from its parts."""
     momentum = Momentum(0.9, dampening=0.9, nesterov=nesterov)
@@ -153,14 +131,24 @@ VARIANTS = (
     Contender("Fusedbun, clip_rms=1", 4e-4, _fusedbun(clip_rms=1.0)),
     Contender("Fusedbun, cautious", 4e-4, lambda params, lr: Cautious(_fusedbun()(params, lr))),
     Contender("Fusedbun, momentum int4", 4e-4, _fusedbun(momentum_dtype="int4")),
+    Contender("Fusedbun, momentum in 3 bits", 4e-4, lambda params, lr: RoundedMomentum(_fusedbun()(params, lr), 3)),
     Contender("Fusedbun without momentum", 4e-3, _fusedbun(momentum_beta=0.0, nesterov=False)),
     Contender("Fusedbun, beta_decay=0.95", 4e-4, _fusedbun(beta_decay=0.95)),
+    Contender("Fusedbun, beta_decay=0.999", 4e-4, _fusedbun(beta_decay=0.999)),
+    Contender("Fusedbun, combine minimum", 4e-4, _like_fusedbun(SM3Accumulate(0.8, "mean", "min"), RMSScale(1e-8))),
+    Contender("Fusedbun, full second moment", 4e-4, _like_fusedbun(ScaleByAdam(0.0, 0.8))),
     Contender("SM3, nesterov", 0.1, _from_sm3(0.0, "max", "min", nesterov=True)),
     Contender("SM3, its authors' schedule", 0.1, _own("SM3", {"momentum": 0.9}), schedule=_of_its_authors),
     Contender("SM3, beta 0.95", 4e-3, _from_sm3(0.95, "max", "min")),
     Contender("SM3, mean and minimum, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "min")),
     Contender("SM3, mean and product, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "product")),
     Contender("AdamW, betas 0.9, 0.95", 4e-3, _of("torch.optim", "AdamW", betas=(0.9, 0.95), weight_decay=0.0), False),
+)
+# Longer runs: who ended first in the short ones, and what makes Fusedbun's state smaller.
+LONGER = tuple(
+    x
+    for x in (*IN_TORCH, *VARIANTS)
+    if x.title in (FUSEDBUN, "Fusedbun, lagged", "Fusedbun, momentum int4", "SM3", ADAMW, "NAdamW", "Adafactor")
 )
 AS_REPORTED = (
     Contender("AdamW", 0, _of("torch.optim", "AdamW", weight_decay=0.01), ours=False),

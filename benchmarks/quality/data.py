@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import shakespeare
-from benchmarks.quality.fetch import FASHION, MNIST, RATINGS, MissingError, archive
+from benchmarks.fetch import FASHION, MNIST, RATINGS, archive
 from fusedbun.cli import network
 
 PARTS = ("train", "validation", "test")
@@ -51,7 +51,7 @@ def digits() -> dict[str, Images]:
 def mnist() -> dict[str, Images]:
     """MNIST, 28 x 28, cut as AlgoPerf cuts it: the last 10,000 of the training images are to choose by."""
     with tarfile.open(archive(MNIST)) as packed:
-        return _idx(lambda name: packed.extractfile(f"package/data/{name}").read())  # type: ignore[union-attr]
+        return _idx(lambda name: packed.extractfile(f"package/data/{name}").read())
 
 
 @cache
@@ -60,16 +60,13 @@ def fashion() -> dict[str, Images]:
     command = ["dpkg-deb", "--fsys-tarfile", str(archive(FASHION))]
     folder = "./usr/share/datasets/fashion-mnist"
     with tarfile.open(fileobj=io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout)) as packed:
-        return _idx(lambda name: gzip.decompress(packed.extractfile(f"{folder}/{name}.gz").read()))  # type: ignore[union-attr]
+        return _idx(lambda name: gzip.decompress(packed.extractfile(f"{folder}/{name}.gz").read()))
 
 
 @cache
 def characters() -> tuple[dict[str, np.ndarray], int]:
     """Shakespeare's works as numbers, nine tenths to train on and two halves of the rest; and how many there are."""
-    try:
-        train, rest, vocabulary = shakespeare.characters()
-    except RuntimeError as error:
-        raise MissingError(str(error)) from None
+    train, rest, vocabulary = shakespeare.characters()
     half = len(rest) // 2
     return dict(zip(PARTS, (train, rest[:half], rest[half:]), strict=True)), vocabulary
 

@@ -12,9 +12,9 @@ from benchmarks.quality import report
 from benchmarks.quality.contenders import ADAMW, FUSEDBUN, PUBLIC, SM3
 from benchmarks.quality.report import DRAWN, HEADS, Row, load, rows
 from benchmarks.quality.workloads import WORKLOADS
-from benchmarks.tables import paragraph, table
+from benchmarks.tables.results import paragraph, table
 
-ABLATIONS = ("fashion_ablation", "shakespeare_ablation")
+ABLATIONS = tuple(name for name, workload in WORKLOADS.items() if workload.beside)
 LITTLE = 1.0  # bytes a parameter
 REPORTED = (0.9166, 0.8819)  # the accuracies of the first public Fusedbun and of AdamW, in that repository's README
 
@@ -81,7 +81,7 @@ def who() -> str:
 def whole() -> str:
     """Everything about every workload."""
     parts = []
-    for name in found():
+    for name in found((*DRAWN, *ABLATIONS)):
         protocol = _protocol(name)
         about = (
             f"{protocol['about'][0].upper()}{protocol['about'][1:]}. {protocol['steps']:,} steps of "
@@ -93,21 +93,18 @@ def whole() -> str:
 
 
 def settings() -> str:
-    """The test loss of every setting over that of the optimizer that it varies."""
+    """How every setting changes the test loss of the optimizer that it varies; of these the loss."""
     names = found(ABLATIONS)
-    made: dict[str, list[str]] = {}
-    for k, name in enumerate(names):
+    made: dict[str, dict[str, str]] = {}
+    for name in names:
         here = {row.title: row for row in rows(name)}
         for who, row in here.items():
             base = here[FUSEDBUN if who.startswith("Fusedbun") else SM3 if who.startswith("SM3") else ADAMW]
-            cells = made.setdefault(who, [""] * (3 * len(names)))
-            own = _against(row, base) if row is not base else ""
-            cells[3 * k : 3 * k + 3] = [_loss(row), own, f"{row.of['learning_rate']:.3g}"]
+            made.setdefault(who, {})[name] = _loss(row) if row is base else _against(row, base)
     bases = [who for who in (FUSEDBUN, SM3, ADAMW) if who in made]
     order = [x for base in bases for x in (base, *(y for y in made if y not in bases and y[:3] == base[:3]))]
-    heads = ["", *(f"{title(n).split(',')[0]}: {x}" for n in names for x in ("test loss", "change", "learning rate"))]
-    body = [[f"**{x}**" if x in bases else x, *made[x]] for x in order]
-    return table(heads, body) if names else ""
+    body = [[f"**{x}**" if x in bases else x, *(made[x].get(name, "") for name in names)] for x in order]
+    return table(["", *(title(name).removesuffix(", settings") for name in names)], body) if names else ""
 
 
 def as_reported() -> str:

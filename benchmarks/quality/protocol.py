@@ -80,7 +80,7 @@ class Study:
             self.write(None)
         else:
             self.report("", self.workload.steps)
-        return self.runs[key]  # type: ignore[no-any-return]
+        return self.runs[key]
 
     def write(self, results: dict[str, Any] | None) -> dict[str, Any]:
         """Writes the file; without results where runs are missing."""

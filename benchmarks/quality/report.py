@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.quality.contenders import ADAMW
+from benchmarks.quality.workloads import LEARNT
 
 RESULTS = Path(__file__).parent.parent / "results"
 PICTURE = RESULTS / "quality.png"
-DRAWN = ("digits", "digits_jax", "mnist", "mnist_jax", "fashion", "shakespeare", "insteval", "mails")
+DRAWN = tuple(workload.name for workload in LEARNT)
 HEADS = (
     *("", "learning rate", "of AdamW's", "test loss", "test accuracy"),
     *("steps to AdamW's loss", "seconds to it", "state, bytes a parameter"),

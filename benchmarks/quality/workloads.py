@@ -97,18 +97,6 @@ _DIGITS = "two convolutions and two dense layers, as `fusedbun train` has them"
 _OF_DIGITS = in_torch.images(data.digits, in_torch.convolutional, 64, 280)
 _OF_FASHION = in_torch.images(data.fashion, in_torch.Perceptron, 256, 600)
 _OF_MNIST = in_torch.images(data.mnist, in_torch.Perceptron, 256, 600)
-_OF_SHAKESPEARE = in_torch.shakespeare(width=64, layers=2, context=64, size=8, steps=400)
-_OF_RATINGS = in_torch.ratings(width=16, size=256, steps=690)
-SHAKESPEARE = _torch(
-    "shakespeare",
-    "Shakespeare",
-    "a transformer that predicts characters, 2 layers of width 64, texts of 64",
-    _OF_SHAKESPEARE,
-    8,
-    contenders.WITHOUT_TYPES,
-    seeds=THREE,
-)
-FASHION = _torch("fashion", "Fashion-MNIST", HIDDEN, _OF_FASHION, 256, contenders.IN_TORCH, seeds=THREE)
 
 
 def _sigmoid(seed: int) -> nn.Module:
@@ -116,45 +104,62 @@ def _sigmoid(seed: int) -> nn.Module:
 
 
 _AS_REPORTED = replace(in_torch.images(data.mnist, _sigmoid, 16, 7813), share=in_torch.cosine)
+LEARNT = (
+    _torch("digits", "digits", _DIGITS, _OF_DIGITS, 64, contenders.IN_TORCH, tuning_seeds=OF_FEW),
+    _jax("digits_jax", "digits, in Flax", _DIGITS, 64, 280, tuning_seeds=OF_FEW),
+    _torch("mnist", "MNIST", HIDDEN, _OF_MNIST, 256, contenders.IN_TORCH),
+    _jax("mnist_jax", "MNIST, in Flax", HIDDEN, 256, 600),
+    _torch("fashion", "Fashion-MNIST", HIDDEN, _OF_FASHION, 256, contenders.IN_TORCH, seeds=THREE),
+    _torch(
+        "shakespeare",
+        "Shakespeare",
+        "a transformer that predicts characters, 2 layers of width 64, texts of 64",
+        in_torch.shakespeare(width=64, layers=2, context=64, size=8, steps=400),
+        8,
+        contenders.WITHOUT_TYPES,
+        seeds=THREE,
+    ),
+    _torch(
+        "shakespeare_longer",
+        "Shakespeare, longer",
+        "a transformer that predicts characters, 2 layers of width 128, texts of 64",
+        in_torch.shakespeare(width=128, layers=2, context=64, size=16, steps=1200),
+        16,
+        contenders.LONGER,
+        seeds=THREE,
+    ),
+    _torch(
+        "insteval",
+        "InstEval",
+        "ratings from embeddings of width 16 of 2,972 students and 1,128 lecturers",
+        in_torch.ratings(width=16, size=256, steps=690),
+        256,
+        contenders.WITHOUT_TYPES + contenders.SPARSE,
+    ),
+    _torch(
+        "mails",
+        "SpamAssassin",
+        "fine-tuning of MiniLM, 22.7 million weights, to tell spam from mails of 32 tokens",
+        minilm.task(size=16, steps=40),
+        16,
+        contenders.TO_FINE_TUNE,
+        seeds=THREE,
+    ),
+)
+TAKEN_APART = ("digits", "fashion", "shakespeare", "insteval")
+AS_REPORTED = Workload(
+    "as_reported",
+    "MNIST, as the first public Fusedbun reported it",
+    "784 pixels, 128 hidden units with sigmoid, 10 classes",
+    16,
+    _AS_REPORTED.steps,
+    COSINE,
+    partial(in_torch.run, _AS_REPORTED),
+    contenders.AS_REPORTED,
+    seeds=THREE,
+    rates=(4e-6, 1.6e-5, 3e-5, 6.3e-5, 2.5e-4, 1e-3),
+)
 WORKLOADS = {
     workload.name: workload
-    for workload in (
-        _torch("digits", "digits", _DIGITS, _OF_DIGITS, 64, contenders.IN_TORCH, tuning_seeds=OF_FEW),
-        _jax("digits_jax", "digits, in Flax", _DIGITS, 64, 280, tuning_seeds=OF_FEW),
-        _torch("mnist", "MNIST", HIDDEN, _OF_MNIST, 256, contenders.IN_TORCH),
-        _jax("mnist_jax", "MNIST, in Flax", HIDDEN, 256, 600),
-        FASHION,
-        SHAKESPEARE,
-        _torch(
-            "insteval",
-            "InstEval",
-            "ratings from embeddings of width 16 of 2,972 students and 1,128 lecturers",
-            _OF_RATINGS,
-            256,
-            contenders.WITHOUT_TYPES + contenders.SPARSE,
-        ),
-        _torch(
-            "mails",
-            "SpamAssassin",
-            "fine-tuning of MiniLM, 22.7 million weights, to tell spam from mails of 32 tokens",
-            minilm.task(size=16, steps=40),
-            16,
-            contenders.TO_FINE_TUNE,
-            seeds=THREE,
-        ),
-        _ablation(FASHION),
-        _ablation(SHAKESPEARE),
-        Workload(
-            "as_reported",
-            "MNIST, as the first public Fusedbun reported it",
-            "784 pixels, 128 hidden units with sigmoid, 10 classes",
-            16,
-            _AS_REPORTED.steps,
-            COSINE,
-            partial(in_torch.run, _AS_REPORTED),
-            contenders.AS_REPORTED,
-            seeds=THREE,
-            rates=(4e-6, 1.6e-5, 3e-5, 6.3e-5, 2.5e-4, 1e-3),
-        ),
-    )
+    for workload in (*LEARNT, *(_ablation(x) for x in LEARNT if x.name in TAKEN_APART), AS_REPORTED)
 }

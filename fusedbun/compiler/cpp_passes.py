@@ -14,6 +14,7 @@ it is reduced along a block, a7 while it is reduced over a chunk; p0, p1, … ar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 
 from fusedbun.compiler.cpp_text import (
@@ -46,8 +47,11 @@ def each(*lines: str) -> str:
     return f"each<K>([&](auto k) {INLINED} {{ {' '.join(lines)} }});"
 
 
-class Way:
+class Way(ABC):
     """A way of going over memory; the subclasses say how each part of the skeleton is written.
+
+    What raises NotImplementedError here is not asked of every way: the flat one has neither blocks nor small vectors,
+    and one that packs several rows has no place along a row.
 
     Args:
         schedule: what is done.
@@ -74,21 +78,21 @@ class Way:
 
     # ---- what the subclasses write
 
+    @abstractmethod
     def before(self, work: Pass, vectors: list[Value], crossing: list[Value]) -> Iterator[str]:
         """What the function begins with: `v7_` points to small vectors, `a7_` to the reductions over the chunk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def around(self, block: list[str]) -> list[str]:
         """The loops over the blocks."""
-        raise NotImplementedError
 
     def behind(self, crossing: list[Value]) -> Iterator[str]:
         """What the function ends with."""
         return iter(())
 
+    @abstractmethod
     def loop(self, arrays: list[str], body: list[str]) -> list[str]:
         """The loop of a sweep along a block."""
-        raise NotImplementedError
 
     def pointers(self, arrays: list[str]) -> Iterator[str]:
         """Pointers to arrays of full size, at the start of a block."""
@@ -100,9 +104,9 @@ class Way:
     def store_block(self, pointer: str, text: str) -> str:
         raise NotImplementedError
 
+    @abstractmethod
     def element(self, number: int) -> str:
         """A pointer to an element of an array."""
-        raise NotImplementedError
 
     def ask_ahead(self, number: int) -> str:
         """Asks for what is loaded from an array soon after this element; nothing where memory need not be asked."""

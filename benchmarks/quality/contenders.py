@@ -110,6 +110,9 @@ TO_FINE_TUNE = tuple(
 )
 
 
+_NO_MOMENTUM = {"momentum_beta": 0.0, "nesterov": False}
+
+
 def _fusedbun(**given: Any) -> Callable[[Named, float], Any]:
     return _own("Fusedbun", {**RECOMMENDED, **given})
 
@@ -119,10 +122,10 @@ def _like_fusedbun(*scaling: Any) -> Callable[[Named, float], Any]:
     return _own_chain(Centralize(), SparseMask(), *scaling, Momentum(0.9, nesterov=True))
 
 
-def _from_sm3(beta: float, statistic: str, combine: str, nesterov: bool = False) -> Any:
-    """SM3 with momentum, from its parts."""
-    momentum = Momentum(0.9, dampening=0.9, nesterov=nesterov)
-    return _own_chain(SM3Accumulate(beta, statistic, combine), RMSScale(0.0, 1e-30), momentum)
+def _from_sm3(beta: float, statistic: str, combine: str, momentum: float = 0.9, nesterov: bool = False) -> Any:
+    """SM3 from its parts."""
+    parts = (SM3Accumulate(beta, statistic, combine), RMSScale(0.0, 1e-30))
+    return _own_chain(*parts, Momentum(momentum, dampening=momentum, nesterov=nesterov))
 
 
 VARIANTS = (
@@ -132,8 +135,10 @@ VARIANTS = (
     Contender("Fusedbun, cautious", 4e-4, lambda params, lr: Cautious(_fusedbun()(params, lr))),
     Contender("Fusedbun, momentum int4", 4e-4, _fusedbun(momentum_dtype="int4")),
     Contender("Fusedbun, momentum in 3 bits", 4e-4, lambda params, lr: RoundedMomentum(_fusedbun()(params, lr), 3)),
-    Contender("Fusedbun without momentum", 4e-3, _fusedbun(momentum_beta=0.0, nesterov=False)),
+    Contender("Fusedbun without momentum", 4e-3, _fusedbun(**_NO_MOMENTUM)),
     Contender("Fusedbun, beta_decay=0.95", 4e-4, _fusedbun(beta_decay=0.95)),
+    Contender("Fusedbun without momentum or centralize", 4e-3, _fusedbun(**_NO_MOMENTUM, centralize=False)),
+    Contender("Fusedbun without centralize, beta_decay=0.95", 4e-4, _fusedbun(centralize=False, beta_decay=0.95)),
     Contender("Fusedbun, beta_decay=0.999", 4e-4, _fusedbun(beta_decay=0.999)),
     Contender("Fusedbun, combine minimum", 4e-4, _like_fusedbun(SM3Accumulate(0.8, "mean", "min"), RMSScale(1e-8))),
     Contender("Fusedbun, full second moment", 4e-4, _like_fusedbun(ScaleByAdam(0.0, 0.8))),
@@ -141,6 +146,7 @@ VARIANTS = (
     Contender("SM3, its authors' schedule", 0.1, _own("SM3", {"momentum": 0.9}), schedule=_of_its_authors),
     Contender("SM3, beta 0.95", 4e-3, _from_sm3(0.95, "max", "min")),
     Contender("SM3, mean and minimum, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "min")),
+    Contender("SM3, mean and minimum, beta 0.95, no momentum", 4e-3, _from_sm3(0.95, "mean", "min", momentum=0.0)),
     Contender("SM3, mean and product, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "product")),
     Contender("AdamW, betas 0.9, 0.95", 4e-3, _of("torch.optim", "AdamW", betas=(0.9, 0.95), weight_decay=0.0), False),
 )

@@ -1,7 +1,9 @@
 """Phases: run on a leaf's parts, with what crosses combined here, they do what the step of the whole does."""
 
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from random_chains import COUNT, random_problem
 
 from fusedbun import chain, in_numpy, recipes
 from fusedbun.compiler.blocks import Blocks, plan, scheduled
+from fusedbun.compiler.schedule import WIDE
 from fusedbun.compiler.shards import phases
-from fusedbun.compiler.trace import FIRST, SIZE, evaluate, hyperparameters, trace
+from fusedbun.compiler.trace import FIRST, SIZE, evaluate, hyperparameters, trace, used
+from fusedbun.transform import Slot, Transform
 from fusedbun.transforms import Decay, Momentum, SM3Accumulate
 
 COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum}
@@ -119,6 +123,54 @@ def test_chains_composed_at_random(seed):
     arrays = leaf(transforms, shape, seed=seed)
     want = by_definition(transforms, arrays)
     compared(in_parts(transforms, arrays, some_cuts(shape)[-1]), want, partial(assert_near, tolerance=1e-11))
+
+
+@pytest.mark.parametrize("cuts", [(2, 1), (1, 3), (2, 3)])
+def test_the_noise_is_that_of_an_elements_place_in_the_whole(cuts):
+    transforms = chain(Momentum(0.9, dtype="bfloat16"))
+    arrays = leaf(transforms, (5, 7), "float32")
+    compared(in_parts(transforms, arrays, cuts), by_definition(transforms, arrays), assert_same)
+
+
+@dataclass(frozen=True)
+class Probe(Transform):
+    """Passes the update on, and keeps what no transformation here does.
+
+    A sum of minima, one number, is known late, and divides what is each row's own. What is kept of a column is known
+    late too, and takes an age that is renewed from the update before.
+    """
+
+    name: ClassVar[str] = "probe"
+
+    def slots(self, shape):
+        return {"share": Slot((0,)), "column": Slot((1,)), "age": Slot((1,))}
+
+    def update(self, xp, signal, state, param):
+        s = signal.update * signal.update
+        lows, highs = (f(s, axis=(1,), keepdims=True) for f in (xp.min, xp.max))
+        total = xp.sum(lows, axis=(0,), keepdims=True)
+        age = 0.5 * state["age"] + xp.max(s, axis=(0,), keepdims=True)
+        return signal, {"share": highs / total, "column": state["column"] + total * state["age"], "age": age}
+
+
+@pytest.mark.parametrize("cuts", [(2, 1), (1, 3), (2, 3)])
+def test_what_is_read_late_is_written_late_and_different_functions_cross_apart(cuts):
+    transforms = chain(Probe())
+    arrays = leaf(transforms, (5, 7))
+    compared(
+        in_parts(transforms, arrays, cuts), by_definition(transforms, arrays), partial(assert_near, tolerance=1e-12)
+    )
+
+
+@pytest.mark.parametrize(
+    "transforms", [chain(Probe()), recipes.sm3(0.9), RECOMMENDED], ids=["probe", "sm3", "fusedbun"]
+)
+@pytest.mark.parametrize("cut", [{0}, {1}, {0, 1}], ids=str)
+def test_once_the_parameter_is_written_nothing_of_full_size_is_read(transforms, cut):
+    made = phases(trace(transforms, 2), frozenset(cut))
+    (written,) = (t for t, phase in enumerate(made) if "param" in phase.program.outputs)
+    for phase in made[written + 1 :]:
+        assert not [v.detail for v in used(phase.program.outputs.values()) if v.op == "input" and v.span in WIDE]
 
 
 def described(transforms, cut, ndim=2):

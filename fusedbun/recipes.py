@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 from fusedbun.chain import Chain, chain
 from fusedbun.derive import INITIAL_LR
@@ -133,6 +133,8 @@ def fusedbun(
         nesterov: Nesterov's momentum.
         clip_rms: the largest root mean square of a parameter's scaled update, in (0, inf); None: no clipping.
         lagged: let the second moment use the step before's statistics of all axes but the first (one pass over memory).
+            Where outputs are not the first axis, as in Flax, set clip_rms=1 with it: a unit that wakes up is otherwise
+            divided by what it was before.
         channel_axis: the axis that `centralize` keeps.
         momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
             parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
@@ -160,6 +162,7 @@ def sm3(
     beta: UnitInterval = 0.0,
     eps: NonNegative = 1e-30,
     *,
+    statistic: Literal["max", "mean"] = "max",
     momentum_dtype: MomentDtype = None,
 ) -> Chain:
     """SM3-II: the smallest of a vector per axis bounds the second moment of every element.
@@ -176,6 +179,8 @@ def sm3(
             momentum is stored.
         beta: the share of the past that the second moment keeps, in [0, 1); at 0 squares are summed.
         eps: added under the root, in [0, inf).
+        statistic: "max", SM3's own, or "mean": the vectors hold running means of squares, which follow the gradients
+            closer. To be used with beta=0.95 or so, and a learning rate like AdamW's; not for sparse gradients.
         momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
             parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
             are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
@@ -185,7 +190,7 @@ def sm3(
     Source: Anil, Gupta, Koren, Singer 2019 (arXiv 1901.11150).
     """
     damped = Momentum(momentum, dampening=momentum, dtype=momentum_dtype)
-    return chain(SM3Accumulate(beta, "max", "min"), RMSScale(0.0, eps), damped)
+    return chain(SM3Accumulate(beta, statistic, "min"), RMSScale(0.0, eps), damped)
 
 
 @recipe("ScaledOptum", lr=1e-2)

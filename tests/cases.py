@@ -92,6 +92,7 @@ CASES = [
     of_recipe("last axis", "fusedbun", **RECOMMENDED, channel_axis=-1),
     of_recipe("", "sm3"),
     of_recipe("momentum", "sm3", momentum=0.9, beta=0.9),
+    of_recipe("of means", "sm3", beta=0.95, statistic="mean"),
     of_recipe("", "scaled_optum", weight_decay=0.1),
     of_recipe("", "ternary_vote", lr=1.0, threshold=2),
     of_recipe("", "mup_adam", mup=by_size),

@@ -101,16 +101,6 @@ def test_quality_in_fewer_bits_is_shown_when_it_has_been_measured_to_the_end(tmp
     ]
 
 
-@pytest.mark.parametrize(("name", "title"), [("fusedbun", "Fusedbun"), ("adamw", "AdamW")])
-def test_the_quality_table_is_the_benchmarks(name, title):
-    result = json.loads((ROOT / "benchmarks/results/digits.json").read_text())["results"][name]
-    row = (
-        f"| {title} | {result['learning_rate']:g} | {result['test_accuracy_mean']:.2%} "
-        f"± {result['test_accuracy_deviation']:.2%} | {result['test_loss_mean']:.3f} |"
-    )
-    assert row in README
-
-
 def test_the_drift_is_the_demos():
     runs = json.loads((ROOT / "docs/demo/results.json").read_text())["weight_difference"]
     assert f"{runs['fusedbun']:.1e} with Fusedbun and by {runs['adamw']:.1e} with AdamW" in README

@@ -22,7 +22,10 @@ from fusedbun.transforms import Centralize, Momentum, RMSScale, ScaleByAdam, SM3
 Named = Iterable[tuple[str, Tensor]]
 RECOMMENDED = {"centralize": True, "use_rms": True, "nesterov": True, "Lambda": 0.0}
 PLAIN = {"Lambda": 0.0}
+NO_MOMENTUM = {"momentum_beta": 0.0, "nesterov": False}
+MEANS = {"beta": 0.95, "statistic": "mean"}
 ADAMW, FUSEDBUN, SM3 = "AdamW", "Fusedbun, recommended", "SM3, momentum"
+WITHOUT_MOMENTUM, OF_MEANS = "Fusedbun without momentum", "SM3 of means"
 PUBLIC = "Fusedbun, first public"
 
 
@@ -77,8 +80,10 @@ IN_TORCH = (
     Contender(FUSEDBUN, 4e-4, _own("Fusedbun", RECOMMENDED)),
     Contender("Fusedbun, default", 0.02, _own("Fusedbun", PLAIN)),
     Contender("Fusedbun, lagged", 4e-4, _own("Fusedbun", {**RECOMMENDED, "lagged": True})),
+    Contender(WITHOUT_MOMENTUM, 4e-3, _own("Fusedbun", {**RECOMMENDED, **NO_MOMENTUM})),
     Contender(SM3, 0.1, _own("SM3", {"momentum": 0.9})),
     Contender("SM3", 0.1, _own("SM3", {})),
+    Contender(OF_MEANS, 4e-3, _own("SM3", MEANS)),
     Contender("ScaledOptum", 1e-3, _own("ScaledOptum", {})),
     _MUP,
     Contender("DecoupledLionW", 4e-4, _own("DecoupledLionW", {})),
@@ -106,11 +111,8 @@ def _of_its_authors(step: int, steps: int) -> float:
 TO_FINE_TUNE = tuple(
     replace(x, rate=x.rate / 20)
     for x in IN_TORCH
-    if x.title in (FUSEDBUN, SM3, "SM3", "DecoupledLionW", ADAMW, "Adafactor")
+    if x.title in (FUSEDBUN, WITHOUT_MOMENTUM, SM3, "SM3", OF_MEANS, "DecoupledLionW", ADAMW, "Adafactor")
 )
-
-
-_NO_MOMENTUM = {"momentum_beta": 0.0, "nesterov": False}
 
 
 def _fusedbun(**given: Any) -> Callable[[Named, float], Any]:
@@ -122,10 +124,10 @@ def _like_fusedbun(*scaling: Any) -> Callable[[Named, float], Any]:
     return _own_chain(Centralize(), SparseMask(), *scaling, Momentum(0.9, nesterov=True))
 
 
-def _from_sm3(beta: float, statistic: str, combine: str, momentum: float = 0.9, nesterov: bool = False) -> Any:
-    """SM3 from its parts."""
-    parts = (SM3Accumulate(beta, statistic, combine), RMSScale(0.0, 1e-30))
-    return _own_chain(*parts, Momentum(momentum, dampening=momentum, nesterov=nesterov))
+def _from_sm3(beta: float, statistic: str, combine: str, nesterov: bool = False) -> Any:
+    """SM3 with momentum, from its parts."""
+    momentum = Momentum(0.9, dampening=0.9, nesterov=nesterov)
+    return _own_chain(SM3Accumulate(beta, statistic, combine), RMSScale(0.0, 1e-30), momentum)
 
 
 VARIANTS = (
@@ -135,9 +137,8 @@ VARIANTS = (
     Contender("Fusedbun, cautious", 4e-4, lambda params, lr: Cautious(_fusedbun()(params, lr))),
     Contender("Fusedbun, momentum int4", 4e-4, _fusedbun(momentum_dtype="int4")),
     Contender("Fusedbun, momentum in 3 bits", 4e-4, lambda params, lr: RoundedMomentum(_fusedbun()(params, lr), 3)),
-    Contender("Fusedbun without momentum", 4e-3, _fusedbun(**_NO_MOMENTUM)),
     Contender("Fusedbun, beta_decay=0.95", 4e-4, _fusedbun(beta_decay=0.95)),
-    Contender("Fusedbun without momentum or centralize", 4e-3, _fusedbun(**_NO_MOMENTUM, centralize=False)),
+    Contender("Fusedbun without momentum or centralize", 4e-3, _fusedbun(**NO_MOMENTUM, centralize=False)),
     Contender("Fusedbun without centralize, beta_decay=0.95", 4e-4, _fusedbun(centralize=False, beta_decay=0.95)),
     Contender("Fusedbun, beta_decay=0.999", 4e-4, _fusedbun(beta_decay=0.999)),
     Contender("Fusedbun, combine minimum", 4e-4, _like_fusedbun(SM3Accumulate(0.8, "mean", "min"), RMSScale(1e-8))),
@@ -146,16 +147,12 @@ VARIANTS = (
     Contender("SM3, its authors' schedule", 0.1, _own("SM3", {"momentum": 0.9}), schedule=_of_its_authors),
     Contender("SM3, beta 0.95", 4e-3, _from_sm3(0.95, "max", "min")),
     Contender("SM3, mean and minimum, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "min")),
-    Contender("SM3, mean and minimum, beta 0.95, no momentum", 4e-3, _from_sm3(0.95, "mean", "min", momentum=0.0)),
     Contender("SM3, mean and product, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "product")),
     Contender("AdamW, betas 0.9, 0.95", 4e-3, _of("torch.optim", "AdamW", betas=(0.9, 0.95), weight_decay=0.0), False),
 )
 # Longer runs: who ended first in the short ones, and what makes Fusedbun's state smaller.
-LONGER = tuple(
-    x
-    for x in (*IN_TORCH, *VARIANTS)
-    if x.title in (FUSEDBUN, "Fusedbun, lagged", "Fusedbun, momentum int4", "SM3", ADAMW, "NAdamW", "Adafactor")
-)
+_OF_LONGER = (FUSEDBUN, "Fusedbun, lagged", "Fusedbun, momentum int4", WITHOUT_MOMENTUM, "SM3", OF_MEANS)
+LONGER = tuple(x for x in (*IN_TORCH, *VARIANTS) if x.title in (*_OF_LONGER, ADAMW, "NAdamW", "Adafactor"))
 AS_REPORTED = (
     Contender("AdamW", 0, _of("torch.optim", "AdamW", weight_decay=0.01), ours=False),
     Contender("Fusedbun, recommended", 0, _own("Fusedbun", {**RECOMMENDED, "Lambda": 0.01})),
@@ -195,8 +192,10 @@ IN_JAX = (
     Contender("Fusedbun, default", 0.02, _jax("fusedbun", **PLAIN)),
     Contender("Fusedbun, lagged", 4e-4, _jax("fusedbun", **RECOMMENDED, lagged=True)),
     Contender("Fusedbun, lagged, clip_rms=1", 4e-4, _jax("fusedbun", **RECOMMENDED, lagged=True, clip_rms=1.0)),
+    Contender(WITHOUT_MOMENTUM, 4e-3, _jax("fusedbun", **RECOMMENDED | NO_MOMENTUM)),
     Contender(SM3, 0.1, _jax("sm3", momentum=0.9)),
     Contender("SM3", 0.1, _jax("sm3")),
+    Contender(OF_MEANS, 4e-3, _jax("sm3", **MEANS)),
     Contender("ScaledOptum", 1e-3, _jax("scaled_optum")),
     Contender("MupAdamW", 0.06, _jax("mup_adamw", mup=mup_type)),
     Contender("DecoupledLionW", 4e-4, _jax("decoupled_lionw")),

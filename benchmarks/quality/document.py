@@ -9,12 +9,14 @@ import statistics
 from typing import Any
 
 from benchmarks.quality import report
-from benchmarks.quality.contenders import ADAMW, FUSEDBUN, PUBLIC, SM3
+from benchmarks.quality.contenders import ADAMW, FUSEDBUN, OF_MEANS, PUBLIC, SM3, WITHOUT_MOMENTUM
 from benchmarks.quality.report import DRAWN, HEADS, Row, load, rows
 from benchmarks.quality.workloads import WORKLOADS
 from benchmarks.tables.results import paragraph, table
 
 ABLATIONS = tuple(name for name, workload in WORKLOADS.items() if workload.beside)
+IN_TORCH = tuple(name for name in DRAWN if not name.endswith("_jax"))
+CHOICE = (FUSEDBUN, WITHOUT_MOMENTUM, OF_MEANS, "SM3", ADAMW, "NAdamW", "Adafactor")
 LITTLE = 1.0  # bytes a parameter
 REPORTED = (0.9166, 0.8819)  # the accuracies of the first public Fusedbun and of AdamW, in that repository's README
 
@@ -29,9 +31,32 @@ def title(name: str) -> str:
     return str(_protocol(name)["title"])
 
 
+def in_a_few_rows() -> str:
+    """The test loss over AdamW's of those to choose from, and their state in bytes a parameter."""
+    names = found(IN_TORCH)
+    here = {name: {row.title: row for row in rows(name)} for name in names}
+    made = []
+    for who in CHOICE:
+        state = [of[who].of["state_bytes_per_parameter"] for of in here.values() if who in of]
+        if state:
+            cells = [_against(of[who], of[ADAMW].of) if who in of else "" for of in here.values()]
+            least, most = f"{min(state):.2f}", f"{max(state):.2f}"
+            ours = any(of[who].of["ours"] for of in here.values() if who in of)
+            made.append([f"**{who}**" if ours else who, least if least == most else f"{least} - {most}", *cells])
+    return table(["", "state", *map(title, names)], made) if made else ""
+
+
 def in_short() -> str:
-    """The test loss over AdamW's, an optimizer a row and a workload a column."""
-    names = found()
+    """The test loss over AdamW's in torch, an optimizer a row and a workload a column."""
+    return _over_adamw(found(IN_TORCH))
+
+
+def in_flax() -> str:
+    """The same in Flax."""
+    return _over_adamw(found(tuple(name for name in DRAWN if name not in IN_TORCH)))
+
+
+def _over_adamw(names: list[str]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for name in names:
         for row in rows(name):

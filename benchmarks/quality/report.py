@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.quality.contenders import ADAMW
+from benchmarks.quality.contenders import ADAMW, FUSEDBUN, OF_MEANS, SM3, WITHOUT_MOMENTUM
 from benchmarks.quality.workloads import LEARNT
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -26,9 +26,10 @@ HEADS = (
 COLOURS = {
     ADAMW: "#000000",
     "NAdamW": "#999999",
-    "Fusedbun, recommended": "#D55E00",
-    "Fusedbun, lagged": "#E69F00",
-    "SM3, momentum": "#0072B2",
+    FUSEDBUN: "#D55E00",
+    WITHOUT_MOMENTUM: "#E69F00",
+    OF_MEANS: "#0072B2",
+    "SM3": "#56B4E9",
     "DecoupledLionW": "#009E73",
     "Adafactor": "#CC79A7",
 }
@@ -103,7 +104,7 @@ def rows(name: str) -> list[Row]:
     results = dict(file["results"])
     beside = load(file["protocol"]["beside"]) if "beside" in file["protocol"] else None
     if beside:
-        results |= {x: beside["results"][x] for x in (ADAMW, "Fusedbun, recommended", "SM3, momentum")}
+        results |= {x: beside["results"][x] for x in (ADAMW, FUSEDBUN, WITHOUT_MOMENTUM, SM3, OF_MEANS)}
     adamw = results.get(ADAMW)
     found = [Row(title, of, adamw, file["protocol"]["steps"]) for title, of in results.items()]
     return sorted(found, key=lambda row: math.inf if row.of["loss"] is None else row.of["loss"])

@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w ]+) -->\n).*?(?P<end><!
 
 
 def quality(part: str) -> Callable[[], str]:
-    """A table of docs/quality.md, which `benchmarks.quality.document` makes."""
+    """A table of quality, which `benchmarks.quality.document` makes."""
 
     def make() -> str:
         from benchmarks.quality import document
@@ -46,7 +46,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory.memory_whole,
     "low precision": memory.low_precision,
     "low precision in short": memory.low_precision_in_short,
+    "quality in a few rows": quality("in_a_few_rows"),
     "quality in short": quality("in_short"),
+    "quality in Flax": quality("in_flax"),
     "quality who": quality("who"),
     "quality rates": quality("rates"),
     "quality settings": quality("settings"),

@@ -59,7 +59,8 @@ LESS_USUAL: dict[str, list[Settings]] = {
         *_every(**_RECOMMENDED, nesterov=(True, False), lagged=(True, False), Lambda=(0.0,)),
         *_every(**_RECOMMENDED, nesterov=(True, False), clip_rms=(1.0,), Lambda=(0.0,)),
         *_every(**_RECOMMENDED, momentum_beta=(0.0,), lagged=(True, False), Lambda=(0.0,)),
-    ]
+    ],
+    "sm3": _every(momentum=(0.0, 0.9), beta=(0.9,), statistic=("mean",)),
 }
 # Of bfloat16 parameters, with fewer bits a moment, and rounded to the nearest or stochastically.
 FEWER_BITS: dict[str, list[Settings]] = {

@@ -44,7 +44,7 @@ def test_every_table_is_in_a_document():
 
 @pytest.mark.parametrize("document", ["docs/performance.md", "docs/memory.md", "docs/quality.md"])
 def test_no_measurement_is_typed(document):
-    words = tables.typed((ROOT / document).read_text())
+    words = re.sub("`[^`]*`", "", tables.typed((ROOT / document).read_text()))  # settings stand in code
     assert not re.findall(r"\d+\.\d+|\d\s?%|\d\s(?:ms|ns|KiB|MiB|GiB|MB|GB|times)\b", words)
 
 

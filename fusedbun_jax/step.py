@@ -1,4 +1,4 @@
-"""Whole chains as optax optimizers, with a step that goes over memory once."""
+"""Whole chains as optax optimizers, with a step that changes the parameters in place."""
 
 from __future__ import annotations
 

@@ -117,6 +117,9 @@ def test_a_tied_weight_is_counted_once_and_named():
     assert plan.parameters == 50 * 8
     assert plan.tied == ("embed.weight",)
     assert "Of a tied weight (embed.weight) a second gradient" in str(plan)
+    shapes = fusedbun.plan({"embed.weight": (50, 8)}, "sm3")
+    assert shapes.tied is None
+    assert "Which weights are tied is not known from shapes" in str(shapes)
 
 
 def test_sparse_embeddings_keep_a_number_for_each_row():
@@ -252,7 +255,7 @@ def test_options_that_are_not_valid(options, reason):
     [
         (lambda: Setting("sm4"), ValueError, "but it is 'sm4'; did you mean 'sm3'?"),
         (lambda: fusedbun.plan(SHAPES, ["adamq"]), ValueError, "did you mean 'adamw'?"),
-        (lambda: Setting("sm3", {"momentun": 0.9}), TypeError, "its arguments are momentum, beta, eps, momentum_dtype"),
+        (lambda: Setting("sm3", {"momentun": 0.9}), TypeError, "its arguments are momentum, beta, eps, statistic, momentum_dtype"),
         (lambda: Setting("sm3", {"momentum_dtype": "int3"}), ValueError, "but it is 'int3'"),
         (lambda: Setting("decoupled_lionw", {"momentum_dtype": "int4"}), ValueError, "too coarse"),
         (lambda: Setting("adamw", {"amsgrad": True}), TypeError, 'adamw takes "weights" only'),

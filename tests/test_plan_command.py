@@ -130,7 +130,7 @@ def test_a_chart(capsys, tmp_path):
         (["8x8", "--optimizer", "sm33"], "but it is 'sm33'; did you mean 'sm3'?"),
         (["8x8", "--optimizer", "sm3:momentum"], "must be NAME or NAME:KEY=VALUE,…, but it is 'sm3:momentum'"),
         (["8x8", "--optimizer", "sm3:momentum=2"], "sm3: momentum must lie in [0, 1), but it is 2"),
-        (["8x8", "--optimizer", "sm3:moment=2"], "its arguments are momentum, beta, eps, momentum_dtype"),
+        (["8x8", "--optimizer", "sm3:moment=2"], "its arguments are momentum, beta, eps, statistic, momentum_dtype"),
         (["8x8", "--budget", "24"], "argument --budget: must be a size above 0, a number and one of the units B, KiB"),
         (["8x8", "--budget", "much"], "such as 24GiB, but it is 'much'"),
         (["8x8", "--only-fitting"], "argument --only-fitting: needs a --budget to fit in"),

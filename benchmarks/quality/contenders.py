@@ -26,6 +26,7 @@ NO_MOMENTUM = {"momentum_beta": 0.0, "nesterov": False}
 MEANS = {"beta": 0.95, "statistic": "mean"}
 ADAMW, FUSEDBUN, SM3 = "AdamW", "Fusedbun, recommended", "SM3, momentum"
 WITHOUT_MOMENTUM, OF_MEANS = "Fusedbun without momentum", "SM3 of means"
+MEANS_AND_MOMENTUM = "SM3, mean and minimum, beta 0.95"
 PUBLIC = "Fusedbun, first public"
 
 
@@ -146,12 +147,20 @@ VARIANTS = (
     Contender("SM3, nesterov", 0.1, _from_sm3(0.0, "max", "min", nesterov=True)),
     Contender("SM3, its authors' schedule", 0.1, _own("SM3", {"momentum": 0.9}), schedule=_of_its_authors),
     Contender("SM3, beta 0.95", 4e-3, _from_sm3(0.95, "max", "min")),
-    Contender("SM3, mean and minimum, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "min")),
+    Contender(MEANS_AND_MOMENTUM, 4e-3, _from_sm3(0.95, "mean", "min")),
     Contender("SM3, mean and product, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "product")),
     Contender("AdamW, betas 0.9, 0.95", 4e-3, _of("torch.optim", "AdamW", betas=(0.9, 0.95), weight_decay=0.0), False),
 )
 # Longer runs: who ended first in the short ones, and what makes Fusedbun's state smaller.
-_OF_LONGER = (FUSEDBUN, "Fusedbun, lagged", "Fusedbun, momentum int4", WITHOUT_MOMENTUM, "SM3", OF_MEANS)
+_OF_LONGER = (
+    FUSEDBUN,
+    "Fusedbun, lagged",
+    "Fusedbun, momentum int4",
+    WITHOUT_MOMENTUM,
+    "SM3",
+    OF_MEANS,
+    MEANS_AND_MOMENTUM,
+)
 LONGER = tuple(x for x in (*IN_TORCH, *VARIANTS) if x.title in (*_OF_LONGER, ADAMW, "NAdamW", "Adafactor"))
 AS_REPORTED = (
     Contender("AdamW", 0, _of("torch.optim", "AdamW", weight_decay=0.01), ours=False),

@@ -17,8 +17,9 @@ _DESCRIPTION = """\
 Show what steps an optimizer on this machine, and why: the versions, the devices, the
 compiler, and for each optimizer at its defaults whether the code that steps a float32
 parameter came with the package, was compiled before, or would be compiled at the first
-step. Where there is none, the definition runs: the same numbers, more slowly. Needs
-neither torch nor JAX, and compiles nothing.
+step. Where there is none, torch goes over blocks of rows itself and JAX runs the
+definition: the same numbers, more slowly. Needs neither torch nor JAX, and compiles
+nothing.
 """
 
 _EPILOG = """\
@@ -39,7 +40,7 @@ _MEANING = {
     "package": "came with the package",
     "cache": "was compiled before",
     "compile": "is compiled at the first step",
-    "definition": "no code: the definition runs",
+    "definition": "no code: blocks of rows in torch, the definition in JAX",
 }
 
 

@@ -91,7 +91,7 @@ class Plan:
         threads: how many threads step.
         tokens: how many rows a sparse gradient has.
         sparse: the names of the parameters with sparse gradients.
-        tied: the names of the parameters that the model has in several places.
+        tied: the names of the parameters that the model has in several places; None where only shapes are known.
         budget: the bytes that there are; None where that is not said.
     """
 
@@ -101,7 +101,7 @@ class Plan:
     threads: int = 1
     tokens: int = TOKENS
     sparse: tuple[str, ...] = ()
-    tied: tuple[str, ...] = ()
+    tied: tuple[str, ...] | None = None
     budget: int | None = None
 
     @property
@@ -225,9 +225,7 @@ def plan(
             estimates += planner.estimates(setting)
         except (TypeError, ValueError) as error:
             refusals.append(Refusal(setting, str(error)))
-    return Plan(
-        tensors, tuple(estimates), tuple(refusals), threads, tokens, embeddings, tuple(tied_parameters(model)), budget
-    )
+    return Plan(tensors, tuple(estimates), tuple(refusals), threads, tokens, embeddings, tied_parameters(model), budget)
 
 
 def parameters_of(tensors: Iterable[Tensor]) -> int:

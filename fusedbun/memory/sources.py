@@ -101,14 +101,14 @@ def _of_module(module: Any) -> Iterator[Tensor]:
         yield _of_array(name, buffer)._replace(role="buffer")
 
 
-def tied_parameters(model: Any) -> list[str]:
-    """The names of a torch module's parameters that it has more than once, each once."""
+def tied_parameters(model: Any) -> tuple[str, ...] | None:
+    """The names of a torch module's parameters that it has more than once, each once; None of any other model."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(model, torch.nn.Module):
-        return []
+        return None
     first = {id(param): name for name, param in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
-    return list(dict.fromkeys(first[id(param)] for name, param in every if first[id(param)] != name))
+    return tuple(dict.fromkeys(first[id(param)] for name, param in every if first[id(param)] != name))
 
 
 def of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Tensor]:

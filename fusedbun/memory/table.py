@@ -126,6 +126,11 @@ def _remarks(plan: Plan) -> Iterator[str]:
             f"With (gradient) release each parameter is stepped as soon as its gradient is there, which is freed then: "
             f"at most the largest, {readable(largest)}, is held. Adding up several batches keeps all."
         )
+    if plan.tied is None:
+        yield (
+            "Which weights are tied is not known from shapes (in GPT-2 the embedding is the output too): of such a one "
+            "a second gradient of its size passes beside the first."
+        )
     if plan.tied:
         yield f"Of a tied weight ({', '.join(plan.tied)}) a second gradient of its size passes beside the first."
     if any(one.stochastic_rounding for one in plan.estimates):

@@ -255,7 +255,11 @@ def test_options_that_are_not_valid(options, reason):
     [
         (lambda: Setting("sm4"), ValueError, "but it is 'sm4'; did you mean 'sm3'?"),
         (lambda: fusedbun.plan(SHAPES, ["adamq"]), ValueError, "did you mean 'adamw'?"),
-        (lambda: Setting("sm3", {"momentun": 0.9}), TypeError, "its arguments are momentum, beta, eps, statistic, momentum_dtype"),
+        (
+            lambda: Setting("sm3", {"momentun": 0.9}),
+            TypeError,
+            "its arguments are momentum, beta, eps, statistic, momentum_dtype",
+        ),
         (lambda: Setting("sm3", {"momentum_dtype": "int3"}), ValueError, "but it is 'int3'"),
         (lambda: Setting("decoupled_lionw", {"momentum_dtype": "int4"}), ValueError, "too coarse"),
         (lambda: Setting("adamw", {"amsgrad": True}), TypeError, 'adamw takes "weights" only'),

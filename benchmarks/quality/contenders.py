@@ -25,8 +25,7 @@ PLAIN = {"Lambda": 0.0}
 NO_MOMENTUM = {"momentum_beta": 0.0, "nesterov": False}
 MEANS = {"beta": 0.95, "statistic": "mean"}
 ADAMW, FUSEDBUN, SM3 = "AdamW", "Fusedbun, recommended", "SM3, momentum"
-WITHOUT_MOMENTUM, OF_MEANS = "Fusedbun without momentum", "SM3 of means"
-MEANS_AND_MOMENTUM = "SM3, mean and minimum, beta 0.95"
+INT4, WITHOUT_MOMENTUM, OF_MEANS = "Fusedbun, momentum int4", "Fusedbun without momentum", "SM3 of means"
 PUBLIC = "Fusedbun, first public"
 
 
@@ -81,6 +80,7 @@ IN_TORCH = (
     Contender(FUSEDBUN, 4e-4, _own("Fusedbun", RECOMMENDED)),
     Contender("Fusedbun, default", 0.02, _own("Fusedbun", PLAIN)),
     Contender("Fusedbun, lagged", 4e-4, _own("Fusedbun", {**RECOMMENDED, "lagged": True})),
+    Contender(INT4, 4e-4, _own("Fusedbun", {**RECOMMENDED, "momentum_dtype": "int4"})),
     Contender(WITHOUT_MOMENTUM, 4e-3, _own("Fusedbun", {**RECOMMENDED, **NO_MOMENTUM})),
     Contender(SM3, 0.1, _own("SM3", {"momentum": 0.9})),
     Contender("SM3", 0.1, _own("SM3", {})),
@@ -112,7 +112,7 @@ def _of_its_authors(step: int, steps: int) -> float:
 TO_FINE_TUNE = tuple(
     replace(x, rate=x.rate / 20)
     for x in IN_TORCH
-    if x.title in (FUSEDBUN, WITHOUT_MOMENTUM, SM3, "SM3", OF_MEANS, "DecoupledLionW", ADAMW, "Adafactor")
+    if x.title in (FUSEDBUN, INT4, WITHOUT_MOMENTUM, SM3, "SM3", OF_MEANS, "DecoupledLionW", ADAMW, "Adafactor")
 )
 
 
@@ -136,7 +136,6 @@ VARIANTS = (
     Contender("Fusedbun without centralize", 4e-4, _fusedbun(centralize=False)),
     Contender("Fusedbun, clip_rms=1", 4e-4, _fusedbun(clip_rms=1.0)),
     Contender("Fusedbun, cautious", 4e-4, lambda params, lr: Cautious(_fusedbun()(params, lr))),
-    Contender("Fusedbun, momentum int4", 4e-4, _fusedbun(momentum_dtype="int4")),
     Contender("Fusedbun, momentum in 3 bits", 4e-4, lambda params, lr: RoundedMomentum(_fusedbun()(params, lr), 3)),
     Contender("Fusedbun, beta_decay=0.95", 4e-4, _fusedbun(beta_decay=0.95)),
     Contender("Fusedbun without momentum or centralize", 4e-3, _fusedbun(**NO_MOMENTUM, centralize=False)),
@@ -147,21 +146,15 @@ VARIANTS = (
     Contender("SM3, nesterov", 0.1, _from_sm3(0.0, "max", "min", nesterov=True)),
     Contender("SM3, its authors' schedule", 0.1, _own("SM3", {"momentum": 0.9}), schedule=_of_its_authors),
     Contender("SM3, beta 0.95", 4e-3, _from_sm3(0.95, "max", "min")),
-    Contender(MEANS_AND_MOMENTUM, 4e-3, _from_sm3(0.95, "mean", "min")),
+    Contender("SM3, mean and minimum, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "min")),
     Contender("SM3, mean and product, beta 0.95", 4e-3, _from_sm3(0.95, "mean", "product")),
     Contender("AdamW, betas 0.9, 0.95", 4e-3, _of("torch.optim", "AdamW", betas=(0.9, 0.95), weight_decay=0.0), False),
 )
-# Longer runs: who ended first in the short ones, and what makes Fusedbun's state smaller.
-_OF_LONGER = (
-    FUSEDBUN,
-    "Fusedbun, lagged",
-    "Fusedbun, momentum int4",
-    WITHOUT_MOMENTUM,
-    "SM3",
-    OF_MEANS,
-    MEANS_AND_MOMENTUM,
-)
-LONGER = tuple(x for x in (*IN_TORCH, *VARIANTS) if x.title in (*_OF_LONGER, ADAMW, "NAdamW", "Adafactor"))
+# Longer runs: who ended first in the short ones, what makes Fusedbun's state smaller, and what restores SM3.
+_FIRST = (ADAMW, "NAdamW", "Adafactor", FUSEDBUN, "Fusedbun, lagged")
+_SMALLER = (INT4, WITHOUT_MOMENTUM, "SM3", OF_MEANS)
+_RESTORED = (SM3, "SM3, mean and minimum, beta 0.95", "SM3, mean and product, beta 0.95")
+LONGER = tuple(x for x in (*IN_TORCH, *VARIANTS) if x.title in (*_FIRST, *_SMALLER, *_RESTORED))
 AS_REPORTED = (
     Contender("AdamW", 0, _of("torch.optim", "AdamW", weight_decay=0.01), ours=False),
     Contender("Fusedbun, recommended", 0, _own("Fusedbun", {**RECOMMENDED, "Lambda": 0.01})),
@@ -201,6 +194,7 @@ IN_JAX = (
     Contender("Fusedbun, default", 0.02, _jax("fusedbun", **PLAIN)),
     Contender("Fusedbun, lagged", 4e-4, _jax("fusedbun", **RECOMMENDED, lagged=True)),
     Contender("Fusedbun, lagged, clip_rms=1", 4e-4, _jax("fusedbun", **RECOMMENDED, lagged=True, clip_rms=1.0)),
+    Contender(INT4, 4e-4, _jax("fusedbun", **RECOMMENDED, momentum_dtype="int4")),
     Contender(WITHOUT_MOMENTUM, 4e-3, _jax("fusedbun", **RECOMMENDED | NO_MOMENTUM)),
     Contender(SM3, 0.1, _jax("sm3", momentum=0.9)),
     Contender("SM3", 0.1, _jax("sm3")),

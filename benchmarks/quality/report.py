@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.quality.contenders import ADAMW, FUSEDBUN, OF_MEANS, SM3, WITHOUT_MOMENTUM
+from benchmarks.quality.contenders import ADAMW, FUSEDBUN, INT4, OF_MEANS, SM3, WITHOUT_MOMENTUM
 from benchmarks.quality.workloads import LEARNT
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -104,7 +104,7 @@ def rows(name: str) -> list[Row]:
     results = dict(file["results"])
     beside = load(file["protocol"]["beside"]) if "beside" in file["protocol"] else None
     if beside:
-        results |= {x: beside["results"][x] for x in (ADAMW, FUSEDBUN, WITHOUT_MOMENTUM, SM3, OF_MEANS)}
+        results |= {x: beside["results"][x] for x in (ADAMW, FUSEDBUN, INT4, WITHOUT_MOMENTUM, SM3, OF_MEANS)}
     adamw = results.get(ADAMW)
     found = [Row(title, of, adamw, file["protocol"]["steps"]) for title, of in results.items()]
     return sorted(found, key=lambda row: math.inf if row.of["loss"] is None else row.of["loss"])

@@ -127,7 +127,8 @@ def test_list_has_every_optimizer_as_it_can_be_imported(capsys):
 
 def test_list_gives_the_defaults_and_the_source(capsys):
     entries = listed(capsys)
-    assert entries["sm3"]["defaults"] == {"momentum": 0.0, "beta": 0.0, "eps": 1e-30, "momentum_dtype": None}
+    numbers = {"momentum": 0.0, "beta": 0.0, "eps": 1e-30}
+    assert entries["sm3"]["defaults"] == {**numbers, "statistic": "max", "momentum_dtype": None}
     assert (entries["sm3"]["lr"], entries["fusedbun"]["lr"]) == (0.1, None)
     assert entries["sm3"]["source"] == "Anil, Gupta, Koren, Singer 2019 (arXiv 1901.11150)."
     assert entries["ternary_vote"]["lr_is_fixed"]

@@ -129,9 +129,16 @@ INFOS = [
     ),
     OptimizerInfo(
         SM3,
-        f"params, lr=0.1, momentum=0.0, beta=0.0, eps=1e-30, *, momentum_dtype=None, {OWN}",
-        [({}, AXES), ({"beta": 0.9}, AXES), ({"momentum": 0.9}, f"{AXES} {MOMENT}"), ({"eps": 0.1}, AXES)],
+        f"params, lr=0.1, momentum=0.0, beta=0.0, eps=1e-30, *, statistic='max', momentum_dtype=None, {OWN}",
         [
+            ({}, AXES),
+            ({"beta": 0.9}, AXES),
+            ({"momentum": 0.9}, f"{AXES} {MOMENT}"),
+            ({"eps": 0.1}, AXES),
+            ({"statistic": "mean"}, AXES),
+        ],
+        [
+            ({"statistic": "median"}, ValueError, "statistic must be one of 'max', 'mean', but it is 'median'"),
             ({"momentum": 1.0}, ValueError, f"momentum {UNIT} 1.0"),
             ({"momentum": None}, TypeError, "momentum must be a number"),
             ({"beta": -0.5}, ValueError, f"beta {UNIT} -0.5"),

@@ -137,7 +137,7 @@ def fusedbun(
             divided by what it was before.
         channel_axis: the axis that `centralize` keeps.
         momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
-            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded stochastically; int8 and int4
             are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
 
     State: `sum(n_i)` float32 numbers for a parameter of shape `(n_1 … n_k)`, k > 1, and its own shape for k <= 1;
@@ -156,7 +156,14 @@ def fusedbun(
     )
 
 
-@recipe("SM3", lr=0.1)
+def notice_no_memory(hyperparameters: Mapping[str, Any]) -> str | None:
+    """A warning for means that forget everything in each step."""
+    if hyperparameters["statistic"] == "mean" and is_concrete_zero(hyperparameters["beta"]):
+        return "with statistic='mean' and beta=0 the second moment is this step's alone; beta=0.95 is usual"
+    return None
+
+
+@recipe("SM3", lr=0.1, notice=notice_no_memory)
 def sm3(
     momentum: UnitInterval = 0.0,
     beta: UnitInterval = 0.0,
@@ -177,12 +184,14 @@ def sm3(
     Args:
         momentum: the share of the past that the momentum keeps, in [0, 1); its new part is damped by as much. At 0 no
             momentum is stored.
-        beta: the share of the past that the second moment keeps, in [0, 1); at 0 squares are summed.
+        beta: the share of the past that the second moment keeps, in [0, 1); at 0 squares are summed, and with "mean"
+            nothing is kept.
         eps: added under the root, in [0, inf).
-        statistic: "max", SM3's own, or "mean": the vectors hold running means of squares, which follow the gradients
-            closer. To be used with beta=0.95 or so, and a learning rate like AdamW's; not for sparse gradients.
+        statistic: "max", SM3's own, or "mean": the vectors hold running means of squares, and the smallest is no bound
+            but follows the gradients closer. For beta=0.95 or so, a learning rate of a quarter to a half of AdamW's,
+            and dense gradients.
         momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
-            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded stochastically; int8 and int4
             are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
 
     State: `sum(n_i)` float32 numbers for a parameter of shape `(n_1 … n_k)`, k > 1, and its own shape for k <= 1;
@@ -257,7 +266,7 @@ def mup_adam(
             the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.
         channel_axis: the axis of a parameter's outputs; its fan-in is the product of the others.
         momentum_dtype: what the mean is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
-            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded stochastically; int8 and int4
             are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
         second_moment_dtype: what the mean of squares is stored in, among the same; int8 and int4 are too coarse for it.
 
@@ -303,7 +312,7 @@ def mup_adamw(
             the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.
         channel_axis: the axis of a parameter's outputs; its fan-in is the product of the others.
         momentum_dtype: what the mean is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
-            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded stochastically; int8 and int4
             are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
         second_moment_dtype: what the mean of squares is stored in, among the same; int8 and int4 are too coarse for it.
 
@@ -349,7 +358,7 @@ def mup_sgd(
             the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.
         channel_axis: the axis of a parameter's outputs; its fan-in is the product of the others.
         momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "int4", "param" for the
-            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8 and int4
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded stochastically; int8 and int4
             are codes with an exponent for every 32, and leave parameters of fewer than two axes in float32.
 
     State: with momentum one array of the parameter's shape, and with dampening a step counter.
@@ -385,7 +394,7 @@ def decoupled_lionw(
         weight_decay: what every weight loses in a step at the initial learning rate, in [0, inf); 1e-3 or more gives a
             warning. Where the initial learning rate is 0 nothing decays.
         momentum_dtype: what the momentum is stored in: "float32", "bfloat16", "int8", "param" for the
-            parameter's dtype, or None for what is computed in. Fewer bits are rounded without a bias; int8
+            parameter's dtype, or None for what is computed in. Fewer bits are rounded stochastically; int8
             is codes with an exponent for every 32, and leaves parameters of fewer than two axes in float32.
 
     State: one array of the parameter's shape.

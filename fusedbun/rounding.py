@@ -97,7 +97,9 @@ def to_bfloat16(xp: Words, x: Array, n: Array) -> Array:
 
 
 def encode(xp: Words, x: Array, n: Array, bits: int) -> tuple[Array, Array]:
-    """Blocks of numbers as small whole numbers, rounded without a bias, and the exponent that a block shares.
+    """Blocks of numbers as small whole numbers, and the exponent that a block shares.
+
+    They are rounded without a bias, but what is larger than the largest code is clipped to it.
 
         e    = the largest exponent in the block, of float32
         code = floor(x*2^(125 + bits - e) + (n + 0.5)/2^16), within [-q, q], q = 2^(bits - 1) - 1

@@ -116,10 +116,10 @@ def test_a_tied_weight_is_counted_once_and_named():
     plan = fusedbun.plan(model, SM3)
     assert plan.parameters == 50 * 8
     assert plan.tied == ("embed.weight",)
-    assert "Of a tied weight (embed.weight) a second gradient" in str(plan)
+    assert "the further gradients of a tied weight (embed.weight)" in str(plan)
     shapes = fusedbun.plan({"embed.weight": (50, 8)}, "sm3")
     assert shapes.tied is None
-    assert "Which weights are tied is not known from shapes" in str(shapes)
+    assert "the further gradients of a tied weight, which shapes do not show" in str(shapes)
 
 
 def test_sparse_embeddings_keep_a_number_for_each_row():

@@ -44,7 +44,8 @@ def test_every_table_is_in_a_document():
 
 @pytest.mark.parametrize("document", ["docs/performance.md", "docs/memory.md", "docs/quality.md"])
 def test_no_measurement_is_typed(document):
-    words = re.sub("`[^`]*`", "", tables.typed((ROOT / document).read_text()))  # settings stand in code
+    text = re.sub(r"^```.*?^```", "", tables.typed((ROOT / document).read_text()), flags=re.MULTILINE | re.DOTALL)
+    words = re.sub(r"`[^`\n]*=[^`\n]*`", "", text)  # settings stand in code
     assert not re.findall(r"\d+\.\d+|\d\s?%|\d\s(?:ms|ns|KiB|MiB|GiB|MB|GB|times)\b", words)
 
 

@@ -8,15 +8,16 @@ import re
 import statistics
 from typing import Any
 
-from benchmarks.quality import report
+from benchmarks.quality import contenders, report
 from benchmarks.quality.contenders import ADAMW, FUSEDBUN, INT4, OF_MEANS, PUBLIC, SM3, WITHOUT_MOMENTUM
 from benchmarks.quality.report import DRAWN, HEADS, Row, load, rows
-from benchmarks.quality.workloads import WORKLOADS
+from benchmarks.quality.workloads import LEARNT, WORKLOADS
 from benchmarks.tables.results import paragraph, table
 
 ABLATIONS = tuple(name for name, workload in WORKLOADS.items() if workload.beside)
 LONGER = "shakespeare_longer"
-IN_TORCH = tuple(name for name in DRAWN if not name.endswith("_jax"))
+IN_TORCH = tuple(x.name for x in LEARNT if x.contenders is not contenders.IN_JAX)
+IN_FLAX = tuple(name for name in DRAWN if name not in IN_TORCH)
 CHOICE = (FUSEDBUN, INT4, WITHOUT_MOMENTUM, OF_MEANS, "SM3", ADAMW, "NAdamW", "Adafactor")
 LITTLE = 1.0  # bytes a parameter
 REPORTED = (0.9166, 0.8819)  # the accuracies of the first public Fusedbun and of AdamW, in that repository's README
@@ -54,7 +55,7 @@ def in_short() -> str:
 
 def in_flax() -> str:
     """The same in Flax."""
-    return _over_adamw(found(tuple(name for name in DRAWN if name not in IN_TORCH)))
+    return _over_adamw(found(IN_FLAX))
 
 
 def _over_adamw(names: list[str]) -> str:
@@ -194,9 +195,7 @@ def _protocol(name: str) -> dict[str, Any]:
 
 
 def _order() -> list[str]:
-    from benchmarks.quality.contenders import IN_TORCH, SPARSE
-
-    return [_without_package(x.title) for x in (*IN_TORCH, *SPARSE)]
+    return [_without_package(x.title) for x in (*contenders.IN_TORCH, *contenders.SPARSE)]
 
 
 def _without_package(name: str) -> str:

@@ -20,7 +20,7 @@ Report = Callable[[str, int], None]  # of what runs now, and after how many more
 
 
 class Study:
-    """The runs of a workload, kept in a file.
+    """The runs of a workload, kept in a file; those of other settings, or of another protocol, are made again.
 
     Args:
         workload: what is run.
@@ -32,7 +32,11 @@ class Study:
         self.path = RESULTS / f"quality_{workload.name}.json"
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
         same = all(before.get("protocol", {}).get(name) == value for name, value in workload.protocol.items())
-        self.runs: dict[str, Any] = before.get("runs", {}) if same else {}
+        self.settings = {x.title: x.settings for x in workload.contenders}
+        known = before.get("settings", {})
+        runs = before.get("runs", {}) if same else {}
+        titles = {title for title, now in self.settings.items() if known.get(title, now) == now}
+        self.runs: dict[str, Any] = {key: run for key, run in runs.items() if key.split("|")[0] in titles}
         rule = {"factor": FACTOR, "first": FIRST, "most": MOST}
         self.protocol: dict[str, Any] = {**workload.protocol, **workload.choices, **({} if workload.rates else rule)}
 
@@ -84,7 +88,8 @@ class Study:
 
     def write(self, results: dict[str, Any] | None) -> dict[str, Any]:
         """Writes the file; without results where runs are missing."""
-        content = {"protocol": self.protocol, "versions": versions(), "results": results, "runs": self.runs}
+        about = {"protocol": self.protocol, "settings": self.settings, "versions": versions()}
+        content = {**about, "results": results, "runs": self.runs}
         RESULTS.mkdir(exist_ok=True)
         write_json(self.path, content)
         return content

@@ -128,11 +128,12 @@ def _remarks(plan: Plan) -> Iterator[str]:
         )
     if plan.tied is None:
         yield (
-            "Which weights are tied is not known from shapes (in GPT-2 the embedding is the output too): of such a one "
-            "a second gradient of its size passes beside the first."
+            "Not counted: the further gradients of a tied weight, which shapes do not show. As GPT-2 was published its "
+            "embedding is the output too."
         )
-    if plan.tied:
-        yield f"Of a tied weight ({', '.join(plan.tied)}) a second gradient of its size passes beside the first."
+    elif plan.tied:
+        tied = ", ".join(plan.tied)
+        yield f"Not counted: the further gradients of a tied weight ({tied}), which pass beside the first."
     if any(one.stochastic_rounding for one in plan.estimates):
         yield "Weights in bfloat16 are rounded stochastically, which takes 4 bytes for each tensor."
     if plan.sparse:

@@ -29,6 +29,11 @@ def test_a_usual_decay_is_not(weight_decay):
         decoupled_lionw(1e-4, weight_decay=weight_decay)
 
 
+def test_means_that_forget_everything_are_warned_of():
+    with pytest.warns(UserWarning, match=r"sm3: with statistic='mean' and beta=0 .* beta=0\.95 is usual"):
+        sm3(0.1, statistic="mean")
+
+
 def test_lions_decay_follows_the_schedule_but_not_the_rates_size(x64):
     """Without a gradient a weight is multiplied by `1 - rate/initial rate*weight_decay`."""
     params = parameters(jnp.float64)

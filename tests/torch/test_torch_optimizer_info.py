@@ -135,7 +135,7 @@ INFOS = [
             ({"beta": 0.9}, AXES),
             ({"momentum": 0.9}, f"{AXES} {MOMENT}"),
             ({"eps": 0.1}, AXES),
-            ({"statistic": "mean"}, AXES),
+            ({"statistic": "mean", "beta": 0.9}, AXES),
         ],
         [
             ({"statistic": "median"}, ValueError, "statistic must be one of 'max', 'mean', but it is 'median'"),

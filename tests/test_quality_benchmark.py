@@ -192,6 +192,37 @@ def test_the_first_public_rule_is_a_sign_of_momentum_for_a_matrix_as_it_was_writ
         FirstFusedbun([p], 1.0, "else")
 
 
+def test_the_first_public_rule_as_described_keeps_the_second_moment_where_the_momentum_is_masked():
+    p = torch.zeros(2, 4, requires_grad=True)
+    optimizer = FirstFusedbun([p], 0.1, Lambda=0.01)
+    first = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).expand(2, 4)
+    p.grad = first.clone()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), -0.1 * first / (0.2 * first * first).sqrt())
+    before, masked = p.detach().clone(), first.abs() == 0.5
+    p.grad = torch.where(masked, -0.9 * first, first)  # there the momentum becomes zero
+    optimizer.step()
+    m = 1.9 * first
+    v = 0.8 * 0.2 * first * first + 0.2 * m * m
+    stepped = (1 - 0.1 * 0.01) * before - 0.1 * m / v.sqrt()
+    torch.testing.assert_close(p.detach(), torch.where(masked, (1 - 0.1 * 0.01) * before, stepped))
+    torch.testing.assert_close(optimizer.state[p]["v"], torch.where(masked, 0.2 * first * first, v))
+
+
+def test_the_first_public_rule_before_the_mask():
+    p = torch.zeros(2, 4, requires_grad=True)
+    optimizer, m, v = FirstFusedbun([p], 0.1, "before the mask"), torch.zeros(2, 4), torch.zeros(4)
+    wanted = torch.zeros(2, 4)
+    for t, grad in enumerate(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), 1):
+        p.grad = grad.clone()
+        optimizer.step()
+        g, b = grad - grad.mean(1, keepdim=True), 1 - t**-0.8
+        v = b * v + (1 - b) * (g * g).mean(0)
+        m = 0.9 * m + 0.1 * g / (v.sqrt() + 1e-8)
+        wanted = wanted - 0.1 * m
+    torch.testing.assert_close(p.detach(), wanted)
+
+
 def test_data_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(fetch.MissingError, match=r"no such program; put x\.tgz into .* by other means"):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality [WORKLOAD …]
 
-Without names all workloads are run. The protocol, which was fixed before anything was run:
+Without names all workloads are run. The protocol; what of it was changed after a first look stands in docs/quality.md:
 
 - Everyone has the same budget. Five learning rates are tried, a factor of two apart, around one that is usual for the
   optimizer; while the best stands at an edge, one more is tried beyond it. The best is that of the lowest loss on

@@ -162,7 +162,10 @@ class Perceptron(nn.Module):
 
 
 class Characters(nn.Module):
-    """A transformer that predicts each character of a text from those before it."""
+    """A transformer that predicts each character of a text from those before it.
+
+    `benchmarks.low_precision` has one of its own: the noise of its results goes by the names of its parameters.
+    """
 
     def __init__(self, vocabulary: int, width: int, layers: int, context: int) -> None:
         super().__init__()

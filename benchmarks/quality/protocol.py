@@ -35,7 +35,7 @@ class Study:
         self.settings = {x.title: x.settings for x in workload.contenders}
         known = before.get("settings", {})
         runs = before.get("runs", {}) if same else {}
-        titles = {title for title, now in self.settings.items() if known.get(title, now) == now}
+        titles = {title for title, now in self.settings.items() if known.get(title) == now}
         self.runs: dict[str, Any] = {key: run for key, run in runs.items() if key.split("|")[0] in titles}
         rule = {"factor": FACTOR, "first": FIRST, "most": MOST}
         self.protocol: dict[str, Any] = {**workload.protocol, **workload.choices, **({} if workload.rates else rule)}

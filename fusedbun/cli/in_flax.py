@@ -55,6 +55,7 @@ class Trainer:
         optimizer = entry.in_optax(lambda count: jnp.asarray(learning_rates, dtype)[count])
 
         def loss_and_logits(params: Params, pixels: Array, labels: Array) -> tuple[jax.Array, jax.Array]:
+            # flax: `apply` may also give what a module has changed
             logits: jax.Array = network.apply({"params": params}, pixels)  # type: ignore[assignment]
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 

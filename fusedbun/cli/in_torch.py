@@ -29,7 +29,7 @@ class Network(nn.Module):
         x = functional.relu(self.conv2(x))
         x = x.permute(0, 2, 3, 1).flatten(1)  # in Flax's order, so that `hidden` is Flax's kernel, transposed
         x = functional.relu(self.hidden(x))
-        return self.output(x)  # type: ignore[no-any-return]
+        return self.output(x)  # type: ignore[no-any-return]  # torch: a module's call has no type
 
 
 class Trainer:
@@ -56,7 +56,7 @@ class Trainer:
         self._optimizer.zero_grad()
         logits, labels = self._predict(batch)
         loss = functional.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._optimizer.step()
         return loss.item()
 

@@ -50,9 +50,6 @@ def each(*lines: str) -> str:
 class Way(ABC):
     """A way of going over memory; the subclasses say how each part of the skeleton is written.
 
-    What raises NotImplementedError here is not asked of every way: the flat one has neither blocks nor small vectors,
-    and one that packs several rows has no place along a row.
-
     Args:
         schedule: what is done.
         arrays: the leaf's arrays.
@@ -99,10 +96,10 @@ class Way(ABC):
         return iter(())
 
     def load_block(self, pointer: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: a flat leaf has no codes
 
     def store_block(self, pointer: str, text: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: likewise
 
     @abstractmethod
     def element(self, number: int) -> str:
@@ -118,23 +115,23 @@ class Way(ABC):
 
     def small(self, v: Value) -> str:
         """A small vector's number for this element."""
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: a flat leaf is elementwise, without small vectors
 
     def place(self) -> str:
         """The places of these elements along the axis that lanes run along."""
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: packed rows have none along a row
 
     def block_place(self) -> str:
         """The places of the block's rows, or columns."""
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: columns and flat leaves have none
 
     def chunk(self, v: Value) -> str:
         """A pointer to a reduction over the chunk, for this element."""
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: a flat leaf reduces nothing
 
     def saved(self, place: int) -> str:
         """A pointer into the block's buffer, for this element."""
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: a flat leaf goes over its block once
 
     def reduction(self, v: Value) -> str:
         """A reduction along a block, before its sweep."""
@@ -150,7 +147,7 @@ class Way(ABC):
 
     def result(self, v: Value) -> str:
         """The text of a reduction along a block, after its sweep."""
-        raise NotImplementedError
+        raise NotImplementedError  # not asked for: a flat leaf reduces nothing
 
     def total(self, v: Value) -> str:
         """The text of a block's value as one number."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from makers import EVERY_SHAPE, SM3_CHAIN, assert_same, gradient, parameters
 
-from fusedbun import ChainOptimizer, Fusedbun
+from fusedbun import SM3, ChainOptimizer, Fusedbun
 
 
 def others(k, i):
@@ -33,6 +33,15 @@ def sm3_step(p, g, state, lr, beta, eps, momentum):
     k, old, m = p.ndim, *state
     nu = beta * torch.stack([a.expand_as(p) for a in old]).amin(0) + (1 - beta) * g * g
     new = [torch.maximum(a, nu.amax(others(k, i), keepdim=True) if k > 1 else nu) for i, a in enumerate(old)]
+    m = momentum * m + (1 - momentum) * g / (nu + eps).sqrt()
+    return p - lr * m, (new, m)
+
+
+def sm3_of_means_step(p, g, state, lr, beta, eps, momentum):
+    k, old, m = p.ndim, *state
+    means = [(g * g).mean(others(k, i), keepdim=True) for i in range(k)] if k > 1 else [g * g]
+    new = [beta * a + (1 - beta) * mean for a, mean in zip(old, means, strict=True)]
+    nu = torch.stack([a.expand_as(p) for a in new]).amin(0)
     m = momentum * m + (1 - momentum) * g / (nu + eps).sqrt()
     return p - lr * m, (new, m)
 
@@ -108,6 +117,16 @@ def test_sm3_is_its_formula():
         ChainOptimizer(params, SM3_CHAIN, 0.05, implementation="definition"),
         params,
         lambda *a: sm3_step(*a, 0.05, 0.9, 1e-30, 0.9),
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sm3_of_means_is_its_formula(momentum):
+    params = parameters(*EVERY_SHAPE, dtype=torch.float64)
+    follow(
+        SM3(params, 0.05, momentum, beta=0.95, statistic="mean", implementation="definition"),
+        params,
+        lambda *a: sm3_of_means_step(*a, 0.05, 0.95, 1e-30, momentum),
     )
 
 

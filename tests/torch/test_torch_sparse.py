@@ -292,6 +292,7 @@ def test_sparsity_in_more_than_the_rows_is_refused():
     ("make", "reason"),
     [
         (lambda p: ChainOptimizer(p, [SM3Accumulate(0.9, "mean"), RMSScale()], 0.1), "means forget in every row"),
+        (lambda p: SM3(p, beta=0.95, statistic="mean"), "means forget in every row"),
         (lambda p: MupSGD(p, allow_non_unit_scaling_params=True), "decay needs every row"),
     ],
 )

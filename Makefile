@@ -38,4 +38,4 @@ format: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build dist fusedbun/compiler/built *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist fusedbun/compiler/cpp/built *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

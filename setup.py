@@ -1,4 +1,4 @@
-"""Compiles the kernels of `fusedbun.compiler.family` when the package is installed; all else is in pyproject.toml."""
+"""Compiles the kernels of `fusedbun.compiler.cpp.family` at installation; all else is in pyproject.toml."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-BUILT = Path("fusedbun", "compiler", "built")
+BUILT = Path("fusedbun", "compiler", "cpp", "built")
 
 
 class BuildWithKernels(build_py):
@@ -17,7 +17,7 @@ class BuildWithKernels(build_py):
     def run(self) -> None:
         super().run()
         sys.path.insert(0, str(HERE))
-        from fusedbun.compiler import family
+        from fusedbun.compiler.cpp import family
 
         folder = HERE if self.editable_mode else Path(self.build_lib)
         family.build(folder / BUILT, self.editable_mode)

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 import fusedbun
 from benchmarks.memory.training import Block
 from benchmarks.shakespeare import characters
-from fusedbun.cli.files import write_json
-from fusedbun.cli.results import versions
+from fusedbun.tools.shared.files import write_json
+from fusedbun.tools.train.results import versions
 
 WIDTH, LAYERS, CONTEXT, BATCH = 128, 2, 64, 16
 STEPS = 1200

@@ -43,10 +43,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fusedbun import MupAdam
-from fusedbun.cli.files import write_atomically, write_json
-from fusedbun.cli.in_torch import session
-from fusedbun.cli.network import Images, batches, cosine, digits
-from fusedbun.cli.results import finite, versions
+from fusedbun.tools.shared.files import write_atomically, write_json
+from fusedbun.tools.train.in_torch import session
+from fusedbun.tools.train.network import Images, batches, cosine, digits
+from fusedbun.tools.train.results import finite, versions
 
 WIDTHS = (64, 128, 256, 512)
 SEEDS = range(3)

@@ -29,9 +29,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fusedbun import SM3
-from fusedbun.cli.files import write_json
-from fusedbun.cli.in_torch import session
-from fusedbun.cli.results import versions
+from fusedbun.tools.shared.files import write_json
+from fusedbun.tools.train.in_torch import session
+from fusedbun.tools.train.results import versions
 
 ROWS = (100_000, 1_000_000)
 WIDTH = 64

@@ -19,9 +19,9 @@ from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.errors import ExtensionError
 
-from fusedbun.cli import main
-from fusedbun.cli.listing import listing
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.cli import main
+from fusedbun.tools.cli.listing import listing
 
 _HELP = re.compile(r"<!-- help: (\w+) -->")
 _SECTION = re.compile(r"^(State|Source): (.*(?:\n +\S.*)*)", re.MULTILINE)

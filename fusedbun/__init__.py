@@ -15,9 +15,8 @@ from fusedbun.schedules import sm3_schedule
 from fusedbun.transform import Signal, Slot, Transform
 
 if TYPE_CHECKING:
-    from fusedbun import memory
-    from fusedbun.memory import plan
-    from fusedbun.optim import (
+    from fusedbun.tools.plan import plan
+    from fusedbun.torch import (
         SM3,
         ChainOptimizer,
         DecoupledLionW,
@@ -66,7 +65,6 @@ __all__ = [
     "Transform",
     "chain",
     "load_state",
-    "memory",
     "param_groups",
     "plan",
     "recipes",
@@ -78,20 +76,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("memory", "plan"):  # when first used, for they import the compiler
-        found = import_module("fusedbun.memory")
-        return found if name == "memory" else found.plan
+    if name == "plan":  # when first used, for it imports the compiler
+        return import_module("fusedbun.tools.plan").plan
     if name not in _OF_TORCH:
         raise AttributeError(f"module 'fusedbun' has no attribute {name!r}")
     try:
-        from fusedbun import optim
+        import fusedbun.torch as classes
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise ModuleNotFoundError(
             f"fusedbun.{name} needs PyTorch: pip install 'fusedbun[torch]'", name="torch"
         ) from error
-    return getattr(optim, name)
+    return getattr(classes, name)
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from fusedbun import codes, rounding
-from fusedbun.codes import Stored
+from fusedbun.storage import codes
+from fusedbun.storage import noise as rounding
+from fusedbun.storage.codes import Stored
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
 
 
@@ -30,7 +31,7 @@ class Rounding:
     starts: tuple[tuple[str, int], ...] = ()
 
     def start(self, key: str) -> int:
-        """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.rounding`)."""
+        """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.storage.noise`)."""
         for known, start in self.starts:
             if known == key:
                 return start

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from fusedbun.chain import Chain
-from fusedbun.codes import Stored
+from fusedbun.storage.codes import Stored
 from fusedbun_jax.lift import lift
 from fusedbun_jax.rounding import ARRAYS, round_stochastically, round_to_params
 from fusedbun_jax.state import arrays_of

@@ -1,7 +1,7 @@
 """Generated kernels as a call that XLA makes on CPUs: one call for all leaves, in place.
 
-The call (`fusedbun/compiler/runtime/jax_ffi.cpp`) knows kernels by name, so that a compiled program may be kept in a
-file.
+The call (`fusedbun/compiler/cpp/runtime/jax_ffi.cpp`) knows kernels by name, so that a compiled program may be kept in
+a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusedbun.chain import Chain
-from fusedbun.compiler import build, native
+from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun_jax import leaf as leaves_of_trees
 

@@ -14,7 +14,7 @@ import optax
 
 from fusedbun.chain import Rounding, own
 from fusedbun.hyper import NonNegative, check
-from fusedbun.storage import Storage
+from fusedbun.storage.storage import Storage
 from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp

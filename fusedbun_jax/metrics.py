@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun import codes, metrics
+from fusedbun import metrics
+from fusedbun.storage import codes
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.state import TransformState

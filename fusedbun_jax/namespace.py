@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.numpy import abs, astype, expm1, floor, log, max, maximum, mean, min, minimum, sign, sqrt, sum, where
 
-from fusedbun import codes
+from fusedbun.storage import codes
 from fusedbun.transform import Array, Shape
 
 __all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]

@@ -20,8 +20,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from fusedbun.chain import Chain
-from fusedbun.compiler.build import BuildError
-from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.cpp.build import BuildError
+from fusedbun.compiler.cpp.native import KernelError
 from fusedbun_jax import kernels
 from fusedbun_jax.definition import arrays_by_state, transformation
 from fusedbun_jax.lift import Descend, lift

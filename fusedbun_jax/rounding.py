@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from fusedbun.chain import COUNTER, Rounding
-from fusedbun.codes import Stored
 from fusedbun.hyper import Whole, check
-from fusedbun.storage import Storage
+from fusedbun.storage.codes import Stored
+from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.state import TransformState, check_state, with_derivative_of, zeros

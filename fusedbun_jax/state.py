@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fusedbun import codes
-from fusedbun.codes import Stored
-from fusedbun.rounding import BLOCK
+from fusedbun.storage import codes
+from fusedbun.storage.codes import Stored
+from fusedbun.storage.noise import BLOCK
 from fusedbun.transform import Shape, Slot
 from fusedbun_jax import leaf
 
@@ -21,7 +21,7 @@ class TransformState(NamedTuple):
     """A transformation's state: the tree of the parameters, at every leaf with the arrays that its slots are stored in.
 
     A slot has one array under its own name, or codes there beside `<slot>.exponents`, and where what is stored is
-    rounded with noise `<slot>.step` (`fusedbun.codes`).
+    rounded with noise `<slot>.step` (`fusedbun.storage.codes`).
     """
 
     slots: Any

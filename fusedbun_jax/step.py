@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fusedbun.chain import Chain, Rounding
-from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.hyper import check, plain
 from fusedbun_jax import leaf, primitive
 from fusedbun_jax.definition import arrays_by_state, transformation

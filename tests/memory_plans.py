@@ -3,8 +3,8 @@
 import math
 
 import fusedbun
-from fusedbun.memory import Setting
-from fusedbun.memory.settings import USUAL
+from fusedbun.tools.plan import Setting
+from fusedbun.tools.plan.settings import USUAL
 
 SM3 = Setting("sm3")
 OURS = [setting for setting in USUAL if not setting.is_torch_adamw]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fusedbun import Chain
-from fusedbun.compiler import build, native
+from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.trace import evaluate, hyperparameters
 
 

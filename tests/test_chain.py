@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import fusedbun
-from fusedbun import codes, derive, in_numpy, recipes
+from fusedbun import derive, recipes
+from fusedbun import namespace as in_numpy
 from fusedbun.chain import step
-from fusedbun.codes import Stored
 from fusedbun.hyper import NonNegative
+from fusedbun.storage import codes
+from fusedbun.storage.codes import Stored
 from fusedbun.transform import Signal, Slot, Transform
 from fusedbun.transforms import Centralize, ClipRMS, Decay, Momentum, RMSScale, SM3Accumulate, SparseMask
 

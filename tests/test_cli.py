@@ -15,13 +15,13 @@ import torch
 
 import fusedbun
 from fusedbun import derive
-from fusedbun.cli import main
-from fusedbun.cli.arguments import parser
-from fusedbun.cli.files import write_atomically
-from fusedbun.cli.listing import SHAPE
-from fusedbun.cli.network import digits
-from fusedbun.cli.optimizers import OPTIMIZERS
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.cli import main
+from fusedbun.tools.cli.arguments import parser
+from fusedbun.tools.cli.listing import SHAPE
+from fusedbun.tools.shared.files import write_atomically
+from fusedbun.tools.train.network import digits
+from fusedbun.tools.train.optimizers import OPTIMIZERS
 
 PNG = b"\x89PNG\r\n"
 
@@ -35,7 +35,7 @@ class Absent:
         if name.partition(".")[0] in absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
-from fusedbun.cli import main
+from fusedbun.tools.cli import main
 sys.exit(main(arguments))
 """
 
@@ -263,7 +263,7 @@ def test_every_optimizer_trains(tmp_path, name):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_table_fits_80_columns(capsys, monkeypatch, tmp_path, optimizer):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("fusedbun.cli.train.digits", lambda seed, shares: digits(seed, [0.2, 0.05])[:2])
+    monkeypatch.setattr("fusedbun.tools.train.train.digits", lambda seed, shares: digits(seed, [0.2, 0.05])[:2])
     arguments = ["--dtype", "float64", "--epochs", "1", "--optimizer", optimizer, "--no-compare"]
     assert main(["train", *arguments, "--output", str(tmp_path)]) == 0
     table, _, _ = capsys.readouterr().out.partition("numbers:")
@@ -349,7 +349,7 @@ def test_results_that_cannot_be_written_are_shown_all_the_same(capsys, monkeypat
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"fusedbun.cli.train.{write}", fail)
+    monkeypatch.setattr(f"fusedbun.tools.train.train.{write}", fail)
     assert main(["train", "--framework", "torch", "--epochs", "1", "--no-compare", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert re.search(r"^fusedbun +torch ", out, re.MULTILINE)
@@ -371,7 +371,7 @@ def test_ctrl_c_before_anything_was_measured(capsys, monkeypatch, tmp_path, wher
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"fusedbun.cli.{where}", interrupt)
+    monkeypatch.setattr(f"fusedbun.tools.cli.{where}", interrupt)
     assert main(["train", "--framework", "torch", "--output", str(tmp_path)]) == 130
     assert capsys.readouterr() == ("", "fusedbun train: interrupted\n")
     assert not list(tmp_path.iterdir())

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from cases import CASES, SHAPES, by_case, problem
 
-from fusedbun import in_numpy
+from fusedbun import namespace as in_numpy
 from fusedbun.chain import step
-from fusedbun.compiler.blocks import Blocks, plan
+from fusedbun.compiler.tiles import Blocks, plan
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.transform import Signal
 

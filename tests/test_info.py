@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import fusedbun
-from fusedbun.cli import main
-from fusedbun.compiler import build, native
+from fusedbun.compiler.cpp import build, native
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.cli import main
 
-ABSENT = "import sys; sys.modules.update(torch=None, jax=None); from fusedbun.cli import main; sys.exit(main(['info']))"
+ABSENT = """
+import sys; sys.modules.update(torch=None, jax=None)
+from fusedbun.tools.cli import main; sys.exit(main(["info"]))
+"""
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_what_a_step_has_compiled_is_in_the_cache(capsys, fresh):
 
 def test_what_came_with_the_package(capsys, fresh):
     registers = native.registers()
-    from fusedbun.compiler import family
+    from fusedbun.compiler.cpp import family
 
     build.compile_in(fresh / "built", build.DRIVER.read_text())
     code = build.bundle([family.emit(family.trace(fusedbun.recipes.sm3(), 2, dtype="float32"))], registers)

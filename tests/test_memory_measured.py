@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import fusedbun
-from fusedbun.bench.machine import peak_during
-from fusedbun.compiler import native
+from fusedbun.compiler.cpp import native
 from fusedbun.compiler.graph import UnplannableError
-from fusedbun.memory import Setting, temporaries
-from fusedbun.memory.settings import ADAMW, USUAL
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.plan import Setting, temporaries
+from fusedbun.tools.plan.settings import ADAMW, USUAL
+from fusedbun.tools.shared.machine import peak_during
 
 SMALL = {"matrix": (50, 70), "narrow": (40, 3), "vector": (70,), "kernel": (3, 4, 5, 6), "scalar": (), "empty": (0, 3)}
 # Some for each way of going over memory: blocks of rows, of columns, packed rows, and every element for itself.

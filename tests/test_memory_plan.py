@@ -17,12 +17,12 @@ from memory_plans import ELEMENTS, OURS, SHAPES, SM3, seven_billion, the_one
 from torch import nn
 
 import fusedbun
-from fusedbun.bench.shapes import gpt2
-from fusedbun.memory import Estimate, Plan, Refusal, Setting, temporaries
-from fusedbun.memory.settings import ADAMW, USUAL
-from fusedbun.memory.sizes import parse_size, readable
-from fusedbun.memory.sources import Tensor
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.bench.shapes import gpt2
+from fusedbun.tools.plan import Estimate, Plan, Refusal, Setting, temporaries
+from fusedbun.tools.plan.settings import ADAMW, USUAL
+from fusedbun.tools.plan.sizes import parse_size, readable
+from fusedbun.tools.plan.sources import Tensor
 
 # ---- what is counted
 
@@ -338,7 +338,7 @@ def test_the_numbers_as_json():
 
 
 def test_the_chart_is_a_picture():
-    from fusedbun.memory.picture import draw
+    from fusedbun.tools.plan.picture import draw
 
     assert draw(fusedbun.plan(SHAPES, budget="1MiB")).startswith(b"\x89PNG")
     assert draw(fusedbun.plan(SHAPES, budget="1KiB").fitting()).startswith(b"\x89PNG")

@@ -11,8 +11,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from fusedbun.compiler import build, family, native
-from fusedbun.compiler.cpp import TYPES, emit
+from fusedbun.compiler.cpp import build, family, native
+from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.trace import trace
 from fusedbun.recipes import RECIPES
 
@@ -98,7 +98,12 @@ def test_kernels_come_with_the_wheel(source, tmp_path):
     assert made.name.endswith(f"-py3-none-{platform}.whl")
     names = ZipFile(made).namelist()
     assert not any(name.startswith("fusedbun-0.1.0.data") for name in names)
-    for needed in ("compiler/runtime/driver.cpp", "compiler/runtime/vectors.h", "bench/limits.c", "py.typed"):
+    for needed in (
+        "compiler/cpp/runtime/driver.cpp",
+        "compiler/cpp/runtime/vectors.h",
+        "tools/bench/limits.c",
+        "py.typed",
+    ):
         assert f"fusedbun/{needed}" in names
     assert steps(made, tmp_path, compiler=False, implementation="kernel") == (0, "")
 

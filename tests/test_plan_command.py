@@ -9,10 +9,12 @@ import sys
 import pytest
 
 import fusedbun
-from fusedbun.cli import main
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.cli import main
 
-ABSENT = "import sys; sys.modules.update({name}=None); from fusedbun.cli import main; sys.exit(main(sys.argv[1:]))"
+ABSENT = (
+    "import sys; sys.modules.update({name}=None); from fusedbun.tools.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def shown(capsys, *arguments):
@@ -158,7 +160,7 @@ def test_a_file_that_may_not_be_read(capsys, file, monkeypatch):
     def forbid(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("fusedbun.memory.files._check_is_file", forbid)
+    monkeypatch.setattr("fusedbun.tools.plan.files._check_is_file", forbid)
     assert f"cannot read '{file}': Permission denied" in refused(capsys, file)
 
 

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 import fusedbun
 import fusedbun_jax as fj
-from fusedbun import Slot, Transform, codes, in_numpy
+from fusedbun import Slot, Transform
+from fusedbun import namespace as in_numpy
 from fusedbun.portable import inverse
 from fusedbun.portable.match import recoded
+from fusedbun.storage import codes
 
 SHAPES = {
     "conv.weight": (6, 3, 3, 2),

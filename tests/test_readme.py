@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.tables import memory, results, speed
-from fusedbun.cli import bench, main
-from fusedbun.rounding import BLOCK
+from fusedbun.storage.noise import BLOCK
+from fusedbun.tools.bench import command as bench
+from fusedbun.tools.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

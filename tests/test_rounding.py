@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fusedbun import codes, in_numpy, rounding
-from fusedbun.optim import namespace as in_torch
+from fusedbun import namespace as in_numpy
+from fusedbun.storage import codes
+from fusedbun.storage import noise as rounding
+from fusedbun.torch import namespace as in_torch
 
 WORD = 0xFFFFFFFF
 SHAPES = [(), (1,), (37,), (50, 7), (7, 3, 2, 3)]

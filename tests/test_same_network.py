@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import fusedbun_jax
-from fusedbun.cli import in_flax, in_torch
-from fusedbun.cli.network import batches, digits, initial_weights
-from fusedbun.cli.optimizers import OPTIMIZERS
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.train import in_flax, in_torch
+from fusedbun.tools.train.network import batches, digits, initial_weights
+from fusedbun.tools.train.optimizers import OPTIMIZERS
 
 STEPS = 50
 

@@ -16,8 +16,8 @@ from sanitized import Job
 
 from fusedbun import recipes
 from fusedbun.chain import Rounding
-from fusedbun.compiler import build, native
-from fusedbun.compiler.cpp import TYPES, emit
+from fusedbun.compiler.cpp import build, native
+from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.trace import trace
 
 pytestmark = pytest.mark.slow

@@ -11,14 +11,14 @@ from collections import Counter
 
 import pytest
 
-from fusedbun.bench import limits, measure, picture
-from fusedbun.bench.arena import Arena
-from fusedbun.bench.contenders import LIMIT, OPTAX, TORCH, Contender, held_bytes
-from fusedbun.bench.measure import Measurement, Plan, Session, schedule
-from fusedbun.bench.results import Case, Results, quotient
-from fusedbun.bench.shapes import GROUPS, NAMES, Workload, workloads
-from fusedbun.cli import main
-from fusedbun.cli.bench import Settings
+from fusedbun.tools.bench import limits, measure, picture
+from fusedbun.tools.bench.arena import Arena
+from fusedbun.tools.bench.command import Settings
+from fusedbun.tools.bench.contenders import LIMIT, OPTAX, TORCH, Contender, held_bytes
+from fusedbun.tools.bench.measure import Measurement, Plan, Session, schedule
+from fusedbun.tools.bench.results import Case, Results, quotient
+from fusedbun.tools.bench.shapes import GROUPS, NAMES, Workload, workloads
+from fusedbun.tools.cli import main
 
 PNG = b"\x89PNG\r\n"
 TINY = Workload("tiny", "two tensors", ((3, 5), (7,)))
@@ -274,9 +274,9 @@ def test_output_that_is_a_file(capsys, tmp_path):
 COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-import fusedbun.bench.shapes as shapes
+import fusedbun.tools.bench.shapes as shapes
 shapes._NETWORKS["small"] = ("four tiny tensors", lambda: ((8, 8), (8,), (4, 3, 3, 3), (2, 2)))
-from fusedbun.cli import main
+from fusedbun.tools.cli import main
 sys.exit(main(["bench", "--workload", "small", *sys.argv[1:]]))
 """
 

@@ -28,9 +28,9 @@ from typing import Any
 import matplotlib
 
 from benchmarks.memory.training import BARE, CONTENDERS, SIZES, STEPS, TOKENS, parameters
-from fusedbun.bench.machine import available_memory
-from fusedbun.cli.files import write_json
-from fusedbun.cli.results import versions
+from fusedbun.tools.shared.files import write_json
+from fusedbun.tools.shared.machine import available_memory
+from fusedbun.tools.train.results import versions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

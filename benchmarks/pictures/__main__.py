@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.pictures import covers, trajectories
-from fusedbun.cli.files import write_atomically
+from fusedbun.tools.shared.files import write_atomically
 
 FOLDER = Path(__file__).parent.parent.parent / "docs/pictures"
 

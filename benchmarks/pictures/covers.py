@@ -26,7 +26,7 @@ from torch import nn
 
 import fusedbun
 from benchmarks.pictures.style import BLUE, VERMILION, image, png
-from fusedbun.cli.network import batches, digits
+from fusedbun.tools.train.network import batches, digits
 from fusedbun.transforms import SM3Accumulate
 
 Array = NDArray[np.float64]

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 import fusedbun
 from benchmarks.pictures.style import BLUE, VERMILION, YELLOW, png
-from fusedbun.cli.network import cosine
+from fusedbun.tools.train.network import cosine
 
 Array = NDArray[np.float64]
 Point = tuple[float, float]

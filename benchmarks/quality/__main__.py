@@ -35,7 +35,7 @@ from benchmarks.fetch import MissingError
 from benchmarks.quality.protocol import FIRST, Study
 from benchmarks.quality.report import DRAWN, PICTURE, draw, load, show
 from benchmarks.quality.workloads import WORKLOADS
-from fusedbun.cli.files import write_atomically
+from fusedbun.tools.shared.files import write_atomically
 
 
 def main(names: list[str]) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedbun import rounding
-from fusedbun.optim import namespace
+from fusedbun.storage import noise as rounding
+from fusedbun.torch import namespace
 
 MOMENT = "momentum.moment"
 

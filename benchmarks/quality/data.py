@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import shakespeare
 from benchmarks.fetch import FASHION, MNIST, RATINGS, archive
-from fusedbun.cli import network
+from fusedbun.tools.train import network
 
 PARTS = ("train", "validation", "test")
 

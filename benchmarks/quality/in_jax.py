@@ -17,7 +17,7 @@ from flax import linen
 
 from benchmarks.quality import data, in_torch
 from benchmarks.quality.contenders import Contender
-from fusedbun.cli import in_flax
+from fusedbun.tools.train import in_flax
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn import functional
 from benchmarks.memory.training import Block
 from benchmarks.quality import data
 from benchmarks.quality.contenders import Contender
-from fusedbun.cli import in_torch
-from fusedbun.cli.network import initial_weights
+from fusedbun.tools.train import in_torch
+from fusedbun.tools.train.network import initial_weights
 
 POINTS = 20
 Batch = tuple[Tensor, ...]

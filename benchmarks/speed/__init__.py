@@ -1,1 +1,1 @@
-"""Speed: the time of a step beside the machine's limit and the other packages. See `fusedbun.bench`."""
+"""Speed: the time of a step beside the machine's limit and the other packages. See `fusedbun.tools.bench`."""

@@ -8,7 +8,7 @@ It takes the options of `fusedbun bench`, which `--help` lists.
 import sys
 from pathlib import Path
 
-from fusedbun.cli import main
+from fusedbun.tools.cli import main
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.tables import DOCUMENTS, blocks, updated
 from benchmarks.tables.results import ROOT
-from fusedbun.cli.files import write_atomically
+from fusedbun.tools.shared.files import write_atomically
 
 
 def main() -> None:

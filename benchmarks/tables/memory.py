@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from benchmarks.tables.results import finished, load, marked, paragraph, table
-from fusedbun.cli.table import cell
+from fusedbun.tools.shared.table import cell
 
 # What the README shows of the memory: with most of our ways to save, and what one would use without them.
 MEMORY = (
@@ -24,8 +24,8 @@ def planned(model: str) -> dict[str, float]:
 
     import fusedbun
     from benchmarks.memory.training import CONTENDERS, SIZES, Model
-    from fusedbun.memory import Setting
     from fusedbun.recipes import RECIPES
+    from fusedbun.tools.plan import Setting
 
     recipes = {recipe.torch_class: name for name, recipe in RECIPES.items()}
     with torch.device("meta"):

@@ -27,8 +27,8 @@ from benchmarks.tables.results import (
     table,
     titled,
 )
-from fusedbun.bench import shapes
-from fusedbun.cli.table import cell
+from fusedbun.tools.bench import shapes
+from fusedbun.tools.shared.table import cell
 
 NETWORKS = (("gpt2", 1), ("gpt2", 2), ("resnet50", 1), ("resnet50", 2))
 PEERS = (

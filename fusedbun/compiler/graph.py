@@ -15,7 +15,7 @@ Reductions come in three kinds: `across` a row (FULL to ROW), `down` the rows (F
 `expand` repeats a number for every column it stands for.
 
 Beside numbers there are conditions, the results of comparisons, and *words*: integers of 32 bits whose arithmetic
-wraps, of which rounding's noise and codes are made (`fusedbun.rounding`).
+wraps, of which rounding's noise and codes are made (`fusedbun.storage.noise`).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Graph:
             name: its name.
             axes: the axes that it spans.
             is_word: whether its numbers are words.
-            part: what it has numbers for (`fusedbun.codes.Stored`).
+            part: what it has numbers for (`fusedbun.storage.codes.Stored`).
         """
         axes = self.every & set(axes)
         kind = "word" if is_word else "number"

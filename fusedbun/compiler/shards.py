@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from fusedbun import codes
-from fusedbun.codes import Stored
 from fusedbun.compiler.graph import REDUCTIONS, Graph, Span, Value
 from fusedbun.compiler.schedule import WIDE
 from fusedbun.compiler.trace import FIRST, SIZE, Program, scalars, used
+from fusedbun.storage import codes
+from fusedbun.storage.codes import Stored
 
 START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}  # the part of a shard without elements
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fusedbun import codes
 from fusedbun.chain import PARAM, Chain, step
-from fusedbun.codes import Stored
 from fusedbun.compiler.graph import BITWISE, Graph, UnplannableError, Value
-from fusedbun.storage import Storage
+from fusedbun.storage import codes
+from fusedbun.storage.codes import Stored
+from fusedbun.storage.storage import Storage
 from fusedbun.transform import Transform
 
 GRAD, LR = "grad", "lr"
@@ -169,7 +169,7 @@ class Symbol:
 
 
 class Symbolic:
-    """The namespace (`fusedbun.transform.Namespace`, `fusedbun.codes.Storing`) whose arrays are symbols.
+    """The namespace (`fusedbun.transform.Namespace`, `fusedbun.storage.codes.Storing`) whose arrays are symbols.
 
     Args:
         graph: what they are values of.

@@ -1,6 +1,6 @@
 """What is in the file: parameters by name with their slots, and the hyper-parameters that groups of them share.
 
-    arrays     "<parameter>/<transformation>.<slot>", and what the slot's code appends (`fusedbun.codes`)
+    arrays     "<parameter>/<transformation>.<slot>", and what the slot's code appends (`fusedbun.storage.codes`)
     metadata   "format", "version", "steps"; "group <n>" and "parameter <name>", each a small JSON text
 
 All of it follows from what transformations declare; no optimizer is named here.
@@ -17,12 +17,12 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from fusedbun import codes
 from fusedbun.chain import COUNTER, Chain
-from fusedbun.codes import Stored
 from fusedbun.hyper import hints, is_structural, plain
 from fusedbun.portable import file
 from fusedbun.portable.file import DTYPES, Entry, Numbers, Opened
+from fusedbun.storage import codes
+from fusedbun.storage.codes import Stored
 from fusedbun.transform import Shape, Slot
 
 FORMAT, VERSION = "fusedbun optimizer state", "1"

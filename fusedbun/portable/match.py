@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fusedbun import codes, in_numpy, rounding
+from fusedbun import namespace as in_numpy
 from fusedbun.portable.entries import Group, Parameter, Saved
 from fusedbun.portable.file import Numbers
+from fusedbun.storage import codes
+from fusedbun.storage import noise as rounding
 from fusedbun.transform import Shape, Slot
 
 Target = str | tuple[str, Sequence[int]]

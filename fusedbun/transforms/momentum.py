@@ -25,7 +25,7 @@ class Momentum(Transform):
         dampening: how much of the new update is left out, in [0, 1).
         nesterov: look ahead one step.
         undampened_start: leave nothing out in the first step.
-        dtype: what the sum is stored in (`fusedbun.codes`).
+        dtype: what the sum is stored in (`fusedbun.storage.codes`).
 
     State: one array of the parameter's shape, and an int32 step counter where the first step is another; none when
         `beta` is 0.

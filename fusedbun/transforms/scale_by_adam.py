@@ -24,7 +24,7 @@ class ScaleByAdam(Transform):
         beta2: the share of the past that the mean of squares keeps, in [0, 1).
         eps: added to the root, in [0, inf).
         amsgrad: divide by the largest mean of squares so far (Reddi, Kale, Kumar 2018, arXiv 1904.09237).
-        dtype: what the mean is stored in (`fusedbun.codes`).
+        dtype: what the mean is stored in (`fusedbun.storage.codes`).
         second_dtype: what the mean of squares is stored in. Codes of 8 and 4 bits are not for it: they have no number
             between 0 and a hundredth of a block's largest, and a root of 0 is divided by.
 

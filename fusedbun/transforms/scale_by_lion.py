@@ -21,7 +21,7 @@ class ScaleByLion(Transform):
     Args:
         beta1: the share of the mean in the step, in [0, 1).
         beta2: the share of the past that the mean keeps, in [0, 1).
-        dtype: what the mean is stored in (`fusedbun.codes`).
+        dtype: what the mean is stored in (`fusedbun.storage.codes`).
 
     State: one array of the parameter's shape.
     """

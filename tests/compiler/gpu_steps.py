@@ -11,10 +11,11 @@ import torch
 from leaves import LR, Arrays
 
 from fusedbun.chain import Chain
-from fusedbun.codes import computed_in
-from fusedbun.compiler import gpu, schedule, trace
+from fusedbun.compiler import schedule, trace
 from fusedbun.compiler.trace import evaluate, hyperparameters
-from fusedbun.compiler.triton_text import numbers, words
+from fusedbun.compiler.triton.text import numbers, words
+from fusedbun.storage.codes import computed_in
+from fusedbun.torch import gpu
 from fusedbun.transform import Signal, Slot, Transform
 
 INTEGERS = (torch.int8, torch.uint8, torch.int32)
@@ -130,7 +131,7 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fusedbun.compiler.triton import emit, kernels
+    from fusedbun.compiler.triton.module import emit, kernels
 
     made = {}
     for dtype in dtypes:

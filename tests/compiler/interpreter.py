@@ -8,7 +8,7 @@ def interpret(cache: str) -> None:
     os.environ.update(TRITON_INTERPRET="1", FUSEDBUN_CACHE=cache)
     import numpy as np
 
-    from fusedbun.compiler import gpu
+    from fusedbun.torch import gpu
 
     np.seterr(all="ignore")
     gpu.TILES, gpu.SMALL_TILE = (gpu.Tile(16, 4), gpu.Tile(4, 16)), gpu.Tile(4, 8)

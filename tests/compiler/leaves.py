@@ -9,12 +9,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fusedbun import in_numpy
+from fusedbun import namespace as in_numpy
 from fusedbun.chain import Chain, step
-from fusedbun.compiler import native
-from fusedbun.compiler.blocks import ELEMENTS, Blocks, plan
+from fusedbun.compiler.cpp import native
+from fusedbun.compiler.tiles import ELEMENTS, Blocks, plan
 from fusedbun.compiler.trace import evaluate, hyperparameters
-from fusedbun.storage import Storage
+from fusedbun.storage.storage import Storage
 from fusedbun.transform import Shape
 
 Arrays = dict[str, Any]  # "param", "grad" and the slots by name

@@ -11,7 +11,7 @@ import pytest
 from leaves import by_kernel, leaf
 
 from fusedbun import chain
-from fusedbun.compiler import build, native
+from fusedbun.compiler.cpp import build, native
 from fusedbun.transforms import Decay
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int number() { return 42; }\n'
@@ -234,7 +234,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 def test_a_bundle_holds_several_kernels(folder, calls):
     """Each has a name of its own in it, so that one library serves them all."""
-    from fusedbun.compiler.cpp import emit
+    from fusedbun.compiler.cpp.module import emit
     from fusedbun.compiler.trace import trace
 
     sources = [emit(trace(TRANSFORMS, 1, dtype=dtype)) for dtype in ("float32", "float64")]

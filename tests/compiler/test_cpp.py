@@ -21,8 +21,9 @@ from rules import rule, stateful
 
 import fusedbun
 from fusedbun import Slot, chain, recipes
-from fusedbun.compiler import UnplannableError, native, trace
-from fusedbun.compiler.cpp import TYPES, emit
+from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler.cpp import native
+from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.hyper import NonNegative
 from fusedbun.transforms import Decay, Momentum, RMSScale, ScaleByAdam, ScaleByLion, SM3Accumulate
 

@@ -25,7 +25,8 @@ from random_chains import COUNT, random_problem
 from rules import rule, stateful
 
 from fusedbun import Slot, chain
-from fusedbun.compiler import native, trace
+from fusedbun.compiler import trace
+from fusedbun.compiler.cpp import native
 from fusedbun.transforms import Decay, Momentum, ScaleByAdam, ScaleByLion
 
 # By the number of axes. Between them they are gone over in every way (runtime/driver.cpp): as one long row, in rows of

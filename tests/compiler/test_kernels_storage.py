@@ -11,7 +11,8 @@ from test_kernels import check, gradient
 
 from fusedbun import chain, recipes
 from fusedbun.chain import Rounding
-from fusedbun.compiler import UnplannableError, native, trace
+from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler.cpp import native
 from fusedbun.transforms import Momentum, ScaleByAdam
 
 RECOMMENDED = {"use_rms": True, "centralize": True, "nesterov": True}

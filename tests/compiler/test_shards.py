@@ -11,10 +11,11 @@ from cases import SHAPES, by_case
 from leaves import LR, assert_near, assert_same, by_definition, computed, has_sums, leaf
 from random_chains import COUNT, random_problem
 
-from fusedbun import chain, in_numpy, recipes
-from fusedbun.compiler.blocks import Blocks, plan, scheduled
+from fusedbun import chain, recipes
+from fusedbun import namespace as in_numpy
 from fusedbun.compiler.schedule import WIDE
 from fusedbun.compiler.shards import phases
+from fusedbun.compiler.tiles import Blocks, plan, scheduled
 from fusedbun.compiler.trace import FIRST, SIZE, evaluate, hyperparameters, trace, used
 from fusedbun.transform import Slot, Transform
 from fusedbun.transforms import Decay, Momentum, SM3Accumulate

@@ -27,10 +27,11 @@ from random_chains import random_problem
 
 from fusedbun import Chain, chain, recipes
 from fusedbun.chain import Rounding
-from fusedbun.codes import STEP
-from fusedbun.compiler import UnplannableError, gpu, schedule, trace
-from fusedbun.compiler.triton import emit
-from fusedbun.compiler.triton_text import numbers
+from fusedbun.compiler import UnplannableError, schedule, trace
+from fusedbun.compiler.triton.module import emit
+from fusedbun.compiler.triton.text import numbers
+from fusedbun.storage.codes import STEP
+from fusedbun.torch import gpu
 from fusedbun.transforms import ClipRMS, Decay, Momentum, RMSScale, ScaleByLion, SM3Accumulate
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fusedbun import in_numpy
+from fusedbun import namespace as in_numpy
 from fusedbun.chain import COUNTER, Chain, Rounding, step
-from fusedbun.storage import Storage
+from fusedbun.storage.storage import Storage
 
 Arrays = dict[str, Any]  # "param" and the state's arrays by name
 Tree = dict[str, Any]

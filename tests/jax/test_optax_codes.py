@@ -14,9 +14,11 @@ from factories import described, run
 from numpy_steps import SHAPES, arrays, assert_near, assert_same_bits, by_definition, rounding, stepper, tree
 
 import fusedbun_jax as fj
-from fusedbun import codes, in_numpy, recipes
-from fusedbun import rounding as words
-from fusedbun.compiler.native import KernelError
+from fusedbun import namespace as in_numpy
+from fusedbun import recipes
+from fusedbun.compiler.cpp.native import KernelError
+from fusedbun.storage import codes
+from fusedbun.storage import noise as words
 from fusedbun.transforms import Momentum
 from fusedbun_jax import namespace
 

@@ -13,8 +13,8 @@ from flax import linen, nnx
 import fusedbun_jax as fj
 from fusedbun import Signal, Slot, Transform, chain, recipes
 from fusedbun.chain import step as step_of_definition
-from fusedbun.compiler import native
-from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.cpp import native
+from fusedbun.compiler.cpp.native import KernelError
 from fusedbun_jax import kernels
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}  # as in test_equivalence, of a leaf's largest update

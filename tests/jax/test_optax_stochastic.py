@@ -19,10 +19,11 @@ from numpy_steps import arrays, assert_same_bits, by_definition, rounding, stepp
 
 import fusedbun
 import fusedbun_jax as fj
-from fusedbun import in_numpy, recipes
-from fusedbun import rounding as words
+from fusedbun import namespace as in_numpy
+from fusedbun import recipes
 from fusedbun.chain import Rounding
-from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.cpp.native import KernelError
+from fusedbun.storage import noise as words
 
 COUNT = 2**14
 OFF = {"stochastic_rounding": False}

@@ -24,7 +24,7 @@ from fusedbun import (
     MupSGD,
     ScaledOptum,
 )
-from fusedbun.optim import TransformOptimizer
+from fusedbun.torch import TransformOptimizer
 from fusedbun.transforms import Momentum, RMSScale, SM3Accumulate
 
 Maker = Callable[..., TransformOptimizer]

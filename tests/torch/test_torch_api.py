@@ -40,7 +40,7 @@ def test_is_a_torch_optimizer_that_prints_its_groups(make):
 
 def test_fusion_optimizer_is_fusedbun():
     assert FusionOptimizer is Fusedbun
-    assert fusedbun.optim.Fusedbun is Fusedbun
+    assert fusedbun.torch.Fusedbun is Fusedbun
 
 
 def test_defaults_and_groups_hold_the_recipes_names():

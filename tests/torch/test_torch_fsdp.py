@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 
 WIDTH = 64
 MAKERS_HERE = {
-    "sm3": partial(SM3, momentum=0.9, implementation="blocks"),
+    "sm3": partial(SM3, momentum=0.9, implementation="tiles"),
     "fusedbun": partial(Fusedbun, centralize=True, use_rms=True, nesterov=True),
-    "int8": partial(Fusedbun, centralize=True, use_rms=True, momentum_dtype="int8", implementation="blocks"),
+    "int8": partial(Fusedbun, centralize=True, use_rms=True, momentum_dtype="int8", implementation="tiles"),
     "lion": DecoupledLionW,
 }
 
@@ -107,7 +107,7 @@ def test_a_network_trains_under_fsdp_as_it_does_alone(sizes, tmp_path):
 
 CHECKPOINTED = {name: MAKERS[name] for name in ("sm3-momentum", "fusedbun-recommended", "mup-adam", "scaled-optum")}
 CHECKPOINTED |= {name: FEWER_BITS[name] for name in ("sm3 int8", "fusedbun int4 rounded")}
-CHECKPOINTED = {name: partial(make, implementation="blocks") for name, make in CHECKPOINTED.items()}
+CHECKPOINTED = {name: partial(make, implementation="tiles") for name, make in CHECKPOINTED.items()}
 
 
 def dtype_of(name):

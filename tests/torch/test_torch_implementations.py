@@ -16,10 +16,10 @@ from torch._dynamo.utils import counters
 from twins import FAST, assert_near, assert_near_run, each_fast, each_make, everything, is_exact, twins
 
 from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, ScaledOptum, Signal, Slot, Transform
-from fusedbun.compiler import build, native
-from fusedbun.compiler.native import KernelError
-from fusedbun.optim import IMPLEMENTATIONS, dispatch, openmp
-from fusedbun.optim.overlap import Written, check_overlap
+from fusedbun.compiler.cpp import build, native
+from fusedbun.compiler.cpp.native import KernelError
+from fusedbun.torch import IMPLEMENTATIONS, dispatch, openmp
+from fusedbun.torch.overlap import Written, check_overlap
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -390,8 +390,8 @@ def test_a_leaf_that_kernels_do_not_serve_is_an_error_where_they_were_asked_for(
 
 
 def test_the_best_of_each_device():
-    assert dispatch.BEST == {"cpu": ("kernel", "blocks", "definition"), "cuda": ("compiled", "blocks", "definition")}
-    assert dispatch.ELSEWHERE == ("blocks", "definition")
+    assert dispatch.BEST == {"cpu": ("kernel", "tiles", "definition"), "cuda": ("compiled", "tiles", "definition")}
+    assert dispatch.ELSEWHERE == ("tiles", "definition")
 
 
 @pytest.mark.slow

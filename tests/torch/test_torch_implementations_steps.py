@@ -12,7 +12,7 @@ from makers import MAKERS, copies, parameters, run, set_gradients
 from twins import assert_near_run, each_make, twins
 
 from fusedbun import Fusedbun, MupAdamW
-from fusedbun.compiler import native
+from fusedbun.compiler.cpp import native
 
 # What changes between steps
 

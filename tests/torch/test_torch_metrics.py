@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fusedbun import SM3, DecoupledLionW, Fusedbun, TernaryVote
-from fusedbun.optim import TransformOptimizer
+from fusedbun.torch import TransformOptimizer
 
 SHAPES = ((), (5,), (4, 3), (2, 3, 4))
 KEYS = ["l2_norm/moment", "l2_norm/param", "l2_norm/update", "l2_norm/grad", "cosine/update_grad", "cosine/moment_grad"]

@@ -211,8 +211,8 @@ each_error = pytest.mark.parametrize(
 
 
 def test_every_class_has_its_record():
-    classes = {c for c in vars(fusedbun.optim).values() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
-    classes -= {fusedbun.optim.TransformOptimizer}
+    classes = {c for c in vars(fusedbun.torch).values() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+    classes -= {fusedbun.torch.TransformOptimizer}
     assert {info.cls for info in INFOS} == classes
     assert FusionOptimizer is Fusedbun
     assert SignSGD is ScaledOptum

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, ScaledOptum, Signal, Transform, chain
-from fusedbun.compiler.native import KernelError
-from fusedbun.optim import placement
-from fusedbun.optim import sharded as sharded_steps
+from fusedbun.compiler.cpp.native import KernelError
+from fusedbun.torch.sharding import parts as sharded_steps
+from fusedbun.torch.sharding import placement
 
 MESH = (2, 2)
 

@@ -15,8 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from fusedbun import SM3, Fusedbun, TernaryVote
-from fusedbun.compiler import native
-from fusedbun.optim import dispatch
+from fusedbun.compiler.cpp import native
+from fusedbun.torch import dispatch
 
 # The same numbers
 
@@ -44,7 +44,7 @@ def test_twenty_steps_of_ternary_vote():
     assert_same_run(ours[1], ordinary[1])
 
 
-@pytest.mark.parametrize("implementation", ["kernel", "blocks", "definition"])
+@pytest.mark.parametrize("implementation", ["kernel", "tiles", "definition"])
 def test_every_implementation_of_single_parameters(implementation):
     ordinary, ours = pair(with_rate(SM3, momentum=0.9, implementation=implementation))
     with released(*ours):
@@ -140,7 +140,7 @@ def test_kernels_are_described_once(monkeypatch):
 def test_compiling_is_for_all_parameters_together(monkeypatch):
     """Where it is the best there is, as on CUDA, the next best is taken."""
     monkeypatch.setitem(dispatch.BEST, "cpu", dispatch.BEST["cuda"])
-    ordinary, ours = pair(with_rate(SM3, implementation="blocks"))
+    ordinary, ours = pair(with_rate(SM3, implementation="tiles"))
     ours = ours[0], SM3(ours[0].parameters(), lr=0.05)
     with released(*ours):
         train(*ordinary, 3)
@@ -168,7 +168,7 @@ def watched(model):
     return sizes, seen
 
 
-@pytest.mark.parametrize("implementation", [None, "blocks", "definition"])
+@pytest.mark.parametrize("implementation", [None, "tiles", "definition"])
 def test_one_gradient_at_a_time(implementation):
     _, (model, optimizer) = pair(with_rate(SM3, implementation=implementation))
     sizes, seen = watched(model)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fusedbun import SM3, DecoupledLionW, Fusedbun, MupAdamW, TernaryVote
-from fusedbun.optim import placement
+from fusedbun.torch.sharding import placement
 
 pytestmark = pytest.mark.slow
 
@@ -106,12 +106,12 @@ def everything(rank, count, cases):
 def in_blocks():
     for name, make in {**MAKERS, "ternary-vote": partial(TernaryVote, threshold=2)}.items():
         for dtype in (torch.float32, torch.float64):
-            yield name, partial(make, implementation="blocks"), SHAPES, dtype, name in EXACT
+            yield name, partial(make, implementation="tiles"), SHAPES, dtype, name in EXACT
 
 
 def in_fewer_bits_in_blocks():
     for name, make in FEWER_BITS.items():
-        yield name, partial(make, implementation="blocks"), IN_BLOCKS, torch.bfloat16, name in EXACT_IN_FEWER_BITS
+        yield name, partial(make, implementation="tiles"), IN_BLOCKS, torch.bfloat16, name in EXACT_IN_FEWER_BITS
 
 
 def in_kernels():
@@ -179,7 +179,7 @@ def what_is_sent(rank, count):
     found = {}
     for title, (sizes, placements) in CUTS[count].items():
         for name in MAKERS:
-            make = partial(MAKERS[name], implementation="blocks")
+            make = partial(MAKERS[name], implementation="tiles")
             found[title, name] = [sent(make, shapes, sizes, placements) for shapes in (few, many[:27])]
     return found
 

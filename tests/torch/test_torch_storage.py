@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fusedbun
-from fusedbun import ChainOptimizer, in_numpy
+from fusedbun import ChainOptimizer
+from fusedbun import namespace as in_numpy
 from fusedbun.chain import Rounding, step
-from fusedbun.optim import IMPLEMENTATIONS
-from fusedbun.storage import Storage
+from fusedbun.storage.storage import Storage
+from fusedbun.torch import IMPLEMENTATIONS
 from fusedbun.transforms import Momentum
 
 TYPED = {"mup": lambda path, param: "weight"}
@@ -193,7 +194,7 @@ def test_what_is_stored():
     ],
 )
 def test_bytes_a_parameter(network, momentum_dtype, most):
-    from fusedbun.bench import shapes
+    from fusedbun.tools.bench import shapes
 
     sizes = getattr(shapes, network)()
     chain = fusedbun.recipes.fusedbun(momentum_dtype=momentum_dtype)
@@ -322,7 +323,7 @@ class TestLoading:
         assert (group["momentum_dtype"], group["lr"], group["use_rms"]) == (now, 1e-2, True)
         for param, was in zip(group["params"], saved.param_groups[0]["params"], strict=True):
             decoded = [
-                Storage(fusedbun.optim.namespace, Rounding(), p, "bfloat16").decode(
+                Storage(fusedbun.torch.namespace, Rounding(), p, "bfloat16").decode(
                     "momentum.moment", Momentum(dtype=dtype).slots(p.shape)["moment"], optimizer.state[p], torch.float32
                 )
                 for optimizer, p, dtype in ((other, param, now), (saved, was, before))

@@ -9,7 +9,7 @@ from makers import MAKERS, copies
 from fusedbun.compiler.graph import Span
 from fusedbun.compiler.trace import trace, used
 
-FAST = ("kernel", "blocks")
+FAST = ("kernel", "tiles")
 TOLERANCE = 2e-6  # of the largest number, as for the reference in test_equivalence.py
 each_fast = pytest.mark.parametrize("implementation", FAST)
 # Several passes over memory; sums over all of a parameter; elementwise steps, without state and with a counter

@@ -1,0 +1,1 @@
+"""Schedules as C++, compiled and run on a CPU."""

@@ -1,0 +1,1 @@
+"""Schedules as Triton, for GPUs."""

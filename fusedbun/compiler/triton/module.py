@@ -1,0 +1,60 @@
+"""Prints a schedule as Triton, for GPUs: few kernels, each for all leaves that share the program.
+
+    pass_0      a pass over memory; a program has a block of rows and loops over its columns, once for each sweep
+    combine_1   what the blocks of pass 0 reduced, put together in their order, so that the same bits come every time
+    between_1   the small values that pass 1 needs, or that are written at the end; a program has a leaf
+
+What there is nothing to do in is not printed. A program finds its leaf and its block in `work`, and everything about
+the leaf, addresses and sizes, in a row of `leaves` (`Table`). Nothing of full size is kept between two sweeps: on a GPU
+a division costs less than memory. Words are int32, whose products and sums wrap. Names in the code are those of the
+values in the printed schedule: %7 is x7 where it is of full size, b7 for a block of 32 columns, r7 for a row, c7 for a
+column, s7 where it is one number, and q7 while it is reduced.
+"""
+
+from __future__ import annotations
+
+import re
+
+from fusedbun.compiler.graph import Span
+from fusedbun.compiler.schedule import Schedule
+from fusedbun.compiler.triton.between import Between, combine
+from fusedbun.compiler.triton.passes import OfRows, flat
+from fusedbun.compiler.triton.text import HELPERS, Kernel, Table
+
+
+def emit(schedule: Schedule) -> str:
+    """The source of a module with every kernel of a schedule.
+
+    Args:
+        schedule: with blocks of rows.
+    """
+    source = "\n\n\n".join(kernel.source for kernel in kernels(schedule))
+    helpers = [f"@triton.jit{text}" for name, text in HELPERS.items() if re.search(rf"\b{name}\b(?!=)", source)]
+    comment = [f"# {line}".rstrip() for line in f"{schedule.program}\n\n{schedule}".split("\n")]
+    table = f"# a leaf's row: {', '.join(Table(schedule).names)}"
+    head = "\n".join([*comment, "#", table, "", "import triton", "import triton.language as tl"])
+    return "\n\n\n".join([head, *helpers, source]) + "\n"
+
+
+def kernels(schedule: Schedule) -> list[Kernel]:
+    """The kernels of a schedule, in the order in which they are launched."""
+    if schedule.blocks != "rows":
+        raise ValueError(f"Triton is printed for blocks of rows, but these are of {schedule.blocks}")
+    table, found = Table(schedule), []
+    for t in range(len(schedule.passes) + 1):
+        sums = [v for v in schedule.between[t] if v in schedule.partials and v.span == Span.COLUMN]
+        small = [v for v in schedule.between[t] if v not in sums]
+        stores = schedule.stores if t == len(schedule.passes) else []
+        if sums:
+            found.append(combine(f"combine_{t}", table, sums))
+        if small or stores:
+            found.append(Between(f"between_{t}", table).kernel(small, stores))
+        if t < len(schedule.passes):
+            work = OfRows(f"pass_{t}", table)
+            found.append(flat(schedule, table) if is_flat(schedule) else work.kernel(schedule.passes[t]))
+    return found
+
+
+def is_flat(schedule: Schedule) -> bool:
+    """Whether rows and columns make no difference to the pass, so that a block is a run of elements."""
+    return schedule.is_elementwise and not any(work.stores for work in schedule.passes)

@@ -1,0 +1,1 @@
+"""The commands: each above all else, and none above another but `cli`."""

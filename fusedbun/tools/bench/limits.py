@@ -1,0 +1,116 @@
+"""The machine's own limit: C loops with the access pattern of a step, compiled where they are run."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+
+from fusedbun.tools.bench.arena import Arena, Array, zeros
+from fusedbun.tools.bench.contenders import LIMIT, Contender, held_bytes
+from fusedbun.tools.shared.machine import cpu_model
+
+_SOURCE = Path(__file__).with_name("limits.c")
+_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-shared", "-pthread")
+_FASTER = ("-funroll-loops", "-mprefer-vector-width=512")  # which not every compiler and machine has
+
+# Name, number in limits.c, arrays of state.
+_LOOPS = (("p += s*g", 0, 0), ("momentum", 1, 1), ("momentum, two passes", 2, 1), ("Adam", 3, 2))
+
+
+class NoCompilerError(Exception):
+    """The loops cannot be compiled here; the message says why in one line."""
+
+
+def limits() -> list[Contender]:
+    """The loops as contenders."""
+    return [
+        Contender(LIMIT, name, partial(Loop, number, arrays), rereads=int(number == 2))
+        for name, number, arrays in _LOOPS
+    ]
+
+
+class Loop:
+    """A loop over an arena's arrays, with state of its own.
+
+    Args:
+        number: the loop's number in limits.c.
+        arrays: how many arrays of state it has, from 0 to 2.
+        arena: what it steps.
+    """
+
+    def __init__(self, number: int, arrays: int, arena: Arena) -> None:
+        self._function = library().fusedbun_step
+        self._state = [[zeros(p.shape) for p in arena.params] for _ in range(arrays)]
+        self._arena = arena  # its arrays have to live as long as the pointers to them
+        unused: list[list[Array]] = [[]] * (2 - arrays)
+        tensors = len(arena.params)
+        sizes = (ctypes.c_size_t * tensors)(*(p.size for p in arena.params))
+        pointers = [_pointers(arrays) for arrays in (arena.params, arena.grads, *self._state, *unused)]
+        self._arguments = (number, arena.threads, ctypes.c_size_t(tensors), sizes, *pointers)
+
+    def prepare(self) -> None:
+        """Nothing."""
+
+    def step(self) -> None:
+        """One pass of the loop over all tensors."""
+        if error := self._function(*self._arguments):
+            raise OSError(error, "cannot start a thread")
+
+    def state_bytes(self) -> int:
+        """The bytes of its state."""
+        return held_bytes(self._state)
+
+    def temporaries(self) -> int | None:
+        """None are made."""
+        return 0
+
+
+def _pointers(arrays: list[Array]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * max(1, len(arrays)))(*(array.ctypes.data for array in arrays))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled loops, from the cache where they are in it."""
+    compiler = os.environ.get("CC") or "cc"
+    command = shutil.which(compiler)
+    if command is None:
+        raise NoCompilerError(f"no C compiler: {compiler!r} was not found; install one, or name it in CC")
+    made_by = "\n".join([_SOURCE.read_text(), command, *_FLAGS, *_FASTER, platform.machine(), cpu_model()])
+    path = _folder() / f"limits-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(command, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(command: str, path: Path) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        for flags in ((*_FLAGS, *_FASTER), _FLAGS):
+            done = subprocess.run([command, *flags, str(_SOURCE), "-o", str(part)], capture_output=True, text=True)
+            if done.returncode == 0:
+                os.replace(part, path)
+                return
+    finally:
+        part.unlink(missing_ok=True)
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+    raise NoCompilerError(f"the C compiler {command} failed: {lines[0]}")
+
+
+def _folder() -> Path:
+    """A folder of the user's own, for a library in one that others can write to might be theirs."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "fusedbun"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="fusedbun-"))
+    return folder

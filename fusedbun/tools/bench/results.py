@@ -1,0 +1,157 @@
+"""What `fusedbun bench` measured, as numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fusedbun.tools.bench.contenders import LIMIT
+from fusedbun.tools.bench.measure import Measurement
+from fusedbun.tools.bench.shapes import Workload
+
+Number = Callable[[Measurement], Any]
+
+
+@dataclass
+class Case:
+    """The measurements of a workload on a number of threads; the first is the reference.
+
+    Args:
+        workload: what was stepped.
+        threads: on how many threads.
+        measurements: of every contender; they grow while it runs.
+    """
+
+    workload: Workload
+    threads: int
+    measurements: list[Measurement] = field(default_factory=list)
+
+    @property
+    def reference(self) -> Measurement:
+        """Whom every time is divided by."""
+        return self.measurements[0]
+
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        workload, threads = self.workload, f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{workload.title}: {workload.parameters:,} parameters in {len(workload.shapes)} tensors, {threads}"
+
+    def by_path(self) -> dict[str, list[Measurement]]:
+        """Those with times, path by path; the machine's limit is the first of the paths."""
+        paths: dict[str, list[Measurement]] = {LIMIT: []}
+        for one in self.measurements:
+            if one.seconds:
+                paths.setdefault(one.contender.path, []).append(one)
+        order = dict.fromkeys(one.contender.path for one in [*self.measurements[1:], self.reference])
+        return {path: paths[path] for path in [LIMIT, *order] if paths.get(path)}
+
+    def median(self, one: Measurement) -> float | None:
+        """The median of its times, in seconds."""
+        return statistics.median(one.seconds.values()) if one.seconds else None
+
+    def spread(self, one: Measurement) -> float | None:
+        """The distance between the quartiles of its times, in seconds."""
+        if len(one.seconds) < 2:
+            return None
+        low, _, high = statistics.quantiles(one.seconds.values(), n=4, method="inclusive")
+        return high - low
+
+    def ratio(self, one: Measurement) -> float | None:
+        """Its time over the reference's: the median of the rounds in which both stepped."""
+        return quotient(one.seconds, self.reference.seconds)
+
+    def state(self, one: Measurement) -> float | None:
+        """The bytes of state per parameter."""
+        return None if one.state_bytes is None else one.state_bytes / self.workload.parameters
+
+    def traffic(self, one: Measurement) -> float | None:
+        """The bytes per parameter that the step has to move."""
+        state = self.state(one)
+        return None if state is None else one.contender.bytes_per_parameter(state)
+
+    def bandwidth(self, one: Measurement) -> float | None:
+        """These bytes over the median time, in bytes a second."""
+        traffic, seconds = self.traffic(one), self.median(one)
+        return None if traffic is None or not seconds else traffic * self.workload.parameters / seconds
+
+    def share(self, one: Measurement) -> float | None:
+        """Its bandwidth over that of the limit whose bytes are nearest, in the rounds in which both stepped."""
+        traffic = self.traffic(one)
+        limits = {self.traffic(m): m for m in self.measurements if m.contender.path == LIMIT and m.seconds}
+        by_bytes = {bytes_: limit for bytes_, limit in limits.items() if bytes_ is not None}
+        if traffic is None or not by_bytes:
+            return None
+        nearest = min(by_bytes, key=lambda bytes_: abs(bytes_ - traffic))
+        slower = quotient(one.seconds, by_bytes[nearest].seconds)
+        return traffic / nearest / slower if slower else None
+
+    def report(self) -> dict[str, Any]:
+        """The case for a JSON file."""
+        return {
+            "workload": self.workload.name,
+            "title": self.workload.title,
+            "tensors": len(self.workload.shapes),
+            "parameters": self.workload.parameters,
+            "threads": self.threads,
+            "reference": self.reference.contender.label,
+            "contenders": [self._report(one) for one in self.measurements],
+        }
+
+    def _report(self, one: Measurement) -> dict[str, Any]:
+        return {
+            "path": one.contender.path,
+            "name": one.contender.name,
+            "status": one.status,
+            "reason": one.reason,
+            "median_ms": _times(1e3, self.median(one)),
+            "interquartile_ms": _times(1e3, self.spread(one)),
+            "bytes_per_parameter": self.traffic(one),
+            "gigabytes_per_second": _times(1e-9, self.bandwidth(one)),
+            "share_of_limit": self.share(one),
+            "ratio_to_reference": self.ratio(one),
+            "temporary_bytes": one.temporaries,
+            "first_step_ms": _times(1e3, one.first_step),
+            "state_bytes_per_parameter": self.state(one),
+            "rounds": list(one.seconds),
+            "ms": [round(1e3 * seconds, 6) for seconds in one.seconds.values()],
+        }
+
+
+@dataclass
+class Results:
+    """Every case so far; `interrupted` where some are missing or not finished.
+
+    Args:
+        settings: the options, as a JSON file has them.
+        machine: where it was measured.
+        cases: what was measured.
+        interrupted: whether there is more to measure.
+    """
+
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    cases: list[Case] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def measured(self) -> list[Case]:
+        """The cases with a time."""
+        return [case for case in self.cases if any(one.seconds for one in case.measurements)]
+
+    def report(self) -> dict[str, Any]:
+        """The results for a JSON file."""
+        own = {name: value for name, value in asdict(self).items() if name in ("settings", "machine", "interrupted")}
+        return {"command": "fusedbun bench", **own, "cases": [case.report() for case in self.measured]}
+
+
+def quotient(times: Mapping[int, float], others: Mapping[int, float]) -> float | None:
+    """The median of the quotients of two contenders' times in the rounds that both have; None where there is none."""
+    both = [seconds / others[k] for k, seconds in times.items() if others.get(k)]
+    return statistics.median(both) if both else None
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value

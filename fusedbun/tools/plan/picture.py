@@ -1,0 +1,63 @@
+"""The plan as a bar chart."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from fusedbun.tools.plan.planner import Plan
+from fusedbun.tools.plan.sizes import UNITS, readable, unit_of
+from fusedbun.tools.plan.table import pairs
+
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+_PARTS: dict[str, Any] = {"weights": "#0072B2", "gradients": "#E69F00", "state": "#009E73", "temporaries": "#D55E00"}
+_PALER: dict[str, Any] = {
+    part: tuple(0.5 + channel / 2 for channel in to_rgb(colour)) for part, colour in _PARTS.items()
+}
+_BUDGET = "#000000"
+_ROW, _MARGIN = 0.42, 1.9  # inches: of a setting, of titles and axes
+
+
+def draw(plan: Plan) -> bytes:
+    """A bar for every setting, and a paler one below it with gradient release, as PNG."""
+    rows = pairs(plan)
+    unit = unit_of(max((one.total for one in plan.estimates), default=1))
+    scale = UNITS[unit]
+    figure = Figure(figsize=(10, _MARGIN + _ROW * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    longest = max((one.total for one in plan.estimates), default=1) / scale
+    for place, (_, pair) in enumerate(rows):
+        is_alone = None in pair
+        for one, offset, colours in zip(pair, (-0.2, 0.2), (_PARTS, _PALER), strict=True):
+            if one is None:
+                continue
+            at, begin = place + (0.0 if is_alone else offset), 0.0
+            for part, colour in colours.items():
+                size = getattr(one, part) / scale
+                axes.barh(at, size, left=begin, height=0.36, color=colour)
+                begin += size
+            text = axes.text(begin + 0.008 * longest, at, f"{begin:,.2f}", va="center", fontsize=7)
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # in front of the budget's line
+    axes.set_yticks(range(len(rows)), [f"{setting.title}, {setting.label}" for setting, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 1.08 * longest)
+    handles: list[Any] = [Patch(color=colour, label=part) for part, colour in _PARTS.items()]
+    handles.append(Patch(color="#BBBBBB", label="paler: with gradient release"))
+    if plan.budget is not None:
+        axes.axvline(plan.budget / scale, color=_BUDGET, linewidth=1.2, linestyle="--")
+        handles.append(Line2D([], [], color=_BUDGET, linestyle="--", label=f"budget: {readable(plan.budget)}"))
+    axes.set_xlabel(f"{unit}, without activations")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"Memory of training {plan.parameters:,} parameters")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()

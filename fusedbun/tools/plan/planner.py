@@ -1,0 +1,360 @@
+"""The plan: what each optimizer needs for a model, part by part."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from fusedbun.chain import Chain
+from fusedbun.compiler.graph import UnplannableError
+from fusedbun.tools.plan import temporaries
+from fusedbun.tools.plan.settings import ADAMW, Setting, chosen
+from fusedbun.tools.plan.sizes import BITS, parse_size
+from fusedbun.tools.plan.sources import Tensor, tensors_of, tied_parameters
+from fusedbun.tools.plan.temporaries import Room
+
+TOKENS = 4096
+_PLACE = 8  # bytes of the number that says which row of an embedding a row of a sparse gradient belongs to
+_ADAMW_STEP = 4  # bytes of torch's step counter, one for every parameter
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training with one setting needs beside activations.
+
+    Args:
+        setting: the optimizer and its hyper-parameters.
+        stochastic_rounding: whether bfloat16 weights are rounded without a bias, which keeps 4 bytes for each of them.
+        gradient_release: whether each parameter is stepped as soon as its gradient is complete.
+        parameters: how many numbers the model's parameters are.
+        weights: the bytes of all parameters and buffers.
+        gradients: the bytes of all gradients; of the largest under gradient release.
+        state: the bytes of the optimizer's state after its first step.
+        temporaries: the bytes that a step takes beside all that, at most: in fusedbun's kernels on the CPU, or in the
+            definition's rules where there is none. What an allocator keeps of memory that was freed is not counted.
+    """
+
+    setting: Setting
+    stochastic_rounding: bool
+    gradient_release: bool
+    parameters: int
+    weights: int
+    gradients: int
+    state: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """The bytes of everything."""
+        return self.weights + self.gradients + self.state + self.temporaries
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """The bytes of everything for each of the parameters."""
+        return self.total / self.parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers for a JSON file."""
+        setting, numbers = self.setting, {k: v for k, v in vars(self).items() if k != "setting"}
+        named = {"optimizer": setting.optimizer, "setting": setting.label}
+        settings = {key: str(x) if callable(x) else x for key, x in setting.hyperparameters.items()}
+        sums = {"total": self.total, "bytes_per_parameter": self.bytes_per_parameter}
+        return {**named, "hyperparameters": settings, **numbers, **sums}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that cannot train the model.
+
+    Args:
+        setting: the optimizer and its hyper-parameters.
+        reason: why not.
+    """
+
+    setting: Setting
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training a model needs beside activations, with each of some optimizers. As text it is a table.
+
+    Args:
+        tensors: the model's tensors.
+        estimates: what each setting needs; those with gradient release follow the ones without.
+        refusals: the settings that cannot train the model.
+        threads: how many threads step.
+        tokens: how many rows a sparse gradient has.
+        sparse: the names of the parameters with sparse gradients.
+        tied: the names of the parameters that the model has in several places; None where only shapes are known.
+        budget: the bytes that there are; None where that is not said.
+    """
+
+    tensors: tuple[Tensor, ...]
+    estimates: tuple[Estimate, ...]
+    refusals: tuple[Refusal, ...] = ()
+    threads: int = 1
+    tokens: int = TOKENS
+    sparse: tuple[str, ...] = ()
+    tied: tuple[str, ...] | None = None
+    budget: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model's parameters are."""
+        return parameters_of(self.tensors)
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Whether it is within the budget, or there is none."""
+        return self.budget is None or estimate.total <= self.budget
+
+    def fitting(self) -> Plan:
+        """The plan with those settings alone that fit in the budget."""
+        return replace(self, estimates=tuple(filter(self.fits, self.estimates)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers for a JSON file; all sizes are in bytes."""
+        estimates = [
+            {**one.as_dict(), **({} if self.budget is None else {"fits": self.fits(one)})} for one in self.estimates
+        ]
+        refused = [
+            {"optimizer": one.setting.optimizer, "setting": one.setting.label, "reason": one.reason}
+            for one in self.refusals
+        ]
+        counted = {"parameters": self.parameters, "tensors": len(self.tensors)}
+        about = {"threads": self.threads, "tokens": self.tokens, "sparse": self.sparse, "budget": self.budget}
+        return {**counted, **about, "estimates": estimates, "refused": refused}
+
+    def __str__(self) -> str:
+        from fusedbun.tools.plan.table import table
+
+        return table(self)
+
+
+class _Kind(NamedTuple):
+    """What decides the bytes of a trained parameter: all of a kind take as much."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    is_sparse: bool
+
+
+class _Needs(NamedTuple):
+    """The bytes that one parameter of a kind needs.
+
+    Args:
+        gradient: its gradient.
+        state: its state.
+        room: while a kernel steps it.
+        definition: while its rules are run as they are written, where there is no kernel.
+        densified: its dense gradient, where a sparse one is made so; that of all parameters is held at once.
+    """
+
+    gradient: int
+    state: int
+    room: Room = Room(0, 0)
+    definition: int = 0
+    densified: int = 0
+
+
+def plan(
+    model: Any,
+    optimizers: Iterable[str | Setting] | str | Setting | None = None,
+    *,
+    dtype: Any = None,
+    stochastic_rounding: bool = True,
+    sparse: str | Iterable[str] = (),
+    tokens: int = TOKENS,
+    threads: int | None = None,
+    budget: int | str | None = None,
+) -> Plan:
+    """How much memory training a model takes, with and without gradient release. Allocates nothing.
+
+    Activations are not counted, nor what the framework itself takes and what its allocator leaves unused.
+
+    >>> import fusedbun
+    >>> [small, _] = fusedbun.plan({"weight": (1000, 1000)}, fusedbun.tools.plan.Setting("sm3")).estimates
+    >>> small.weights, small.gradients, small.state
+    (4000000, 4000000, 8000)
+
+    Args:
+        model: a torch module, on the meta device too; a tree of JAX's arrays or of ShapeDtypeStruct; a shape, or a
+            list or mapping of shapes, each alone (then float32) or as a pair (shape, dtype); or the path of a
+            safetensors file, of a folder of them, or of a JSON file of shapes. Of a file every floating-point tensor
+            is taken for a trained parameter.
+        optimizers: names ("sm3", "fusedbun", …, "adamw" for torch's), each for its usual settings, or settings of
+            one's own; None: all of them.
+        dtype: plan with floating-point weights in this dtype; None: their own.
+        stochastic_rounding: round bfloat16 weights without a bias.
+        sparse: patterns such as "embed*" of parameters whose gradients are sparse rows
+            (`torch.nn.Embedding(sparse=True)`); they match a name from its beginning or from behind a dot.
+        tokens: how many rows such a gradient has: the tokens of a batch, repeated ones too.
+        threads: on so many threads the step runs; None: on as many as this process has CPUs.
+        budget: the memory that there is, in bytes or as text such as "24GiB".
+
+    Raises:
+        OSError: a file cannot be read.
+        TypeError: the model or a setting is of a wrong type.
+        ValueError: a value is not allowed, a file is not what it should be, or a pattern matches nothing.
+        ModuleNotFoundError: a library that is needed to read a file is not installed.
+    """
+    from fusedbun.tools.shared.machine import cpus
+
+    if isinstance(budget, str):
+        try:
+            budget = parse_size(budget)
+        except ValueError as error:
+            raise ValueError(f"budget {error}") from None
+    threads = _checked("threads", cpus() if threads is None else threads)
+    _checked("tokens", tokens)
+    if budget is not None:
+        _checked("budget", budget)
+    tensors = tensors_of(model, dtype)
+    settings = _without_repeats(chosen(optimizers), tensors)
+    embeddings = _matching(tensors, (sparse,) if isinstance(sparse, str) else tuple(sparse))
+    planner = _Planner(tensors, embeddings, tokens, threads, stochastic_rounding)
+    estimates: list[Estimate] = []
+    refusals: list[Refusal] = []
+    for setting in settings:
+        try:
+            estimates += planner.estimates(setting)
+        except (TypeError, ValueError) as error:
+            refusals.append(Refusal(setting, str(error)))
+    return Plan(tensors, tuple(estimates), tuple(refusals), threads, tokens, embeddings, tied_parameters(model), budget)
+
+
+def parameters_of(tensors: Iterable[Tensor]) -> int:
+    """How many numbers the parameters among these tensors are."""
+    return sum(tensor.elements for tensor in tensors if tensor.role != "buffer")
+
+
+def _checked(name: str, number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}")
+    return number
+
+
+def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the parameters that a pattern matches, from the beginning or from behind a dot."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = [tensor.name for tensor in tensors if tensor.role == "trained" and len(tensor.shape) > 1]
+        matching = [name for name in names if any(fnmatch.fnmatchcase(part, pattern) for part in _endings(name))]
+        if not matching:
+            known = ", ".join(map(repr, names[:4])) + (", …" if len(names) > 4 else "")
+            raise ValueError(
+                f"sparse must match trained parameters of two or more axes, but {pattern!r} matches none "
+                f"of the {len(names)}: {known or 'there are none'}"
+            )
+        found |= dict.fromkeys(matching)
+    return tuple(found)
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _without_repeats(settings: tuple[Setting, ...], tensors: Iterable[Tensor]) -> list[Setting]:
+    """The settings without AdamW in the weights' dtype, where that is the AdamW in float32 that is among them."""
+    is_float32 = all(tensor.dtype == "float32" for tensor in tensors if tensor.role == "trained")
+    found: dict[Any, Setting] = {}
+    for setting in settings:
+        found.setdefault(ADAMW if setting.is_torch_adamw and is_float32 else id(setting), setting)
+    return list(found.values())
+
+
+class _Planner:
+    """A model, and how it is stepped."""
+
+    def __init__(
+        self, tensors: Iterable[Tensor], sparse: Iterable[str], tokens: int, threads: int, stochastic_rounding: bool
+    ) -> None:
+        self.tensors, self.tokens, self.threads = tuple(tensors), tokens, threads
+        self.stochastic_rounding, rows = stochastic_rounding, set(sparse)
+        trained = [t for t in self.tensors if t.role == "trained"]
+        self.names = {_Kind(t.shape, t.dtype, t.name in rows): t.name for t in trained}
+        self.counts = Counter(_Kind(t.shape, t.dtype, t.name in rows) for t in trained)
+
+    def estimates(self, setting: Setting) -> list[Estimate]:
+        """What the setting needs; raises a TypeError or ValueError where it cannot train the model."""
+        if setting.is_torch_adamw:
+            return [self._adamw(setting)]
+        rounded = {kind: self.stochastic_rounding and kind.dtype == "bfloat16" for kind in self.counts}
+        chains = {is_rounded: setting.chain(is_rounded) for is_rounded in set(rounded.values())}
+        needs = {kind: self._needs(setting, chains[rounded[kind]], kind) for kind in self.counts}
+        weights = sum(tensor.size for tensor in self.tensors)
+        state = sum(count * needs[kind].state for kind, count in self.counts.items())
+        parts = [(self._gradients(needs), self._temporaries(needs)), self._released(needs)]
+        return [
+            Estimate(setting, any(rounded.values()), bool(released), self.parameters, weights, gradients, state, most)
+            for released, (gradients, most) in enumerate(parts)
+        ]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the parameters are."""
+        return parameters_of(self.tensors)
+
+    def _needs(self, setting: Setting, chain: Chain, kind: _Kind) -> _Needs:
+        name = self.names[kind]
+        here = chain.at(tuple(name.split(".")), SimpleNamespace(shape=kind.shape), name)
+        elements, width = math.prod(kind.shape), BITS[kind.dtype] // 8
+        if not kind.is_sparse:
+            state = _state(here, kind)
+            if not elements:  # there is nothing to step
+                return _Needs(0, state)
+            try:
+                return _Needs(elements * width, state, temporaries.room(here, kind.shape, kind.dtype))
+            except UnplannableError:
+                return _Needs(elements * width, state, definition=temporaries.definition(here, kind.shape, kind.dtype))
+        rows = self.tokens * math.prod(kind.shape[1:])
+        gradient = rows * width + self.tokens * _PLACE
+        if setting.makes_gradients_dense:
+            definition = temporaries.definition(here, kind.shape, kind.dtype)
+            return _Needs(gradient, _state(here, kind), definition=definition, densified=elements * width)
+        here = here.for_rows()
+        definition = temporaries.definition(here, (self.tokens, *kind.shape[1:]), kind.dtype)
+        return _Needs(gradient, _state(here, kind), definition=definition)
+
+    def _gradients(self, needs: Mapping[_Kind, _Needs]) -> int:
+        return sum(count * needs[kind].gradient for kind, count in self.counts.items())
+
+    def _temporaries(self, needs: Mapping[_Kind, _Needs]) -> int:
+        """The most while all parameters are stepped: as many leaves are under way as there are threads."""
+        held = sorted((n.room.held for kind, n in needs.items() for _ in range(self._at_once(kind))), reverse=True)
+        buffers = self.threads * max(n.room.buffer for n in needs.values())
+        kernels = sum(held[: self.threads]) + buffers + temporaries.RECORD * self.counts.total()
+        densified = sum(count * needs[kind].densified for kind, count in self.counts.items())
+        return densified + max(kernels, *(n.definition for n in needs.values()))
+
+    def _at_once(self, kind: _Kind) -> int:
+        return min(self.counts[kind], self.threads)
+
+    def _released(self, needs: Mapping[_Kind, _Needs]) -> tuple[int, int]:
+        """The largest gradient, and the most while one parameter is stepped."""
+        each = needs.values()
+        rooms = [n.room.held + self.threads * n.room.buffer + temporaries.RECORD for n in each]
+        return max(n.gradient for n in each), max(*rooms, *(n.definition + n.densified for n in each))
+
+    def _adamw(self, setting: Setting) -> Estimate:
+        """torch's AdamW with fused=True, which takes no temporaries."""
+        if any(kind.is_sparse for kind in self.counts):
+            raise TypeError("torch's AdamW takes dense gradients")
+        in_float32 = setting.hyperparameters.get("weights", "float32") == "float32"
+        trained = [t._replace(dtype="float32") if in_float32 else t for t in self.tensors if t.role == "trained"]
+        gradients = sum(t.size for t in trained)
+        others = sum(t.size for t in self.tensors if t.role != "trained")
+        state = 2 * gradients + _ADAMW_STEP * self.counts.total()
+        return Estimate(setting, False, False, self.parameters, gradients + others, gradients, state, 0)
+
+
+def _state(chain: Chain, kind: _Kind) -> int:
+    """The bytes of the arrays that a parameter's state is stored in."""
+    arrays = chain.arrays(kind.shape, kind.dtype).values()
+    return sum(math.prod(array.shape(kind.shape)) * BITS[array.dtype] // 8 for array in arrays)

@@ -1,0 +1,175 @@
+"""An upper bound of what a step takes in memory beside its arrays, from the plans of the kernels for the CPU.
+
+The sizes are those of `runtime/driver.cpp` and of the generated code (`compiler.cpp_ways`), whichever way of going over
+memory serves a shape; they hold for arrays whose elements follow one another in the order of their axes.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+from fusedbun.chain import Chain
+from fusedbun.compiler.cpp.native import structure
+from fusedbun.compiler.cpp.passes import has_blocks
+from fusedbun.compiler.cpp.text import Arrays, Places
+from fusedbun.compiler.cpp.ways import PackedRows
+from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
+from fusedbun.compiler.trace import trace, used
+from fusedbun.storage.codes import computed_in
+from fusedbun.storage.noise import BLOCK
+from fusedbun.tools.plan.sizes import BITS
+from fusedbun.transform import Shape
+
+# As in runtime/driver.cpp and runtime/vectors.h.
+_MOST_CHUNKS, _CHUNK_ELEMENTS, _CHUNK_ROWS = 64, 1 << 15, 128
+_FEW_ROWS, _LONG_ROW = 32, 1 << 15
+_ALIGNMENT, _ROWS = 64, 4
+_REGISTERS = (64, 32, 16)  # bytes: of AVX-512, of AVX2, and of every machine
+RECORD = 256  # bytes that the driver describes a leaf's task with
+
+# Where rules are run as they are written, at most so many arrays of the parameter's size are held at a time, and for
+# noise and codes so many bytes more for each element. (What was measured: 13 arrays, and 113 bytes in all.)
+_MOST_ARRAYS, _NOISE = 14, 72
+
+
+class Room(NamedTuple):
+    """The bytes that one leaf takes while it is stepped.
+
+    Args:
+        held: from its first chunk to its last.
+        buffer: while a chunk is worked at, by each thread.
+    """
+
+    held: int
+    buffer: int
+
+
+class _Sizes(NamedTuple):
+    """A schedule's needs, as `Plan` in runtime/kernel.h counts them, and of what its buffers are made."""
+
+    vectors: int
+    scalars: int
+    partial_vectors: int
+    partial_scalars: int
+    kept: int
+    partials: int
+    buffered: int
+    packed_blocks: int
+
+
+class Program(NamedTuple):
+    """The ways of going over memory that a chain's kernel has."""
+
+    is_flat: bool
+    has_packed: bool
+    rows: _Sizes
+    columns: _Sizes | None
+
+
+def room(chain: Chain, shape: Shape, dtype: str) -> Room:
+    """The bytes that a parameter takes while a kernel steps it: at most so many on any machine.
+
+    Args:
+        chain: what steps it.
+        shape: its shape.
+        dtype: its dtype.
+
+    Raises:
+        UnplannableError: there is no kernel.
+    """
+    program = _program(_Key(chain, (structure(chain), len(shape), dtype)), len(shape), dtype)
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    found = [_room(program, rows, columns, BITS[computed_in(dtype)] // 8, register) for register in _REGISTERS]
+    return Room(*map(max, zip(*found, strict=True)))
+
+
+def definition(chain: Chain, shape: Shape, dtype: str) -> int:
+    """The bytes that a parameter takes at most while its rules are run as they are written.
+
+    Args:
+        chain: what steps it.
+        shape: its shape.
+        dtype: its dtype.
+    """
+    is_noisy, width = bool(chain.noisy(shape)), BITS[computed_in(dtype)] // 8
+    arrays = _MOST_ARRAYS if is_noisy else min(_MOST_ARRAYS, _full_values(chain, len(shape), dtype))
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    elements: int = rows * _up(columns, BLOCK)  # codes fill their rows' last block
+    return (arrays * width + is_noisy * _NOISE) * elements
+
+
+def _full_values(chain: Chain, ndim: int, dtype: str) -> int:
+    """How many values of the parameter's size its rules compute, or the most of which so many are held."""
+    try:
+        return sum(v.span in WIDE for v in used(trace(chain, ndim, dtype=dtype).outputs.values()))
+    except UnplannableError:
+        return _MOST_ARRAYS
+
+
+class _Key:
+    """A chain that is equal to another where their code is."""
+
+    def __init__(self, chain: Chain, key: Any) -> None:
+        self.chain, self._key = chain, key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@cache
+def _program(key: _Key, ndim: int, dtype: str) -> Program:
+    by_row = schedule(trace(key.chain, ndim, dtype=dtype))
+    if by_row.is_elementwise:
+        return Program(True, False, _sizes(by_row), None)
+    try:
+        columns = _sizes(schedule(by_row.program, "columns"))
+    except UnplannableError:
+        columns = None
+    has_packed = not any(has_blocks(sweep) for work in by_row.passes for sweep in work.sweeps)
+    return Program(False, has_packed, _sizes(by_row), columns)
+
+
+def _sizes(plan: Schedule) -> _Sizes:
+    places = Places(plan)
+    sweeps = [sweep for work in plan.passes for sweep in work.sweeps]
+    vectors = PackedRows(plan, Arrays(plan.program)).small_vectors(Pass(sweeps))
+    packed_blocks = 1 + len(vectors) + sum(len(sweep.reductions) for sweep in sweeps) + places.buffered
+    counts = (*places.counts(places.small), *places.counts(places.partial), len(places.kept))
+    return _Sizes(*counts, len(plan.partials), places.buffered, packed_blocks)
+
+
+def _room(program: Program, rows: int, columns: int, element: int, register: int) -> Room:
+    """The same on a machine with registers of so many bytes; `Task::start` and the `buffer` functions."""
+    lanes, plan, length, across = register // element, program.rows, columns, rows
+    if program.is_flat:
+        chunks, buffer = _divided(rows * columns, _CHUNK_ELEMENTS), 0
+    elif program.columns and rows <= _FEW_ROWS and columns >= _LONG_ROW:
+        plan, length, across = program.columns, rows, columns
+        chunk = max(_up(_CHUNK_ELEMENTS // rows, 64), _up(_up(columns, _MOST_CHUNKS) // _MOST_CHUNKS, 64))
+        chunks = _divided(columns, chunk)
+        buffer = (plan.partials + plan.buffered * _ROWS) * _up(rows * register, _ALIGNMENT)
+    else:
+        enough = max(_CHUNK_ROWS, _up(_CHUNK_ELEMENTS, columns) // columns)
+        chunks = _divided(rows, _up(max(enough, _up(rows, _MOST_CHUNKS) // _MOST_CHUNKS), 16))
+        buffer = plan.buffered * _ROWS * _up(columns, lanes) * element
+        if program.has_packed and columns < 2 * lanes and rows >= lanes:
+            buffer += plan.packed_blocks * _up(columns * register, _ALIGNMENT)
+    vector = _up(length * element, _ALIGNMENT)
+    small = plan.vectors * vector + _up(plan.scalars * element, _ALIGNMENT)
+    kept = _up(plan.kept * across * element, _ALIGNMENT)
+    partial = plan.partial_vectors * vector + _up(plan.partial_scalars * element, _ALIGNMENT)
+    return Room(small + kept + partial * max(1, chunks), buffer)
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _divided(n: int, by: int) -> int:
+    return -(-n // by)

@@ -1,0 +1,95 @@
+"""The machine, as far as it matters for times, and the memory of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fusedbun.tools.train.results import versions
+
+PEERS = ("torch-SM3", "pytorch_optimizer", "lion-pytorch", "torch-optimi", "heavyball")
+_CLEAR_PEAK = "5"  # see proc(5), /proc/pid/clear_refs
+
+
+def cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def description(threads: list[int]) -> dict[str, Any]:
+    """The machine and the versions, for a JSON file.
+
+    Args:
+        threads: the numbers of threads that are measured.
+    """
+    return {
+        "cpu": cpu_model(),
+        "cpus": cpus(),
+        "threads": threads,
+        "memory_bytes": _kibibytes("/proc/meminfo", "MemTotal"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "versions": {**versions(), **_peers()},
+    }
+
+
+def available_memory() -> int | None:
+    """The bytes that can be taken without swapping; None where the system does not say."""
+    return _kibibytes("/proc/meminfo", "MemAvailable")
+
+
+def resident_memory() -> int | None:
+    """The bytes that this process holds; None where the system does not say."""
+    return _kibibytes("/proc/self/status", "VmRSS")
+
+
+def peak_during(action: Callable[[], None]) -> int | None:
+    """The most memory that an action holds at a time beyond what was held before; None where it cannot be measured."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed but kept would serve the action unseen
+        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+    except (AttributeError, OSError):
+        return None
+    before = resident_memory()
+    action()
+    peak = _kibibytes("/proc/self/status", "VmHWM")
+    return None if before is None or peak is None else max(0, peak - before)
+
+
+def _peers() -> dict[str, str]:
+    found = {}
+    for package in PEERS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _kibibytes(path: str, name: str) -> int | None:
+    for line in _lines(path):
+        key, _, value = line.partition(":")
+        if key == name:
+            return 1024 * int(value.split()[0])
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

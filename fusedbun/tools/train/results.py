@@ -1,0 +1,128 @@
+"""What `fusedbun train` measures."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+import fusedbun
+from fusedbun.tools.cli.arguments import Settings
+from fusedbun.tools.train.network import Score, Weights
+from fusedbun.tools.train.optimizers import OPTIMIZERS
+
+_LIBRARIES = ("numpy", "torch", "jax", "optax", "flax", "scikit-learn")
+
+
+@dataclass
+class Run:
+    """One training, by one optimizer in one framework; it grows while it runs.
+
+    Args:
+        optimizer: the optimizer's name.
+        framework: the framework's name.
+        learning_rate: the learning rate at the start.
+        losses: the training loss of every step.
+        seconds: the time of every step.
+        scores: after how many steps the network was tested, and how it did.
+        state_bytes: the bytes of the optimizer's state.
+        weights: the weights after the last step; None while there are steps to come.
+    """
+
+    optimizer: str
+    framework: str
+    learning_rate: float
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    scores: list[tuple[int, Score]] = field(default_factory=list)
+    state_bytes: int | None = None
+    weights: Weights | None = None
+
+    @property
+    def score(self) -> Score | None:
+        """The last test's."""
+        return self.scores[-1][1] if self.scores else None
+
+    @property
+    def ms_per_step(self) -> float | None:
+        """The median without the first step, which compiles and allocates."""
+        return 1e3 * statistics.median(self.seconds[1:]) if self.seconds[1:] else None
+
+    def report(self) -> dict[str, Any]:
+        """The run for a JSON file."""
+        return {
+            "optimizer": self.optimizer,
+            "framework": self.framework,
+            "learning_rate": self.learning_rate,
+            "hyperparameters": dict(OPTIMIZERS[self.optimizer].hyperparameters),
+            "finished": self.weights is not None,
+            "test_accuracy": self.score and self.score.accuracy,
+            "test_loss": self.score and finite(self.score.loss),
+            "state_bytes": self.state_bytes,
+            "ms_per_step": self.ms_per_step,
+            "curves": {
+                "train": {
+                    "step": list(range(1, len(self.losses) + 1)),
+                    "loss": [finite(loss) for loss in self.losses],
+                },
+                "test": {
+                    "step": [step for step, _ in self.scores],
+                    "accuracy": [score.accuracy for _, score in self.scores],
+                    "loss": [finite(score.loss) for _, score in self.scores],
+                },
+            },
+        }
+
+
+@dataclass
+class Results:
+    """Every run so far; `interrupted` where some are missing or not finished."""
+
+    settings: Settings
+    parameters: int
+    runs: list[Run] = field(default_factory=list)
+    interrupted: bool = False
+
+    def difference(self, optimizer: str) -> float | None:
+        """The largest absolute difference between the weights of two frameworks; None where there are not two."""
+        ends = [run.weights for run in self.runs if run.optimizer == optimizer and run.weights is not None]
+        if len(ends) != 2:
+            return None
+        a, b = ends
+        return float(max(np.abs(a[name] - b[name]).max() for name in a))
+
+    def report(self) -> dict[str, Any]:
+        """The results for a JSON file."""
+        settings = asdict(self.settings)
+        del settings["output"]
+        differences = {name: self.difference(name) for name in self.settings.learning_rates}
+        return {
+            "command": "fusedbun train",
+            "interrupted": self.interrupted,
+            "settings": settings,
+            "versions": versions(),
+            "parameters": self.parameters,
+            "weight_difference": {name: finite(value) for name, value in differences.items() if value is not None},
+            "runs": [run.report() for run in self.runs],
+        }
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is not finite, for JSON has no name for that."""
+    return value if math.isfinite(value) else None
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of fusedbun and of the libraries that are installed."""
+    found = {"python": platform.python_version(), "fusedbun": fusedbun.__version__}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,79 @@
+"""`fusedbun train`: a small network on real digits."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from typing import Any
+
+from fusedbun.tools.cli.arguments import Settings
+from fusedbun.tools.shared import table
+from fusedbun.tools.shared.errors import CommandError
+from fusedbun.tools.shared.files import cannot_write, make_directory, write_atomically, write_json
+from fusedbun.tools.shared.progress import Display
+from fusedbun.tools.train import picture
+from fusedbun.tools.train.network import Images, batches, cosine, digits, initial_weights
+from fusedbun.tools.train.optimizers import OPTIMIZERS
+from fusedbun.tools.train.results import Results, Run
+
+TRAINING_SHARE = 0.7  # the rest is the test
+
+
+def train(settings: Settings) -> Results:
+    """Trains as the settings say, prints the table and writes the files; Ctrl-C ends the training, not the rest."""
+    frameworks = {name: import_module(f"fusedbun.tools.cli.in_{name}") for name in settings.frameworks}
+    images, test = digits(settings.seed, [TRAINING_SHARE])
+    if settings.batch_size > len(images.labels):
+        raise CommandError(
+            f"argument --batch-size: must be at most {len(images.labels)}, the number of training images, "
+            f"but it is {settings.batch_size}"
+        )
+    make_directory(settings.output)
+    results = Results(settings, parameters=sum(value.size for value in initial_weights(settings.seed).values()))
+    try:
+        with Display(settings.epochs) as display:
+            for optimizer, learning_rate in settings.learning_rates.items():
+                for name, framework in frameworks.items():
+                    run = Run(optimizer, name, learning_rate)
+                    results.runs.append(run)
+                    display.start(run)
+                    _train_one(run, framework, settings, images, test, display)
+    except KeyboardInterrupt:
+        results.runs = [run for run in results.runs if run.losses]
+        if not results.runs:
+            raise
+        results.interrupted = True
+    _save(results)
+    return results
+
+
+def _train_one(run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: Display) -> None:
+    steps_per_epoch = len(images.labels) // settings.batch_size
+    rates = cosine(run.learning_rate, settings.epochs * steps_per_epoch)
+    with framework.session(settings.dtype):
+        trainer = framework.Trainer(OPTIMIZERS[run.optimizer], initial_weights(settings.seed), rates, settings.dtype)
+        try:
+            for batch in batches(images, settings.batch_size, settings.epochs, settings.seed):
+                began = time.perf_counter()
+                loss = trainer.step(batch)
+                run.seconds.append(time.perf_counter() - began)
+                run.losses.append(loss)
+                if len(run.losses) % steps_per_epoch == 0:
+                    run.scores.append((len(run.losses), trainer.evaluate(test)))
+                    display.epoch(run)
+            run.weights = trainer.weights()
+        finally:
+            run.state_bytes = trainer.state_bytes()
+
+
+def _save(results: Results) -> None:
+    """Writes the files, and prints the table whether or not they can be written."""
+    directory = results.settings.output
+    numbers, curves = directory / "results.json", directory / "curves.png"
+    try:
+        write_json(numbers, results.report())
+        write_atomically(curves, picture.draw(results))
+    except OSError as error:
+        table.show(results)
+        raise cannot_write(directory, error) from None
+    table.show(results, f"numbers: {numbers}", f"curves:  {curves}")

@@ -1,0 +1,291 @@
+"""The torch driver: runs any recipe as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedbun import derive
+from fusedbun.chain import Chain, Rounding
+from fusedbun.hyper import NonNegative, Whole, check
+from fusedbun.metrics import Products, measured
+from fusedbun.recipes import Recipe
+from fusedbun.torch import dispatch, loading, metrics
+from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
+from fusedbun.torch.definition import Leaf, compilable, step_leaves
+from fusedbun.torch.kernels import Batch
+from fusedbun.torch.prepare import look, prepare, ready, with_gradient
+from fusedbun.torch.sharding import parts as sharded
+from fusedbun.torch.sharding.placement import check_placement, is_sharded
+from fusedbun.torch.state import follow, name_of_dtype
+
+if TYPE_CHECKING:
+    from fusedbun.torch.release import GradientRelease
+
+# A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
+# takes one that it finds there for its own.
+FIRST_LR = "first_lr"
+_OWN = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
+
+
+class TransformOptimizer(torch.optim.Optimizer):
+    """Steps parameters with the chain that a recipe makes from the hyper-parameters of their param group.
+
+    The param groups hold the recipe's arguments under their own names, beside `lr` and `maximize`; they may be
+    changed between steps, by a scheduler or by hand. State is float32 (float64 for float64 parameters), is made when
+    a parameter first has a gradient (of a DTensor at once), and follows a change of hyper-parameters: a slot that
+    comes into being starts at zero, one that goes is freed. Everything is checked before anything is changed.
+
+    Args:
+        params: parameters, named parameters, or param groups, as for every torch optimizer.
+        lr: the learning rate, in [0, inf); a float or a tensor of one element.
+        recipe: makes the chain from hyper-parameters given by name; where it wants the initial learning rate, a group
+            keeps that as `first_lr`.
+        hyperparameters: their values for groups that do not give their own.
+        maximize: climb instead of descend.
+        stochastic_rounding: round bfloat16 parameters without a bias instead of to the nearest.
+        seed: any integer; it decides the noise of all rounding.
+        implementation: what steps the parameters (`fusedbun.torch.dispatch`); None: the best that there is.
+    """
+
+    densifies_sparse_gradients = False
+    metric_functions = metrics.FUNCTIONS
+    record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
+    gradient_release: GradientRelease | None = None  # what `fusedbun.release_gradients` has attached
+    _saved: loading.Saved | None = None
+    _convert = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        recipe: Recipe,
+        hyperparameters: Mapping[str, Any],
+        *,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        implementation: str | None = None,
+    ) -> None:
+        dispatch.check_implementation(type(self).__name__, implementation)
+        self.recipe = recipe
+        self._implementation = implementation
+        self._batch = Batch([], [])
+        self._products: dict[Tensor, Products] = {}
+        self._warned: set[str] = set()
+        self._hyperparameters = tuple(hyperparameters)
+        own = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        defaults = {"lr": lr, **hyperparameters, **own}
+        self.chain(defaults)
+        super().__init__(params, defaults)
+
+    @property
+    def implementation(self) -> str | None:
+        """What steps the parameters: one of `IMPLEMENTATIONS`, or None for the best that there is for each."""
+        return self._implementation
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Has torch's GradScaler leave unscaling to `step`, which under gradient release refuses it."""
+        return self.gradient_release is not None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            chain = self.chain(group)
+            if self.recipe.wants_initial_lr:
+                group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
+            placed = {}
+            for index, param in enumerate(group["params"]):
+                name = name_of(group, len(self.param_groups) - 1, index)
+                self._check_parameter(name, param)
+                here = chain_at(chain, self.param_groups, len(self.param_groups) - 1, index)
+                arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
+                if is_sharded(param):
+                    check_placement(type(self).__name__, name, param, arrays)
+                    placed[param] = arrays
+        except Exception:
+            self.param_groups.pop()
+            raise
+        # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
+        for param, arrays in placed.items():
+            if param.requires_grad and not param.is_meta:
+                follow(self.state[param], param, arrays)
+        if notice := self.recipe.notice(group):
+            self.warn_once(notice)
+        if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
+            named = "; its own decay is Lambda" if "Lambda" in self.defaults else ""
+            self.warn_once(f"it does not read the weight_decay={group['weight_decay']!r} of its param groups{named}")
+
+    def _check_parameter(self, name: str, param: Tensor) -> None:
+        """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
+        check_parameter(type(self).__name__, name, param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the param groups, as for every torch optimizer.
+
+        A rule among the hyper-parameters is code, and is left out; the optimizer that loads the dict keeps its own.
+        """
+        # The first of the post-hooks, so that the others see the dict as it is returned.
+        hook = self.register_state_dict_post_hook(loading.without_rules, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
+        """Loads what `state_dict` returned.
+
+        The optimizer keeps its own `stochastic_rounding` and dtypes of state, and takes all other hyper-parameters.
+
+        Args:
+            state_dict: the saved dict.
+            convert: convert state that was stored in another dtype, and warn of it; otherwise it is an error.
+
+        Raises a ValueError that says what does not fit, before anything is changed.
+        """
+        # The last of the pre-hooks sees the dict that torch will load.
+        self._convert = convert
+        hook = self.register_load_state_dict_pre_hook(self._keep_saved)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._saved, self._convert = None, False
+
+    def _keep_saved(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        known = loading.with_own(self, state_dict, self._convert)
+        self._saved = loading.saved_state(self, state_dict, self._convert)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("recipe", "record_metrics", "_implementation", "_hyperparameters", "_warned")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._batch, self._products = Batch([], []), {}
+        if self.gradient_release:
+            self.gradient_release.forget()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if self._saved is not None:  # called by load_state_dict, before its post-hooks
+            loading.restore(self, self._saved)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss; it is called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            step_leaves(self._prepare_compiled())
+        else:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        products = self._finish_release()
+        if self.record_metrics:
+            groups = look(self, [])
+            products |= dispatch.step_recorded(self, groups, with_gradient(groups))
+        else:
+            self._batch = dispatch.step(self, look(self, self._batch.groups), self._batch)
+        self._products = products
+
+    def _finish_release(self) -> dict[Tensor, Products]:
+        """Ends the step of parameters that are stepped in the backward pass; what was recorded of it."""
+        return self.gradient_release.finish() if self.gradient_release else {}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare_compiled(self) -> list[Leaf]:
+        """The leaves to be stepped in code that the user compiles; what cannot be has been stepped."""
+        if self.record_metrics:
+            self._step()
+            return []
+        self._products, groups = self._finish_release(), look(self, [])
+        leaves = [ready(self, p) for p in prepare(self, groups, with_gradient(groups), compiling=True)]
+        in_parts = [sharded.part(x, sharded.plan(x, self.implementation)) for x in leaves if is_sharded(x.param)]
+        if in_parts:
+            sharded.step(in_parts)
+        leaves = [leaf for leaf in leaves if not is_sharded(leaf.param)]
+        step_leaves([leaf for leaf in leaves if not compilable(leaf)])
+        return [leaf for leaf in leaves if compilable(leaf)]
+
+    def report_per_parameter_metrics(
+        self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Adds what the last step did to a parameter, if `record_metrics` was set for it.
+
+            l2_norm/{param, update, grad, moment}/<name>, cosine/{update_grad, moment_grad}/<name>
+
+        `update` is the parameter before the step less the one after it, `moment` the one after the step (none where
+        the optimizer keeps none); a cosine with a zero vector is 0. Of a sharded parameter these are the shard's.
+
+        Args:
+            param: the parameter.
+            name: its name in the keys.
+            optimizer_metrics: what is added to, and returned.
+        """
+        if param in self._products:
+            optimizer_metrics |= measured(self.metric_functions, self._products[param], name)
+        return optimizer_metrics
+
+    def pre_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Reported metrics as what can be summed over processes: squared norms, and inner products for cosines."""
+        return metrics.to_products(optimizer_metrics)
+
+    def dist_reduce_metrics(self, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of whole parameters, from what `pre_reduce_metrics` gave on each process for its shards.
+
+        Every process must call it, with the same keys in the same order.
+        """
+        return metrics.from_products(optimizer_metrics)
+
+    def chain(self, group: Mapping[str, Any]) -> Chain:
+        """The chain that steps a param group; raises a TypeError or ValueError where a hyper-parameter is not valid."""
+        self.check_lr(group["lr"])
+        check(type(self).__name__, _OWN, {name: group[name] for name in _OWN})
+        given = {name: group[name] for name in self._hyperparameters}
+        if self.recipe.wants_initial_lr:
+            given[derive.INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
+        return replace(self.recipe.make(**given), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
+
+    def check_lr(self, lr: Any) -> None:
+        """Raises a TypeError or ValueError for a learning rate that is not valid."""
+        owner = type(self).__name__
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"{owner}: a tensor lr must have one element, but it has shape {tuple(lr.shape)}")
+        if not isinstance(lr, Tensor) or lr.device.type == "cpu":  # reading it elsewhere would wait for the device
+            check(owner, {"lr": NonNegative}, {"lr": lr.item() if isinstance(lr, Tensor) else lr})
+        if self.recipe.fixed_lr and (isinstance(lr, Tensor) or lr != self.recipe.lr):
+            raise ValueError(f"{owner}: lr is fixed at {self.recipe.lr:g}, but it is {lr!r}; leave out the scheduler")
+
+    def given(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the chains of a group's parameters are made of, and how they are stepped, beside the learning rate."""
+        first = (group.get(FIRST_LR, group["lr"]),) if self.recipe.wants_initial_lr else ()
+        hyperparameters = (group[name] for name in self._hyperparameters)
+        own = (group[name] for name in _OWN)
+        return (*own, *first, *hyperparameters)
+
+    def warn_once(self, message: str) -> None:
+        """Warns of something that is the same in every step."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warn_user(f"{type(self).__name__}: {message}")

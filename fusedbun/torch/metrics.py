@@ -1,0 +1,78 @@
+"""Metrics of a torch step, recorded while the gradient is still there, and their reduction over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedbun import metrics
+from fusedbun.torch import namespace as xp
+from fusedbun.torch.state import State, compute_dtype
+
+FUNCTIONS = metrics.functions(xp)
+
+
+def record(before: Tensor, param: Tensor, grad: Tensor, state: State) -> metrics.Products:
+    """The inner products of a parameter's step, over this process's shard of it.
+
+    Args:
+        before: the parameter before the step.
+        param: the parameter after the step.
+        grad: the gradient.
+        state: the parameter's state after the step; a slot named `moment` is its moment.
+    """
+    dtype = compute_dtype(param.dtype)
+    vectors = {"param": param, "grad": grad.to_dense() if grad.is_sparse else grad}
+    for key, stored in state.items():
+        if key.endswith(".moment"):
+            vectors["moment"] = stored
+    local = {name: shard(vector).to(dtype) for name, vector in vectors.items()}
+    local["update"] = shard(before).to(dtype) - local["param"]
+    return metrics.inner_products(xp, local)
+
+
+def shard(x: Tensor) -> Tensor:
+    """This process's part of a tensor that is spread over several, and any other tensor itself."""
+    part: Tensor = x.to_local() if hasattr(x, "to_local") else x  # a DTensor, whose class is slow to import
+    return part
+
+
+def to_products(reported: dict[str, Any]) -> dict[str, Any]:
+    """Reported metrics as what can be summed over processes: squared norms, and inner products for cosines."""
+    summable = {}
+    for key, value in reported.items():
+        metric, name = split(key)
+        if metric.startswith("l2_norm"):
+            summable[key] = value * value
+        elif metric.startswith("cosine"):
+            a, b = metrics.needs(metric)[0]
+            summable[key] = value * reported[f"l2_norm/{a}/{name}"] * reported[f"l2_norm/{b}/{name}"]
+        else:
+            summable[key] = value
+    return summable
+
+
+def from_products(summable: dict[str, Any]) -> dict[str, Any]:
+    """Metrics from the sums over all processes of what `to_products` gives; in one message where there are several."""
+    keys = [key for key in summable if split(key)[0].startswith(("l2_norm", "cosine"))]
+    sums = torch.stack([torch.as_tensor(summable[key]) for key in keys]) if keys else torch.empty(0)
+    if keys and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    total = dict(zip(keys, sums, strict=True))
+    reduced = dict(summable)
+    for key in keys:
+        metric, name = split(key)
+        pairs = metrics.needs(metric)
+        a, b = pairs[0]
+        products = {(a, b): total[key], **{(v, v): total[f"l2_norm/{v}/{name}"] for v in (a, b)}}
+        reduced[key] = FUNCTIONS[metric](products)
+    return reduced
+
+
+def split(key: str) -> tuple[str, str]:
+    """A key's metric and the name of its parameter, which may have slashes of its own."""
+    kind, vectors, *name = key.split("/")
+    return f"{kind}/{vectors}", "/".join(name)

@@ -1,0 +1,204 @@
+"""The torch classes, one for each recipe, and the optimizer that takes any chain."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedbun import derive, recipes
+from fusedbun.chain import Chain
+from fusedbun.recipes import RECIPES, Recipe
+from fusedbun.torch.definition import Leaf, step_leaf
+from fusedbun.torch.driver import TransformOptimizer
+from fusedbun.transform import Transform
+
+_ARGUMENTS = """\
+    params: parameters, named parameters or param groups; a group may give any of the arguments below its own value.
+"""
+_RATE = """\
+    lr: the learning rate, in [0, inf); a float or a tensor of one element.
+"""
+_REMARK = """
+`maximize=True` climbs instead of descending.
+
+`stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest,
+so that steps much smaller than a parameter's precision still move it. `seed=0`, any integer, decides the noise of this
+and of all rounding of state; with the same seed, parameter names and number of steps it is the same on any device and
+in JAX.
+
+`implementation=` chooses how it is computed, with the same result: "kernel" by code generated for it, on the CPU;
+"compiled" by torch.compile; "tiles" by eager torch, a few rows at a time; "definition" by its rules as written.
+None takes the best there is. Sparse gradients and tensor subclasses are always stepped by the definition.
+"""
+# the driver's keyword arguments
+_OWN = {"maximize": False, "stochastic_rounding": False, "seed": 0, "implementation": None}
+_TORCH_FLAGS = ("foreach", "fused", "capturable", "differentiable")  # torch's choices between its implementations
+
+
+def initializer(recipe: Recipe) -> Callable[..., None]:
+    """The `__init__` of a recipe's class: the recipe's arguments between `params`, `lr` and the driver's own."""
+
+    def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
+        for flag in _TORCH_FLAGS:
+            if kwargs.pop(flag, None):
+                raise ValueError(
+                    f"{type(self).__name__}: {flag}=True chooses an implementation of torch's own optimizers; "
+                    f"this one chooses by itself, so leave it out"
+                )
+        try:
+            bound = spelled_out.bind(self, *args, **kwargs)
+        except TypeError as error:
+            allowed = ", ".join([*spelled_out.parameters][1:])
+            raise TypeError(f"{type(self).__name__}() {error}; its arguments are {allowed}") from None
+        bound.apply_defaults()
+        given = {"lr": recipe.lr, **bound.arguments}
+        del given["self"]
+        params, lr = given.pop("params"), given.pop("lr")
+        own = {name: given.pop(name) for name in _OWN}
+        TransformOptimizer.__init__(self, params, lr, recipe, given, **own)
+
+    default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
+    before = [inspect.Parameter(name, derive.POSITIONAL) for name in ("self", "params")]
+    if not recipe.fixed_lr:
+        before.append(inspect.Parameter("lr", derive.POSITIONAL, default=default))
+    after = [inspect.Parameter(name, derive.KEYWORD, default=value) for name, value in _OWN.items()]
+    spelled_out = derive.signature(recipe.make, before, after)
+    __init__.__signature__ = spelled_out  # type: ignore[attr-defined]
+    __init__.__doc__ = derive.documentation(recipe.make, _ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
+    return __init__
+
+
+class Fusedbun(TransformOptimizer):
+    __init__ = initializer(RECIPES["fusedbun"])
+    __doc__ = __init__.__doc__
+
+
+class SM3(TransformOptimizer):
+    __init__ = initializer(RECIPES["sm3"])
+    __doc__ = __init__.__doc__
+
+
+class ScaledOptum(TransformOptimizer):
+    __init__ = initializer(RECIPES["scaled_optum"])
+    __doc__ = __init__.__doc__
+    densifies_sparse_gradients = True
+
+    def get_memory_mb(self, params: Iterable[Tensor] | None = None) -> float:
+        """The memory of parameters in MiB; there is no other, for the optimizer has no state.
+
+        Args:
+            params: the parameters; None: all that the optimizer steps.
+        """
+        if params is None:
+            params = (p for group in self.param_groups for p in group["params"])
+        return sum(p.numel() * p.element_size() for p in params) / 2**20
+
+
+class TernaryVote(TransformOptimizer):
+    __init__ = initializer(RECIPES["ternary_vote"])
+    __doc__ = __init__.__doc__
+
+    def _check_parameter(self, name: str, param: Tensor) -> None:
+        super()._check_parameter(name, param)
+        if not bool(((param == 0) | (param.abs() == 1)).all()):
+            raise ValueError(
+                f"TernaryVote steps weights of -1, 0 and +1, but {name} of shape {tuple(param.shape)} has others; "
+                f"round it first, for example to param.sign()"
+            )
+
+
+class MupAdam(TransformOptimizer):
+    __init__ = initializer(RECIPES["mup_adam"])
+    __doc__ = __init__.__doc__
+
+
+class MupAdamW(TransformOptimizer):
+    __init__ = initializer(RECIPES["mup_adamw"])
+    __doc__ = __init__.__doc__
+
+
+class MupSGD(TransformOptimizer):
+    __init__ = initializer(RECIPES["mup_sgd"])
+    __doc__ = __init__.__doc__
+
+
+class DecoupledLionW(TransformOptimizer):
+    __init__ = initializer(RECIPES["decoupled_lionw"])
+    __doc__ = __init__.__doc__
+
+    @staticmethod
+    @torch.no_grad()
+    def lionw(
+        p: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        lr: float,
+        initial_lr: float,
+        wd: float,
+        beta1: float,
+        beta2: float,
+    ) -> None:
+        """One step in place: of the parameter `p`, and of its running mean `exp_avg`."""
+        chain = recipes.decoupled_lionw((beta1, beta2), wd, initial_lr=initial_lr)
+        step_leaf(Leaf(chain, lr, False, p, grad, {"scale_by_lion.moment": exp_avg}))
+
+
+FusionOptimizer = Fusedbun
+SignSGD = ScaledOptum
+
+
+class ChainOptimizer(TransformOptimizer):
+    """Any chain of transformations as a torch optimizer: `p = p - lr*u`.
+
+    Every hyper-parameter of every transformation is in the param groups, as `<transformation>.<field>`; a group may
+    give its own, and it may be changed between steps.
+
+    >>> import fusedbun, torch
+    >>> from fusedbun.transforms import Decay, Momentum
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> groups = [{"params": layer.weight}, {"params": layer.bias, "decay.weight_decay": 0.0}]
+    >>> optimizer = fusedbun.ChainOptimizer(groups, [Momentum(0.9), Decay(0.1)], lr=1e-2)
+    >>> [group["decay.weight_decay"] for group in optimizer.param_groups]
+    [0.1, 0.0]
+
+    Args:
+        params: parameters, named parameters or param groups.
+        transforms: the transformations in their order, or a chain of them.
+        lr: the learning rate, in [0, inf); a float or a tensor of one element.
+        maximize: climb instead of descend.
+        stochastic_rounding: round bfloat16 parameters without a bias instead of to the nearest.
+        seed: any integer; it decides the noise of all rounding.
+        implementation: how it is computed, with the same result: "kernel" by code generated for the chain, on the CPU;
+            "compiled" by torch.compile; "tiles" by eager torch, a few rows at a time; "definition" by the rules as
+            written; None: by the best there is. Sparse gradients and tensor subclasses are always stepped by the
+            definition.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        transforms: Iterable[Transform],
+        lr: float | Tensor,
+        *,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        implementation: str | None = None,
+    ) -> None:
+        chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
+        recipe = Recipe(chain.with_hyperparameters, type(self).__name__)
+        super().__init__(
+            params,
+            lr,
+            recipe,
+            chain.hyperparameters(),
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            implementation=implementation,
+        )

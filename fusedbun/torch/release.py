@@ -1,0 +1,365 @@
+"""Gradient release: parameters are stepped in the backward pass, so that gradients are never in memory together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from types import TracebackType
+from typing import Annotated, Any
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad
+
+from fusedbun.hyper import Positive, Whole, check
+from fusedbun.metrics import Products
+from fusedbun.torch import dispatch, sparse
+from fusedbun.torch.driver import TransformOptimizer
+from fusedbun.torch.kernels import Batch
+from fusedbun.torch.prepare import Group, Place, look, same, settled
+
+OWNER = "release_gradients"
+ARGUMENTS = {"accumulate": Annotated[int, Whole(1)], "clip_norm": Positive | None}
+# What reduces gradients over processes after they are complete, by the module that is loaded where there is one.
+SPREAD = {
+    "torch.nn.parallel": "DistributedDataParallel",
+    "torch.distributed.fsdp": "FullyShardedDataParallel",
+    "torch.distributed.tensor": "DTensor",
+}
+_ATTACHED: WeakSet[GradientRelease] = WeakSet()
+
+
+def release_gradients(
+    model: nn.Module, optimizer: TransformOptimizer, *, accumulate: int = 1, clip_norm: float | None = None
+) -> GradientRelease:
+    """Steps each parameter in the backward pass, as soon as its gradient is complete, and frees the gradient.
+
+        loss.backward()    # each parameter in turn: g = p.grad, p = p - lr*u(g), p.grad = None
+        optimizer.step()   # ends the step: what has a gradient still is stepped
+        scheduler.step()
+
+    The numbers are those of the ordinary step, to the last bit. Gradients never take more memory than the largest
+    parameter's; of a parameter that is used twice (tied weights) autograd adds up two before it is stepped.
+
+    `optimizer.step()` is called once after the backward passes of a step, as always. It steps what nothing else has
+    stepped: the optimizer's parameters that are not in the model or did not require a gradient when the release began,
+    and those that fewer than `accumulate` passes reached. Until then a second gradient of a parameter that has been
+    stepped is refused. `zero_grad` is not needed. The learning rate and all hyper-parameters are read when a parameter
+    is stepped; hooks on the optimizer's step run in `optimizer.step()`. Parameters of the model that the optimizer does
+    not step keep their gradients.
+
+    Every backward pass steps what it reaches: freeze a network that another one is trained through with
+    `requires_grad_(False)`, and look at gradients with `torch.autograd.grad`, which steps nothing, or in hooks that the
+    parameters had before.
+
+    `accumulate=k` adds up the gradients of k backward passes in `p.grad`, and steps each parameter in the k-th. This
+    keeps all gradients, each of its parameter's size and dtype, from the first pass to the k-th, as without release;
+    the k-th frees them one by one. Nothing else is kept, and the step is that of the ordinary accumulation, to the last
+    bit. After fewer passes, at the end of the data, `optimizer.step()` steps with what there is.
+
+    `clip_norm=c` scales the gradient of each parameter by itself, before it is stepped, to a norm of c at most:
+
+        g = g * min(1, c / (norm(g) + 1e-6))
+
+    as `torch.nn.utils.clip_grad_norm_([p], c)` does: a norm that is NaN makes all of g NaN; an infinite one makes g 0,
+    and NaN where it was infinite. A gradient that is scaled is in memory twice for a moment. The norm of all gradients
+    together is known only when all of them are: `clip_grad_norm_` of parameters under release raises a RuntimeError.
+
+    torch.compile of a step is for all parameters together. Where the ordinary step is compiled (on a GPU, unless
+    `implementation` says otherwise) this one is run by tiles, which may round the last bit differently. A model that
+    is compiled gives all its gradients at once: they are in memory together until each has been used. Activation
+    checkpointing needs `use_reentrant=False`.
+
+    >>> import fusedbun, torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = fusedbun.SM3(model.parameters(), lr=0.1)
+    >>> with fusedbun.release_gradients(model, optimizer, clip_norm=1.0):
+    ...     model(torch.ones(4, 3)).sum().backward()
+    ...     print(model.weight.grad)
+    ...     optimizer.step()
+    None
+
+    Args:
+        model: the module.
+        optimizer: one of this package's optimizers, which steps parameters of the module.
+        accumulate: how many backward passes make a step, from 1 up.
+        clip_norm: the largest norm of a single parameter's gradient, in (0, inf); None: no clipping.
+
+    Returns:
+        A handle; its `remove()`, or leaving it as a context manager, brings the ordinary step back.
+
+    Raises:
+        TypeError: the optimizer is not this package's, or the model is spread over processes (DistributedDataParallel,
+            FSDP, DTensor), which reduce gradients when they are complete.
+        ValueError: an argument is out of range, the optimizer steps no parameter of the model that needs a gradient, or
+            it has implementation="compiled".
+        RuntimeError: the optimizer or a parameter is under gradient release already.
+    """
+    check(OWNER, ARGUMENTS, {"accumulate": accumulate, "clip_norm": clip_norm})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{OWNER}: model must be a torch.nn.Module, but it is {model!r} ({type(model).__name__})")
+    if not isinstance(optimizer, TransformOptimizer):
+        raise TypeError(
+            f"{OWNER}: optimizer must be one of fusedbun's, such as fusedbun.SM3, but it is a "
+            f"{type(optimizer).__name__}, which cannot step one parameter at a time"
+        )
+    if optimizer.implementation == dispatch.COMPILED:
+        raise ValueError(
+            f"{OWNER}: the {type(optimizer).__name__} has implementation='compiled', which compiles the step of all "
+            f"parameters together; leave implementation out, or take 'kernel', 'tiles' or 'definition'"
+        )
+    _check_local(model)
+    places = {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p in places and p.requires_grad}
+    if not names:
+        raise ValueError(
+            f"{OWNER}: the optimizer steps none of the model's {len(list(model.parameters()))} parameters that need a "
+            f"gradient; make it of this model's parameters()"
+        )
+    _check_free(optimizer, names)
+    _refuse_clipping_by_global_norm()
+    return GradientRelease(optimizer, {p: _Leaf(name, places[p]) for p, name in names.items()}, accumulate, clip_norm)
+
+
+class GradientRelease:
+    """Gradient release at work, as `release_gradients` returns it; a context manager that ends with `remove`.
+
+    It ends with its optimizer too; gradients are kept then, and nothing is stepped.
+
+    Args:
+        optimizer: the optimizer.
+        leaves: the parameters that are stepped in the backward pass.
+        accumulate: how many backward passes make a step.
+        clip_norm: the largest norm of a single parameter's gradient; None: no clipping.
+    """
+
+    def __init__(
+        self, optimizer: TransformOptimizer, leaves: dict[Tensor, _Leaf], accumulate: int, clip_norm: float | None
+    ) -> None:
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+        self._leaves = leaves
+        self._groups: list[Group] = []
+        self._settled: dict[int, tuple[Any, ...]] = {}  # what the param groups held when they were looked at
+        self._products: dict[Tensor, Products] = {}
+        # Weak references, both: Python does not find cycles that lead through a hook, and would never free them.
+        self._optimizer = ref(optimizer)
+        register: Any = Tensor.register_post_accumulate_grad_hook
+        self._hooks = [register(param, partial(_complete, ref(self))) for param in leaves]
+        optimizer.gradient_release = self
+        _ATTACHED.add(self)
+
+    def remove(self) -> None:
+        """Brings the ordinary step back, which finds the gradients that have not been used; twice is as once."""
+        for hook in self._hooks:
+            hook.remove()
+        self._leaves, self._hooks, self._products = {}, [], {}
+        self.forget()
+        _ATTACHED.discard(self)
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer.gradient_release is self:
+            optimizer.gradient_release = None
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __contains__(self, param: Tensor) -> bool:
+        """Whether a parameter is stepped in the backward pass."""
+        return self._optimizer() is not None and param in self._leaves
+
+    def finish(self) -> dict[Tensor, Products]:
+        """Ends a step, as `optimizer.step()` does first of all: what is left of these parameters' gradients is used.
+
+        Returns:
+            What was recorded of these parameters in this step.
+
+        Raises:
+            RuntimeError: GradScaler called it.
+        """
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        _refuse_scaler(optimizer)
+        for param, leaf in self._leaves.items():
+            if param.grad is not None:
+                self._step(optimizer, param, leaf)
+        for leaf in self._leaves.values():
+            leaf.passes = 0
+        products, self._products = self._products, {}
+        return products
+
+    def forget(self) -> None:
+        """Lets go of the state that parameters were stepped with, for it has been replaced."""
+        self._groups, self._settled = [], {}
+        for leaf in self._leaves.values():
+            leaf.batch = None
+
+    def complete(self, param: Tensor) -> None:
+        """Takes up a parameter's gradient, which a backward pass has just completed."""
+        optimizer, leaf = self._optimizer(), self._leaves[param]
+        if optimizer is None:
+            return
+        if leaf.passes == self.accumulate:
+            param.grad = None
+            raise RuntimeError(
+                f"gradient release: {leaf.name!r} gets another gradient after it has been stepped, which is done in "
+                f"backward pass {self.accumulate} of a step (accumulate={self.accumulate}); call optimizer.step() once "
+                f"after a step's backward passes, also after one that failed, or give as accumulate how many they are. "
+                f"Activation checkpointing with use_reentrant=True gives several gradients in one pass: use "
+                f"use_reentrant=False. This gradient has been dropped, and no parameter has been stepped with it"
+            )
+        leaf.passes += 1
+        if leaf.passes == self.accumulate:
+            try:
+                self._step(optimizer, param, leaf)
+            except Exception as error:
+                error.add_note(
+                    f"This happened in the backward pass, when the gradient of {leaf.name!r} was complete: it has not "
+                    f"been stepped and keeps its gradient, those whose gradients came before it have been stepped, and "
+                    f"the others have none. To leave this step, call optimizer.zero_grad() and then optimizer.step()."
+                )
+                raise
+
+    @torch.no_grad()
+    def _step(self, optimizer: TransformOptimizer, param: Tensor, leaf: _Leaf) -> None:
+        """Steps a parameter and frees its gradient."""
+        place = leaf.find(optimizer, param)
+        groups = self._look(optimizer, place[0])
+        if self.clip_norm is not None:
+            assert param.grad is not None
+            param.grad = clipped(param.grad, self.clip_norm)
+        if optimizer.record_metrics:
+            self._products |= dispatch.step_recorded(optimizer, groups, [place])
+        else:
+            leaf.batch = dispatch.step(optimizer, groups, leaf.batch or Batch(groups, [], place))
+        param.grad = None
+
+    def _look(self, optimizer: TransformOptimizer, g: int) -> list[Group]:
+        """The param groups, of which one is as it is now. Many parameters of one group come one after the other."""
+        entries = optimizer.param_groups[g]
+        if len(self._groups) != len(optimizer.param_groups) or not same(entries.values(), self._settled.get(g, ())):
+            self._groups = look(optimizer, self._groups, g)
+            self._settled[g] = settled(entries) or ()
+        return self._groups
+
+
+@dataclass(eq=False)
+class _Leaf:
+    """A parameter that is stepped in the backward pass.
+
+    Args:
+        name: its name in the model.
+        place: its place among the optimizer's param groups.
+        batch: what its kernel stepped last, for the next step to compare with.
+        passes: how many backward passes of this step have reached it.
+    """
+
+    name: str
+    place: Place
+    batch: Batch | None = None
+    passes: int = 0
+
+    def find(self, optimizer: TransformOptimizer, param: Tensor) -> Place:
+        """Its place, also where param groups have been taken away; raises a RuntimeError where it has none any more."""
+        g, i = self.place
+        groups = optimizer.param_groups
+        if g < len(groups) and i < len(groups[g]["params"]) and groups[g]["params"][i] is param:
+            return self.place
+        for g, group in enumerate(groups):
+            for i, other in enumerate(group["params"]):
+                if other is param:
+                    self.place, self.batch = (g, i), None
+                    return self.place
+        raise RuntimeError(
+            f"gradient release: {self.name!r} is no longer among the optimizer's parameters; end the release with "
+            f"remove() and begin it again"
+        )
+
+
+def _complete(release: ref[GradientRelease], param: Tensor) -> None:
+    """The hook of every parameter."""
+    if (alive := release()) is not None:
+        alive.complete(param)
+
+
+def clipped(grad: Tensor, norm: float) -> Tensor:
+    """A gradient, scaled to at most this norm; the same tensor where it is not scaled.
+
+    It is never scaled in place, for another gradient that is still on its way may share its memory.
+    """
+    if grad.is_sparse:
+        values = grad._values() * _scale(sparse.touched(grad)[1], norm)
+        return torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
+    scale = _scale(grad, norm)
+    return grad if grad.is_cpu and float(scale) == 1 else grad * scale
+
+
+def _scale(values: Tensor, norm: float) -> Tensor:
+    return torch.clamp(norm / (torch.linalg.vector_norm(values) + 1e-6), max=1.0)
+
+
+def _check_local(model: nn.Module) -> None:
+    """Raises a TypeError where a module or a parameter is spread over processes."""
+    kinds = tuple(getattr(sys.modules[home], kind) for home, kind in SPREAD.items() if home in sys.modules)
+    parts: Iterable[tuple[str, object]] = [*model.named_modules(), *model.named_parameters()]
+    for name, part in parts:
+        if isinstance(part, kinds):
+            raise TypeError(
+                f"{OWNER}: {repr(name) if name else 'the model'} is a {type(part).__name__}, whose gradients are "
+                f"reduced over processes after they are complete: a release would step with this process's before. "
+                f"Step it without release, or release the plain module, with parameters that average their gradients "
+                f"over the processes in hooks of their own (Tensor.register_hook), which run before the release's"
+            )
+
+
+def _check_free(optimizer: TransformOptimizer, names: dict[Tensor, str]) -> None:
+    """Raises a RuntimeError where the optimizer or a parameter is under release already."""
+    advice = "call remove() on the handle of the first release before the second"
+    if optimizer.gradient_release is not None:
+        raise RuntimeError(f"{OWNER}: this {type(optimizer).__name__} is under gradient release already; {advice}")
+    for param, name in names.items():
+        if any(param in release for release in _ATTACHED):
+            raise RuntimeError(f"{OWNER}: {name!r} is under gradient release by another optimizer already; {advice}")
+
+
+def _refuse_scaler(optimizer: TransformOptimizer) -> None:
+    """Raises a RuntimeError where torch's GradScaler makes the step, which it says by attributes of the optimizer."""
+    attributes = vars(optimizer)
+    if "grad_scale" in attributes:
+        del attributes["grad_scale"], attributes["found_inf"]
+        raise RuntimeError(
+            "gradient release: GradScaler cannot be used with it, for the parameters have been stepped in the backward "
+            "pass, with scaled gradients that it could neither unscale nor check; begin again without it, in bfloat16, "
+            "which needs no scaler, or call remove() on the release's handle"
+        )
+
+
+@cache
+def _refuse_clipping_by_global_norm() -> None:
+    """Has `torch.nn.utils.clip_grad_norm_` raise a RuntimeError for parameters under release.
+
+    It would find no gradients, and do nothing. Whoever has imported it before calls this inner function of torch's.
+    """
+    scale_in_torch = getattr(clip_grad, "_clip_grads_with_norm_", None)
+    if scale_in_torch is None:
+        return
+
+    @wraps(scale_in_torch)
+    def scale(parameters: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if any(param in release for param in parameters for release in _ATTACHED):
+            raise RuntimeError(
+                "gradient release: gradients cannot be clipped by their global norm, for each has been used and freed "
+                "before the last is known; give release_gradients(..., clip_norm=...), which clips each parameter's "
+                "gradient by itself, or call remove() on the release's handle"
+            )
+        scale_in_torch(parameters, *args, **kwargs)
+
+    clip_grad._clip_grads_with_norm_ = scale

@@ -1,0 +1,51 @@
+"""A parameter's state in torch, made from the arrays that its chain declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fusedbun.storage import codes
+from fusedbun.storage.codes import Stored
+from fusedbun.torch.sharding.placement import is_sharded, zeros_like_parts
+
+State = dict[str, Tensor]  # by `<transformation>.<slot>` and what its code appends (`fusedbun.storage.codes`)
+
+
+def follow(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> State:
+    """Makes `state` hold exactly these arrays: new ones start at zero, stale ones are freed."""
+    for key in state.keys() - arrays.keys():
+        del state[key]
+    for key, stored in arrays.items():
+        if key not in state:
+            state[key] = zeros(stored, param)
+    return state
+
+
+def zeros(stored: Stored, param: Tensor) -> Tensor:
+    """The array at its start; one of the parameter's shape has the parameter's strides."""
+    dtype, shape = stored_dtype(stored), tuple(param.shape)
+    if is_sharded(param):
+        return zeros_like_parts(stored, param, dtype)
+    if stored.part == "element" and len(stored.axes) == param.ndim:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return torch.zeros(stored.shape(shape), dtype=dtype, device=param.device)
+
+
+def stored_dtype(stored: Stored) -> torch.dtype:
+    """torch's own for the dtype of an array."""
+    dtype: torch.dtype = getattr(torch, stored.dtype)
+    return dtype
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """A dtype's name, without torch's in front."""
+    return str(dtype).removeprefix("torch.")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of this dtype is stepped in."""
+    computed: torch.dtype = getattr(torch, codes.computed_in(name_of_dtype(dtype)))
+    return computed

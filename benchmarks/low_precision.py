@@ -33,7 +33,7 @@ import fusedbun
 from benchmarks.memory.training import Block
 from benchmarks.shakespeare import characters
 from fusedbun.tools.shared.files import write_json
-from fusedbun.tools.train.results import versions
+from fusedbun.tools.shared.machine import versions
 
 WIDTH, LAYERS, CONTEXT, BATCH = 128, 2, 64, 16
 STEPS = 1200

@@ -43,10 +43,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fusedbun import MupAdam
-from fusedbun.tools.shared.files import write_atomically, write_json
+from fusedbun.tools.shared.files import finite, write_atomically, write_json
+from fusedbun.tools.shared.machine import versions
 from fusedbun.tools.train.in_torch import session
 from fusedbun.tools.train.network import Images, batches, cosine, digits
-from fusedbun.tools.train.results import finite, versions
 
 WIDTHS = (64, 128, 256, 512)
 SEEDS = range(3)

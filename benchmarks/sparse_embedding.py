@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from fusedbun import SM3
 from fusedbun.tools.shared.files import write_json
+from fusedbun.tools.shared.machine import versions
 from fusedbun.tools.train.in_torch import session
-from fusedbun.tools.train.results import versions
 
 ROWS = (100_000, 1_000_000)
 WIDTH = 64

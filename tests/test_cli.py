@@ -16,8 +16,7 @@ import torch
 import fusedbun
 from fusedbun import derive
 from fusedbun.recipes import RECIPES
-from fusedbun.tools.cli import main
-from fusedbun.tools.cli.arguments import parser
+from fusedbun.tools.cli import main, parser
 from fusedbun.tools.cli.listing import SHAPE
 from fusedbun.tools.shared.files import write_atomically
 from fusedbun.tools.train.network import digits
@@ -263,7 +262,7 @@ def test_every_optimizer_trains(tmp_path, name):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_table_fits_80_columns(capsys, monkeypatch, tmp_path, optimizer):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("fusedbun.tools.train.train.digits", lambda seed, shares: digits(seed, [0.2, 0.05])[:2])
+    monkeypatch.setattr("fusedbun.tools.train.run.digits", lambda seed, shares: digits(seed, [0.2, 0.05])[:2])
     arguments = ["--dtype", "float64", "--epochs", "1", "--optimizer", optimizer, "--no-compare"]
     assert main(["train", *arguments, "--output", str(tmp_path)]) == 0
     table, _, _ = capsys.readouterr().out.partition("numbers:")
@@ -349,7 +348,7 @@ def test_results_that_cannot_be_written_are_shown_all_the_same(capsys, monkeypat
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"fusedbun.tools.train.train.{write}", fail)
+    monkeypatch.setattr(f"fusedbun.tools.shared.files.{write}", fail)
     assert main(["train", "--framework", "torch", "--epochs", "1", "--no-compare", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert re.search(r"^fusedbun +torch ", out, re.MULTILINE)
@@ -366,12 +365,12 @@ def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
     assert (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("where", ["train.digits", "in_torch.Trainer.step"])
+@pytest.mark.parametrize("where", ["run.digits", "in_torch.Trainer.step"])
 def test_ctrl_c_before_anything_was_measured(capsys, monkeypatch, tmp_path, where):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"fusedbun.tools.cli.{where}", interrupt)
+    monkeypatch.setattr(f"fusedbun.tools.train.{where}", interrupt)
     assert main(["train", "--framework", "torch", "--output", str(tmp_path)]) == 130
     assert capsys.readouterr() == ("", "fusedbun train: interrupted\n")
     assert not list(tmp_path.iterdir())

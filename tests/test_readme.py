@@ -11,6 +11,7 @@ from benchmarks import tables
 from benchmarks.tables import memory, results, speed
 from fusedbun.storage.noise import BLOCK
 from fusedbun.tools.bench import command as bench
+from fusedbun.tools.bench.settings import Settings
 from fusedbun.tools.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -58,11 +59,11 @@ def test_the_bytes_of_codes_are_those_of_their_blocks():
 @pytest.mark.parametrize("name", [results.SPEED, results.SHAPES])
 def test_the_commands_beside_the_tables_ask_for_what_was_measured(monkeypatch, name):
     given = {}
-    monkeypatch.setattr(bench, "main", lambda options: given.update(options) or 0)
+    monkeypatch.setattr(bench, "run", lambda **options: given.update(options) or 0)
     python, m, module, *options = shlex.split(speed.command(name))
     assert (python, m, module) == ("python", "-m", "benchmarks.speed")
     assert main(["bench", *options]) == 0
-    assert bench.Settings(**given).report() == results.load(name)["settings"]
+    assert Settings(**given).report() == results.load(name)["settings"]
 
 
 def test_we_are_slower_where_the_documents_say_so():

@@ -13,10 +13,10 @@ import pytest
 
 from fusedbun.tools.bench import limits, measure, picture
 from fusedbun.tools.bench.arena import Arena
-from fusedbun.tools.bench.command import Settings
 from fusedbun.tools.bench.contenders import LIMIT, OPTAX, TORCH, Contender, held_bytes
-from fusedbun.tools.bench.measure import Measurement, Plan, Session, schedule
+from fusedbun.tools.bench.measure import Effort, Measurement, Session, draw_turns
 from fusedbun.tools.bench.results import Case, Results, quotient
+from fusedbun.tools.bench.settings import Settings
 from fusedbun.tools.bench.shapes import GROUPS, NAMES, Workload, workloads
 from fusedbun.tools.cli import main
 
@@ -59,9 +59,9 @@ def fake(name, log, path=TORCH, **how):
     return Contender(path, name, lambda arena: Fake(name, log, **how))
 
 
-def session(contenders, anchors=1, rounds=4, **plan):
+def session(contenders, anchors=1, rounds=4, **effort):
     arena = Arena.of(TINY.shapes, threads=1)
-    return Session(arena, contenders[:anchors], contenders[anchors:], Plan(rounds, 10, **plan), Silent())
+    return Session(arena, contenders[:anchors], contenders[anchors:], Effort(rounds, 10, **effort), Silent())
 
 
 def a_case():
@@ -105,19 +105,19 @@ def test_a_quotient_needs_a_round_that_both_have():
 
 
 def test_everyone_steps_once_in_every_round_in_an_order_drawn_anew():
-    turns = list(schedule(dict.fromkeys(range(6), 20), 20))
+    turns = list(draw_turns(dict.fromkeys(range(6), 20), 20))
     assert all(sorted(turn) == list(range(6)) for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 10
-    assert turns == list(schedule(dict.fromkeys(range(6), 20), 20))
+    assert turns == list(draw_turns(dict.fromkeys(range(6), 20), 20))
 
 
 def test_the_slow_take_part_in_fewer_rounds_spread_evenly():
-    turns = list(schedule({0: 12, 1: 3, 2: 4}, 12))
+    turns = list(draw_turns({0: 12, 1: 3, 2: 4}, 12))
     assert Counter(one for turn in turns for one in turn) == {0: 12, 1: 3, 2: 4}
     assert [k for k, turn in enumerate(turns) if 1 in turn] == [3, 7, 11]
-    assert Plan(20, 10).rounds_of(1e-3) == 20
-    assert Plan(20, 10).rounds_of(1.0) == 10
-    assert Plan(20, 10).rounds_of(60.0) == measure.LEAST_ROUNDS
+    assert Effort(20, 10).rounds_of(1e-3) == 20
+    assert Effort(20, 10).rounds_of(1.0) == 10
+    assert Effort(20, 10).rounds_of(60.0) == measure.LEAST_ROUNDS
 
 
 def test_steps_are_interleaved():

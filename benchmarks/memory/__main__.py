@@ -29,8 +29,7 @@ import matplotlib
 
 from benchmarks.memory.training import BARE, CONTENDERS, SIZES, STEPS, TOKENS, parameters
 from fusedbun.tools.shared.files import write_json
-from fusedbun.tools.shared.machine import available_memory
-from fusedbun.tools.train.results import versions
+from fusedbun.tools.shared.machine import available_memory, versions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

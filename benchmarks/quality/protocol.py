@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.quality.contenders import Contender
 from benchmarks.quality.workloads import Workload
 from fusedbun.tools.shared.files import write_json
-from fusedbun.tools.train.results import versions
+from fusedbun.tools.shared.machine import versions
 
 FACTOR, FIRST, MOST = 2.0, 5, 13  # between learning rates; how many are tried first, and at the most
 RESULTS = Path(__file__).parent.parent / "results"

@@ -194,9 +194,9 @@ def test_what_is_stored():
     ],
 )
 def test_bytes_a_parameter(network, momentum_dtype, most):
-    from fusedbun.tools.bench import shapes
+    from fusedbun.tools.shared import networks
 
-    sizes = getattr(shapes, network)()
+    sizes = getattr(networks, network)()
     chain = fusedbun.recipes.fusedbun(momentum_dtype=momentum_dtype)
     total = sum(
         np.prod(x.shape(shape), dtype=np.int64) * np.dtype(x.dtype if x.dtype != "bfloat16" else "int16").itemsize

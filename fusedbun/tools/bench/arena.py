@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedbun.tools.bench.shapes import Shape
+from fusedbun.transform import Shape
 
 Array = NDArray[np.float32]
 

@@ -17,6 +17,7 @@ JAX_OURS = "fusedbun_jax"
 TORCH = "torch"
 TORCH_PACKAGES = "packages for torch"
 OPTAX = "optax"
+PEERS = ("torch-SM3", "pytorch_optimizer", "lion-pytorch", "torch-optimi", "heavyball")  # the other packages
 
 # Large enough for numbers to move, small enough for them to stay where they are over thousands of steps.
 LEARNING_RATE = 1e-6
@@ -85,18 +86,13 @@ def select(contenders: Sequence[Contender], only: re.Pattern[str] | None) -> lis
     return [one for one in contenders if only is None or only.search(one.label)]
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether this is an array of torch's, JAX's or NumPy's."""
-    return hasattr(value, "nbytes") and hasattr(value, "dtype")
-
-
 def held_bytes(state: Any) -> int:
     """The bytes of all arrays in nested containers, each counted once."""
     found: dict[int, int] = {}
     pending = [state]
     while pending:
         value = pending.pop()
-        if is_tensor(value):
+        if hasattr(value, "nbytes") and hasattr(value, "dtype"):
             found[id(value)] = int(value.nbytes)
         elif isinstance(value, dict):
             pending += value.values()

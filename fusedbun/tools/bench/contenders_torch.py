@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import fusedbun
-import fusedbun.torch
 from fusedbun.tools.bench.arena import Arena
-from fusedbun.tools.bench.contenders import (
-    LEARNING_RATE,
-    TORCH,
-    TORCH_OURS,
-    TORCH_PACKAGES,
-    Contender,
-    Stepper,
-    held_bytes,
-)
+from fusedbun.tools.bench.contenders import LEARNING_RATE, TORCH, TORCH_OURS, TORCH_PACKAGES, Contender, held_bytes
 from fusedbun.tools.shared.machine import peak_during
+from fusedbun.torch import IMPLEMENTATIONS
 
 Params = list[nn.Parameter]
-MakeOptimizer = Callable[[Params], torch.optim.Optimizer]
 
 REFERENCE = "AdamW, fused"  # of the path `TORCH`: what every other time is divided by
+OURS = "fusedbun.torch"
+
+
+class Optimizer(NamedTuple):
+    """A class and its arguments.
+
+    Args:
+        module: the module that has the class.
+        name: the class's name.
+        settings: its arguments beside parameters and learning rate.
+        dtype: of parameters and gradients.
+        spoils_gradients: it computes in them, and so gets copies.
+    """
+
+    module: str
+    name: str
+    settings: Mapping[str, Any] = {}
+    dtype: torch.dtype = torch.float32
+    spoils_gradients: bool = False
+
+    def make(self, params: Params) -> Any:
+        """The optimizer of some parameters; ours gets their names, which u-muP's rule reads."""
+        given = [(f"p{k}", param) for k, param in enumerate(params)] if self.module == OURS else params
+        return getattr(import_module(self.module), self.name)(given, lr=LEARNING_RATE, **self.settings)
+
 
 _FUSEDBUN = {"centralize": True, "use_rms": True}
+_ROUNDED = {"stochastic_rounding": True}
 # Name, class, arguments, how often more than once the gradient has to be read.
 _OURS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("SM3", "SM3", {}, 0),
@@ -45,19 +61,16 @@ _OURS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
 # The same on bfloat16 parameters, where the default path alone is measured.
 _OURS_BFLOAT16: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("SM3, bfloat16", "SM3", {}, 0),
-    ("SM3, bfloat16 rounded stochastically", "SM3", {"stochastic_rounding": True}, 0),
+    ("SM3, bfloat16 rounded stochastically", "SM3", _ROUNDED, 0),
     ("Fusedbun, bfloat16, int8", "Fusedbun", {**_FUSEDBUN, "momentum_dtype": "int8"}, 1),
-    (
-        "Fusedbun, bfloat16 rounded stochastically, int8",
-        "Fusedbun",
-        {**_FUSEDBUN, "momentum_dtype": "int8", "stochastic_rounding": True},
-        1,
-    ),
-    (
-        "Fusedbun, bfloat16 rounded stochastically, int4",
-        "Fusedbun",
-        {**_FUSEDBUN, "momentum_dtype": "int4", "stochastic_rounding": True},
-        1,
+    *(
+        (
+            f"Fusedbun, bfloat16 rounded stochastically, {d}",
+            "Fusedbun",
+            {**_FUSEDBUN, "momentum_dtype": d, **_ROUNDED},
+            1,
+        )
+        for d in ("int8", "int4")
     ),
 )
 _OWN: tuple[tuple[str, str, dict[str, Any], int], ...] = (
@@ -69,7 +82,7 @@ _OWN: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("Adafactor", "Adafactor", {}, 1),
 )
 # Package, module, class, how often more than once the gradient has to be read.
-_PACKAGES: tuple[tuple[str, str, str, int], ...] = (
+_PACKAGES = (
     ("torch-SM3", "SM3", "SM3", 0),
     ("pytorch_optimizer", "pytorch_optimizer", "SM3", 0),
     ("pytorch_optimizer", "pytorch_optimizer", "Adalite", 1),
@@ -78,23 +91,21 @@ _PACKAGES: tuple[tuple[str, str, str, int], ...] = (
     ("torch-optimi", "optimi", "AdamW", 0),
     ("heavyball", "heavyball", "AdamW", 0),
 )
-_SPOILS_GRADIENTS = {"Adalite"}  # computes in them, and so gets copies
+_SPOILS_GRADIENTS = {"Adalite"}
 
 
 class TorchStepper:
     """A torch optimizer on an arena's parameters.
 
     Args:
-        make: makes the optimizer.
-        copies: give it gradients that it may change.
-        dtype: of parameters and gradients.
+        optimizer: the optimizer.
         arena: what it steps.
     """
 
-    def __init__(self, make: MakeOptimizer, copies: bool, dtype: torch.dtype, arena: Arena) -> None:
-        self._params, self._grads = _shared(arena, dtype)
-        self._copies = copies
-        self._optimizer = make(self._params)
+    def __init__(self, optimizer: Optimizer, arena: Arena) -> None:
+        self._params, self._grads = _shared(arena, optimizer.dtype)
+        self._copies = optimizer.spoils_gradients
+        self._optimizer = optimizer.make(self._params)
 
     def prepare(self) -> None:
         """Gives every parameter its gradient, for some optimizers take it away."""
@@ -117,37 +128,37 @@ class TorchStepper:
 
 def contenders() -> list[Contender]:
     """All of them; those of packages that are not installed too."""
-    ours = [
-        Contender(path, name, _stepper(_ours(cls, {**settings, **given})), rereads=rereads)
-        for path, given in _paths()
-        for name, cls, settings, rereads in _OURS
+
+    def contender(path: str, name: str, rereads: int, *optimizer: Any, **more: Any) -> Contender:
+        return Contender(path, name, partial(TorchStepper, Optimizer(*optimizer)), rereads=rereads, **more)
+
+    paths: dict[str, dict[str, str]] = {TORCH_OURS: {}} | {
+        f"{TORCH_OURS} {name}": {"implementation": name} for name in IMPLEMENTATIONS
+    }
+    bfloat16 = torch.bfloat16
+    return [
+        *(
+            contender(path, name, rereads, OURS, cls, {**settings, **chosen})
+            for path, chosen in paths.items()
+            for name, cls, settings, rereads in _OURS
+        ),
+        *(
+            contender(TORCH_OURS, name, rereads, OURS, cls, settings, bfloat16, itemsize=bfloat16.itemsize)
+            for name, cls, settings, rereads in _OURS_BFLOAT16
+        ),
+        *(contender(TORCH, name, rereads, "torch.optim", cls, settings) for name, cls, settings, rereads in _OWN),
+        *(
+            contender(
+                TORCH_PACKAGES,
+                f"{package} {cls}",
+                rereads,
+                *(module, cls, {}, torch.float32, cls in _SPOILS_GRADIENTS),
+                module=module,
+                package=package,
+            )
+            for package, module, cls, rereads in _PACKAGES
+        ),
     ]
-    fewer_bits = [
-        Contender(
-            TORCH_OURS,
-            name,
-            _stepper(_ours(cls, settings), dtype=torch.bfloat16),
-            rereads=rereads,
-            itemsize=torch.bfloat16.itemsize,
-        )
-        for name, cls, settings, rereads in _OURS_BFLOAT16
-    ]
-    own = [
-        Contender(TORCH, name, _stepper(_make("torch.optim", cls, settings)), rereads=rereads)
-        for name, cls, settings, rereads in _OWN
-    ]
-    packages = [
-        Contender(
-            TORCH_PACKAGES,
-            f"{package} {cls}",
-            _stepper(_make(module, cls, {}), copies=cls in _SPOILS_GRADIENTS),
-            module,
-            package,
-            rereads,
-        )
-        for package, module, cls, rereads in _PACKAGES
-    ]
-    return ours + fewer_bits + own + packages
 
 
 @contextmanager
@@ -161,35 +172,6 @@ def session(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _paths() -> list[tuple[str, dict[str, Any]]]:
-    """The paths of our classes, and the arguments that choose them."""
-    named = [name for name in getattr(fusedbun.torch, "IMPLEMENTATIONS", ()) if name is not None]
-    return [(TORCH_OURS, {}), *((f"{TORCH_OURS} {name}", {"implementation": name}) for name in named)]
-
-
-def _ours(cls: str, settings: dict[str, Any]) -> MakeOptimizer:
-    def make(params: Params) -> torch.optim.Optimizer:
-        named = [(f"p{k}", param) for k, param in enumerate(params)]  # u-muP's rule reads names
-        optimizer: torch.optim.Optimizer = getattr(fusedbun, cls)(named, lr=LEARNING_RATE, **settings)
-        return optimizer
-
-    return make
-
-
-def _make(module: str, cls: str, settings: dict[str, Any]) -> MakeOptimizer:
-    def make(params: Params) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = getattr(import_module(module), cls)(params, lr=LEARNING_RATE, **settings)
-        return optimizer
-
-    return make
-
-
-def _stepper(
-    make: MakeOptimizer, copies: bool = False, dtype: torch.dtype = torch.float32
-) -> Callable[[Arena], Stepper]:
-    return partial(TorchStepper, make, copies, dtype)
 
 
 def _shared(arena: Arena, dtype: torch.dtype) -> tuple[Params, list[Tensor]]:

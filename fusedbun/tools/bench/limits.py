@@ -14,6 +14,8 @@ from pathlib import Path
 
 from fusedbun.tools.bench.arena import Arena, Array, zeros
 from fusedbun.tools.bench.contenders import LIMIT, Contender, held_bytes
+from fusedbun.tools.shared.errors import CommandError
+from fusedbun.tools.shared.files import make_directory, write_atomically
 from fusedbun.tools.shared.machine import cpu_model
 
 _SOURCE = Path(__file__).with_name("limits.c")
@@ -91,26 +93,22 @@ def library() -> ctypes.CDLL:
 
 
 def _compile(command: str, path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "limits.so")
         for flags in ((*_FLAGS, *_FASTER), _FLAGS):
-            done = subprocess.run([command, *flags, str(_SOURCE), "-o", str(part)], capture_output=True, text=True)
+            done = subprocess.run([command, *flags, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
             if done.returncode == 0:
-                os.replace(part, path)
+                write_atomically(path, made.read_bytes())
                 return
-    finally:
-        part.unlink(missing_ok=True)
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     raise NoCompilerError(f"the C compiler {command} failed: {lines[0]}")
 
 
 def _folder() -> Path:
     """A folder of the user's own, for a library in one that others can write to might be theirs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "fusedbun"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusedbun")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
+        make_directory(folder)
+    except CommandError:
         folder = Path(tempfile.mkdtemp(prefix="fusedbun-"))
     return folder

@@ -57,7 +57,7 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Effort:
     """How much to measure.
 
     Args:
@@ -75,7 +75,7 @@ class Plan:
         return min(self.rounds, max(LEAST_ROUNDS, int(self.budget / max(seconds, 1e-9))))
 
 
-def schedule(rounds_of: Mapping[int, int], rounds: int, seed: int = 0) -> Iterator[list[int]]:
+def draw_turns(rounds_of: Mapping[int, int], rounds: int, seed: int = 0) -> Iterator[list[int]]:
     """Who steps in each round: everyone at most once, in an order drawn anew, for each follows others then.
 
     Args:
@@ -97,16 +97,21 @@ class Session:
         arena: what they step.
         anchors: those who take part in every batch.
         others: the rest.
-        plan: how much to measure.
+        effort: how much to measure.
         progress: who is told.
     """
 
     def __init__(
-        self, arena: Arena, anchors: Sequence[Contender], others: Sequence[Contender], plan: Plan, progress: Progress
+        self,
+        arena: Arena,
+        anchors: Sequence[Contender],
+        others: Sequence[Contender],
+        effort: Effort,
+        progress: Progress,
     ) -> None:
         self.measurements = [Measurement(contender) for contender in (*anchors, *others)]
         self._anchors = range(len(anchors))
-        self._arena, self._plan, self._progress = arena, plan, progress
+        self._arena, self._effort, self._progress = arena, effort, progress
         self._round = 0
 
     def run(self) -> None:
@@ -128,7 +133,7 @@ class Session:
 
     def _has_room(self) -> bool:
         held = resident_memory()
-        return held is None or self._plan.memory is None or held < self._plan.memory
+        return held is None or self._effort.memory is None or held < self._effort.memory
 
     def _set_up(self, one: int, batch: dict[int, Stepper]) -> None:
         """Adds a contender to a batch if it can be set up."""
@@ -148,13 +153,13 @@ class Session:
             batch[one] = stepper
 
     def _take_turns(self, batch: Mapping[int, Stepper]) -> None:
-        rounds = self._plan.rounds
+        rounds = self._effort.rounds
         rounds_of = {one: self._rounds_of(one, stepper) for one, stepper in batch.items()}
         self._progress.expect(rounds)
         gc.collect()
         gc.disable()
         try:
-            for k, turn in enumerate(schedule(rounds_of, rounds, seed=self._round)):
+            for k, turn in enumerate(draw_turns(rounds_of, rounds, seed=self._round)):
                 self._progress.advance(f"round {k + 1} of {rounds}, {len(batch)} contenders")
                 for one in turn:
                     self._take_turn(self.measurements[one], batch[one])
@@ -171,11 +176,11 @@ class Session:
 
     def _rounds_of(self, one: int, stepper: Stepper) -> int:
         if one in self._anchors:
-            return self._plan.rounds
+            return self._effort.rounds
         expected = 0.0
         with self._fault_of(self.measurements[one]):
             expected = min(timed(stepper) for _ in range(2))
-        return self._plan.rounds_of(expected)
+        return self._effort.rounds_of(expected)
 
     @contextmanager
     def _fault_of(self, measurement: Measurement) -> Iterator[None]:

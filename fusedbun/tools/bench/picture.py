@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from itertools import groupby
 from typing import Any
 
@@ -12,8 +11,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fusedbun.tools.bench.contenders import JAX_OURS, LIMIT, TORCH_OURS
 from fusedbun.tools.bench.results import Case, Results
+from fusedbun.tools.shared.picture import BLACK, BLUE, ORANGE, style_bars, to_png
 
-_LIMIT, _OURS, _THEIRS = "#000000", "#0072B2", "#E69F00"  # Okabe and Ito's, which colour-blind readers tell apart
 _WIDTH, _ROW, _MARGIN = 5.0, 0.24, 1.6  # inches: of a panel, of a bar, of titles and axes
 
 Row = tuple[str, str]
@@ -39,9 +38,7 @@ def draw(results: Results) -> bytes:
         )
     interrupted = " (interrupted)" if results.interrupted else ""
     figure.suptitle(f"Time of an optimizer's step{interrupted}, {results.machine['cpu']}")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    return to_png(figure, dpi=110)
 
 
 def _rows(cases: list[Case]) -> list[Row]:
@@ -85,13 +82,10 @@ def _draw_case(axes: Axes, case: Case, places: dict[Row, float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_bars(axes)
 
 
 def _colour(path: str) -> str:
     if path == LIMIT:
-        return _LIMIT
-    return _OURS if path.startswith((TORCH_OURS, JAX_OURS)) else _THEIRS
+        return BLACK
+    return BLUE if path.startswith((TORCH_OURS, JAX_OURS)) else ORANGE

@@ -2,119 +2,96 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Iterator
 
-from rich import box, progress
-from rich.console import Console
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fusedbun.tools.bench.measure import MEASURED, PENDING
 from fusedbun.tools.bench.results import Case, Results
-from fusedbun.tools.shared.table import cell
+from fusedbun.tools.shared.progress import print_line, progress_bars
+from fusedbun.tools.shared.table import cell, new_table, print_all
 
-_HEADS = (
-    *("median\nms", "quartiles\nms apart", "bytes a\nparam.", "GB/s", "of the\nlimit", "times\nref."),
-    *("temp.\nMiB", "first step\nms", "state bytes\na param."),
+# The numbers of a row: their names in a JSON file, the heads of their columns, and how they are written.
+_COLUMNS = (
+    ("median_ms", "median\nms", ".2f"),
+    ("interquartile_ms", "quartiles\nms apart", ".2f"),
+    ("bytes_per_parameter", "bytes a\nparam.", ".2f"),
+    ("gigabytes_per_second", "GB/s", ".2f"),
+    ("share_of_limit", "of the\nlimit", ".0%"),
+    ("ratio_to_reference", "times\nref.", ".2f"),
+    ("temporary_bytes", "temp.\nMiB", ",.1f"),
+    ("first_step_ms", "first step\nms", ".2f"),
+    ("state_bytes_per_parameter", "state bytes\na param.", ".2f"),
 )
 _WIDTH = 200  # more than any table needs: on a narrower terminal a line breaks, and no number is cut
 
 
 def show(results: Results, *remarks: str) -> None:
     """Prints a table for every case, and remarks below, a line each."""
-    console = Console(highlight=False, width=_WIDTH)
-    for case in results.measured:
-        console.print(_table(case, results.interrupted))
-        for line in _missing(case):
-            console.print(line, markup=False, soft_wrap=True)
-        console.print()
-    for remark in remarks:
-        console.print(remark, markup=False, soft_wrap=True)  # a long path stays whole
+    print_all([*(part for case in results.measured for part in _parts(case, results.interrupted)), *remarks], _WIDTH)
+
+
+def _parts(case: Case, interrupted: bool) -> Iterator[RenderableType]:
+    """The table of a case, and a line for everyone who has no times."""
+    yield _table(case, interrupted)
+    for one in case.measurements:
+        if one.status not in (MEASURED, PENDING):
+            yield f"{one.contender.label}: {one.status} ({one.reason})"
+    yield ""
 
 
 def _table(case: Case, interrupted: bool) -> Table:
     title = f"{case.title}{', interrupted' if interrupted else ''}\nreference: {case.reference.contender.label}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("optimizer", vertical="bottom", no_wrap=True)
-    for head in _HEADS:
-        table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
+    table = new_table(title, ["optimizer"], [head for _, head, _ in _COLUMNS])
     for path, members in case.by_path().items():
         table.add_row(f"[bold]{path}")
         for one in members:
-            table.add_row(
-                f"  {one.contender.name}",
-                _ms(case.median(one)),
-                _ms(case.spread(one)),
-                cell(case.traffic(one), ".2f"),
-                cell(_scaled(case.bandwidth(one), 1e-9), ".2f"),
-                cell(case.share(one), ".0%"),
-                cell(case.ratio(one), ".2f"),
-                cell(_scaled(one.temporaries, 2**-20), ",.1f"),
-                _ms(one.first_step),
-                cell(case.state(one), ".2f"),
-            )
+            numbers = case.numbers(one)
+            table.add_row(f"  {one.contender.name}", *(_cell(name, numbers[name], form) for name, _, form in _COLUMNS))
     return table
 
 
-def _missing(case: Case) -> list[str]:
-    """A line for everyone who has no times."""
-    without = [one for one in case.measurements if one.status not in (MEASURED, PENDING)]
-    return [f"{one.contender.label}: {one.status} ({one.reason})" for one in without]
-
-
-def _ms(seconds: float | None) -> str:
-    return cell(_scaled(seconds, 1e3), ",.0f" if seconds and seconds >= 1 else ".2f")
-
-
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
+def _cell(name: str, value: float | None, form: str) -> str:
+    if value is not None and name == "temporary_bytes":
+        value /= 2**20
+    return cell(value, ",.0f" if name.endswith("_ms") and value is not None and value >= 1e3 else form)
 
 
 class Display:
     """Progress: a bar for every case on a terminal, elsewhere a line where it and each of its stages begins."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._bars = progress.Progress(
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("{task.fields[case]}: {task.description}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
+        self.bars = progress_bars(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[case]}: {task.description}"),
         )
-        self._bar: progress.TaskID | None = None
+        self._bar: TaskID | None = None
         self._total = 0
         self._is_new_stage = False
-
-    def __enter__(self) -> Display:
-        self._bars.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bars.__exit__(kind, error, traceback)
 
     def start(self, case: Case) -> None:
         """A case begins."""
         name = f"{case.workload.name}, {case.threads} threads"
         if self._bar is not None:
-            self._bars.remove_task(self._bar)
-        self._bar, self._total = self._bars.add_task("", total=0, case=name), 0
-        if not self._console.is_terminal:
-            self._console.print(f"measuring {case.title}", soft_wrap=True)
+            self.bars.remove_task(self._bar)
+        self._bar, self._total = self.bars.add_task("", total=0, case=name), 0
+        print_line(self.bars, f"measuring {case.title}")
 
     def expect(self, steps: int) -> None:
         """So many more calls of `advance` are to come."""
         self._total += steps
         self._is_new_stage = True
         if self._bar is not None:
-            self._bars.update(self._bar, total=self._total)
+            self.bars.update(self._bar, total=self._total)
 
     def advance(self, doing: str) -> None:
         """A part is done; this is the next."""
         if self._bar is not None:
-            self._bars.update(self._bar, advance=1, description=doing)
-        if self._is_new_stage and not self._console.is_terminal:
-            self._console.print(f"  {doing}", soft_wrap=True)
+            self.bars.update(self._bar, advance=1, description=doing)
+        if self._is_new_stage:
+            print_line(self.bars, f"  {doing}")
         self._is_new_stage = False

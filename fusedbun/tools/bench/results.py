@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fusedbun.tools.bench.contenders import LIMIT
 from fusedbun.tools.bench.measure import Measurement
 from fusedbun.tools.bench.shapes import Workload
-
-Number = Callable[[Measurement], Any]
 
 
 @dataclass
@@ -97,10 +95,11 @@ class Case:
             "parameters": self.workload.parameters,
             "threads": self.threads,
             "reference": self.reference.contender.label,
-            "contenders": [self._report(one) for one in self.measurements],
+            "contenders": [self.numbers(one) for one in self.measurements],
         }
 
-    def _report(self, one: Measurement) -> dict[str, Any]:
+    def numbers(self, one: Measurement) -> dict[str, Any]:
+        """A contender for a JSON file."""
         return {
             "path": one.contender.path,
             "name": one.contender.name,

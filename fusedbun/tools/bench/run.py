@@ -1,4 +1,4 @@
-"""`fusedbun bench`: chooses the contenders, measures them case by case, and writes what came of it."""
+"""Chooses the contenders, measures them case by case, and writes what came of it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ import gc
 import itertools
 from contextlib import ExitStack
 from importlib import import_module
-from pathlib import Path
 
 from fusedbun.tools.bench import picture, report
 from fusedbun.tools.bench.arena import Arena
-from fusedbun.tools.bench.command import Settings
-from fusedbun.tools.bench.contenders import OPTAX, TORCH, Contender, select
+from fusedbun.tools.bench.contenders import OPTAX, PEERS, TORCH, Contender, select
 from fusedbun.tools.bench.limits import limits
-from fusedbun.tools.bench.measure import Plan, Session
+from fusedbun.tools.bench.measure import Effort, Session
 from fusedbun.tools.bench.results import Case, Results
+from fusedbun.tools.bench.settings import Settings
 from fusedbun.tools.bench.shapes import Workload, workloads
 from fusedbun.tools.shared import machine
 from fusedbun.tools.shared.errors import CommandError
-from fusedbun.tools.shared.files import cannot_write, make_directory, write_atomically, write_json
-
-NUMBERS, BARS = "speed.json", "speed.png"
+from fusedbun.tools.shared.files import cannot_write, make_directory, save, write_json
 
 _MEMORY_SHARE = 0.7  # of what is free at the beginning; the rest is for temporaries and for the last that was set up
 _IDLE_LOAD = 0.3  # this command itself, starting
 _ARRAYS = 9  # of the parameters' size that the anchors need: parameters, gradients, and state of the loops and of AdamW
 
 
-def run(settings: Settings) -> Results:
+def measure(settings: Settings) -> Results:
     """Measures as the settings say, prints the tables and writes the files; Ctrl-C ends the measuring, not the rest."""
     modules = {name: import_module(f"fusedbun.tools.bench.contenders_{name}") for name in settings.frameworks}
     reference_path = TORCH if "torch" in modules else OPTAX
@@ -43,38 +40,39 @@ def run(settings: Settings) -> Results:
     chosen = workloads(list(settings.workload), settings.elements, settings.largest)
     _check_memory(chosen, len(modules))
     make_directory(settings.output)
-    results = Results(settings.report(), machine.description(list(settings.threads)))
+    results = Results(settings.report(), machine.description(list(settings.threads), PEERS))
     available = machine.available_memory()
-    plan = Plan(settings.rounds, settings.budget, None if available is None else int(_MEMORY_SHARE * available))
-    with report.Display() as display:
+    effort = Effort(settings.rounds, settings.budget, None if available is None else int(_MEMORY_SHARE * available))
+    numbers, bars = settings.output / "speed.json", settings.output / "speed.png"
+    display = report.Display()
+    with display.bars:
         try:
             for workload, threads in itertools.product(chosen, settings.threads):
                 with ExitStack() as sessions:
                     for module in modules.values():
                         sessions.enter_context(module.session(threads))
-                    _measure(Case(workload, threads), [reference, *limits()], others, plan, results, display)
+                    case = Case(workload, threads)
+                    display.start(case)
+                    results.cases.append(case)
+                    _measure(case, [reference, *limits()], others, effort, display)
                 gc.collect()
-                _write(results, settings.output)
+                try:  # no more than a case is lost whatever happens
+                    write_json(numbers, results.report())
+                except OSError as error:
+                    raise cannot_write(settings.output, error) from None
         except KeyboardInterrupt:
             if not results.measured:
                 raise
             results.interrupted = True
-    _save(results, settings.output)
+    save(results, numbers, "bars", bars, picture.draw, report.show, _warnings(results))
     return results
 
 
 def _measure(
-    case: Case,
-    anchors: list[Contender],
-    others: list[Contender],
-    plan: Plan,
-    results: Results,
-    display: report.Display,
+    case: Case, anchors: list[Contender], others: list[Contender], effort: Effort, display: report.Display
 ) -> None:
-    display.start(case)
-    session = Session(Arena.of(case.workload.shapes, case.threads), anchors, others, plan, display)
+    session = Session(Arena.of(case.workload.shapes, case.threads), anchors, others, effort, display)
     case.measurements = session.measurements
-    results.cases.append(case)
     session.run()
 
 
@@ -87,26 +85,6 @@ def _check_memory(chosen: list[Workload], frameworks: int) -> None:
             f"argument --workload: {largest.name} needs {need / 2**30:,.0f} GiB of memory, "
             f"and {available / 2**30:,.0f} GiB are free"
         )
-
-
-def _write(results: Results, directory: Path) -> None:
-    """Writes the numbers so far, so that no more than a case is lost whatever happens."""
-    try:
-        write_json(directory / NUMBERS, results.report())
-    except OSError as error:
-        raise cannot_write(directory, error) from None
-
-
-def _save(results: Results, directory: Path) -> None:
-    """Writes the files, and prints the tables whether or not they can be written."""
-    numbers, bars = directory / NUMBERS, directory / BARS
-    try:
-        _write(results, directory)
-        write_atomically(bars, picture.draw(results))
-    except (CommandError, OSError) as error:
-        report.show(results)
-        raise error if isinstance(error, CommandError) else cannot_write(directory, error) from None
-    report.show(results, *_warnings(results), f"numbers: {numbers}", f"bars:    {bars}")
 
 
 def _warnings(results: Results) -> list[str]:

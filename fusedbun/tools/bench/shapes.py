@@ -1,4 +1,4 @@
-"""What is stepped: the shapes of real networks, and shapes that are hard for an optimizer. No network is needed."""
+"""What is stepped: the shapes of real networks, and shapes that are hard for an optimizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Shape = tuple[int, ...]
+from fusedbun.tools.shared.networks import gpt2, resnet50
+from fusedbun.transform import Shape
 
 ELEMENTS = 6_200_000  # of an odd shape: 25 MB in float32, more than a core's own caches hold
 LARGEST = 100_000_000  # the end of the linear series, which begins at `SMALLEST`
@@ -31,35 +32,6 @@ class Workload:
     def parameters(self) -> int:
         """The elements of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes)
-
-
-def gpt2() -> tuple[Shape, ...]:
-    """GPT-2 small: 148 tensors, as its code stores them (inputs first)."""
-    width, layers = 768, 12
-    block: tuple[Shape, ...] = (
-        *((width,), (width,)),
-        *((width, 3 * width), (3 * width,)),
-        *((width, width), (width,)),
-        *((width,), (width,)),
-        *((width, 4 * width), (4 * width,)),
-        *((4 * width, width), (width,)),
-    )
-    return ((50257, width), (1024, width), *(block * layers), (width,), (width,))
-
-
-def resnet50() -> tuple[Shape, ...]:
-    """ResNet-50: 161 tensors, as torchvision stores them (output channels first)."""
-    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolutions: list[Shape] = [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                convolutions.append((4 * width, channels, 1, 1))
-            for convolution in convolutions:  # each with the weight and the bias of its normalisation
-                shapes += [convolution, convolution[:1], convolution[:1]]
-            channels = 4 * width
-    return (*shapes, (1000, channels), (1000,))
 
 
 def small() -> tuple[Shape, ...]:
@@ -102,20 +74,15 @@ def workloads(names: list[str], elements: int = ELEMENTS, largest: int = LARGEST
         elements: about as many elements has each of the odd shapes.
         largest: the last size of the linear series.
     """
-    wanted = dict.fromkeys(single for name in names for single in GROUPS.get(name, (name,)))
     found: list[Workload] = []
-    for name in wanted:
+    for name in dict.fromkeys(single for group in names for single in GROUPS.get(group, (group,))):
         if name in _NETWORKS:
-            title, shapes = _NETWORKS[name]
-            found.append(Workload(name, title, shapes()))
+            title, network = _NETWORKS[name]
+            found.append(Workload(name, title, network()))
         elif name in _ODD:
             title, odd = _ODD[name]
             found.append(Workload(name, title, odd(elements)))
         else:
-            found += _linear(largest)
+            exponents = range(round(math.log10(SMALLEST)), len(str(largest)))
+            found += [Workload(f"{name} 1e{k}", f"{10**k:,} elements", _matrix(10**k // 1000, 1000)) for k in exponents]
     return found
-
-
-def _linear(largest: int) -> list[Workload]:
-    exponents = range(round(math.log10(SMALLEST)), len(str(largest)))
-    return [Workload(f"{_SERIES} 1e{k}", f"{10**k:,} elements", ((10**k // 1000, 1000),)) for k in exponents]

@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fusedbun.tools.shared.options import AS_JSON, Commands, add_command
+from fusedbun.tools.shared.command import AS_JSON, Commands, add_command, print_out
+from fusedbun.tools.shared.machine import cpu_model, cpus, versions
 
 _DESCRIPTION = """\
 Show what steps an optimizer on this machine, and why: the versions, the devices, the
@@ -46,22 +47,20 @@ _MEANING = {
 
 def register(commands: Commands) -> None:
     """Adds the command to the parser of all commands."""
-    parser = add_command(commands, "info", "show what steps an optimizer here, and why", _DESCRIPTION, _EPILOG)
-    parser.add_argument("--json", action="store_true", help=AS_JSON)
+    add = add_command(commands, "info", run, "show what steps an optimizer here, and why", _DESCRIPTION, _EPILOG)
+    add("--json", action="store_true", dest="as_json", help=AS_JSON)
 
 
-def info(as_json: bool) -> str:
-    """All of it as text, or as JSON."""
+def run(as_json: bool) -> int:
+    """Prints all of it as text, or as JSON."""
     found = report()
-    return json.dumps(found, indent=1) if as_json else "\n".join(_lines(found))
+    return print_out(json.dumps(found, indent=1) if as_json else "\n".join(_lines(found)))
 
 
 def report() -> dict[str, Any]:
     """What is found, for a JSON file."""
     from fusedbun.compiler.cpp import build, native
     from fusedbun.recipes import RECIPES
-    from fusedbun.tools.shared.machine import cpu_model, cpus
-    from fusedbun.tools.train.results import versions
 
     driver = _origin(build.DRIVER.read_text(), 1)
     registers = native.registers() if driver in ("package", "cache") else None

@@ -1,13 +1,15 @@
 """How much memory training takes: weights, gradients, optimizer state and a step's temporaries, without allocating it.
 
-sources      what is trained: a module, shapes, a tree of arrays, or files (`files`)
+sources      what is trained: a module, a tree of arrays or shapes (`trees`), or files (`files`)
 settings     the optimizers to plan for
 temporaries  what a step takes beside its arrays
 planner      the sums
-table, picture    the sums for a reader
+estimates    what they come to, and its table; its `picture`
+command      `fusedbun plan`
 """
 
-from fusedbun.tools.plan.planner import Estimate, Plan, Refusal, plan
+from fusedbun.tools.plan.estimates import Estimate, Plan, Refusal
+from fusedbun.tools.plan.planner import plan
 from fusedbun.tools.plan.settings import Setting
 
 __all__ = ["Estimate", "Plan", "Refusal", "Setting", "plan"]

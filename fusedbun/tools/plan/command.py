@@ -1,4 +1,4 @@
-"""`fusedbun plan`: its options, and what it says when it cannot run."""
+"""`fusedbun plan`: its options, and how it is run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import argparse
 import ast
 import json
 import re
-import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fusedbun.tools.shared.errors import LIBRARIES, CommandError
+from fusedbun.recipes import RECIPES
+from fusedbun.tools.plan import Plan, Setting, plan
+from fusedbun.tools.plan.sizes import parse_size, readable
+from fusedbun.tools.shared.command import AS_JSON, DEFAULT, Commands, add_command, print_out
+from fusedbun.tools.shared.errors import CommandError, libraries_for
 from fusedbun.tools.shared.files import write_atomically
-from fusedbun.tools.shared.options import AS_JSON, Commands, add_command, whole
-
-if TYPE_CHECKING:
-    from fusedbun.tools.plan import Plan, Setting
+from fusedbun.tools.shared.networks import gpt2, resnet50
+from fusedbun.tools.shared.options import whole
 
 _DESCRIPTION = """\
 Show how much memory training a model takes with each optimizer: its weights, gradients
@@ -55,14 +56,9 @@ _SHAPE = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<sizes>-?[0-9]+(?:x-?[0-9]+)*)")
 
 def register(commands: Commands) -> None:
     """Adds the command to the parser of all commands."""
-    from fusedbun.recipes import RECIPES
-
     summary = "show how much memory training a model takes with each optimizer"
     names = textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent="  ")
-    epilog = _EPILOG.format(names=names)
-    parser = add_command(commands, "plan", summary, _DESCRIPTION, epilog)
-    default = "(default: %(default)s)"
-    add = parser.add_argument
+    add = add_command(commands, "plan", run, summary, _DESCRIPTION, _EPILOG.format(names=names))
     add("model", nargs="+", metavar="MODEL", help="what is trained, as above")
     add("--optimizer", nargs="+", metavar="NAME", help="plan for these alone (default: for all)")
     add("--dtype", metavar="DTYPE", help="of floating-point weights, such as bfloat16 (default: their own)")
@@ -70,72 +66,56 @@ def register(commands: Commands) -> None:
     add("--no-stochastic-rounding", dest="stochastic_rounding", action="store_false", help=rounding)
     sparse = "the gradients of parameters of such names are sparse rows"
     add("--sparse", nargs="+", default=[], metavar="PATTERN", help=sparse)
-    tokens = f"in a batch: so many rows has a sparse gradient {default}"
+    tokens = f"in a batch: so many rows has a sparse gradient {DEFAULT}"
     add("--tokens", type=whole(1), default=4096, metavar="N", help=tokens)
     add("--threads", type=whole(1), metavar="N", help="on so many the step runs (default: the number of CPUs)")
     add("--budget", type=_size, metavar="SIZE", help="mark what fits in so much, such as 24GiB")
     add("--only-fitting", action="store_true", help="leave out what does not fit in --budget")
     add("--chart", type=Path, metavar="FILE", help="write a bar chart as PNG")
-    add("--json", action="store_true", help=f"{AS_JSON}; sizes are in bytes")
+    add("--json", action="store_true", dest="as_json", help=f"{AS_JSON}; sizes are in bytes")
 
 
-def main(options: dict[str, Any]) -> str:
-    """Runs the command with its options and returns what it shows.
+def run(*, as_json: bool, chart: Path | None, only_fitting: bool, **options: Any) -> int:
+    """Plans, and returns the exit code.
 
     Raises:
         CommandError: it cannot be run as it was given.
     """
-    as_json, chart, only_fitting = (options.pop(name) for name in ("json", "chart", "only_fitting"))
-    from fusedbun.tools.plan.sizes import readable
-
     if only_fitting and options["budget"] is None:
         raise CommandError("argument --only-fitting: needs a --budget to fit in, such as --budget 24GiB")
-    whole_plan = _plan(**options)
-    found = whole_plan.fitting() if only_fitting else whole_plan
+    everything = _plan(**options)
+    shown = everything.fitting() if only_fitting else everything
     if chart is not None:
-        _draw(chart, found)
+        _draw(chart, shown)
     if as_json:
-        return json.dumps(found.as_dict(), indent=1)
-    lines = [str(found)]
-    if not found.estimates and whole_plan.estimates:
-        least = min(whole_plan.estimates, key=lambda one: one.total)
+        return print_out(json.dumps(shown.as_dict(), indent=1))
+    lines = [str(shown)]
+    if not shown.estimates and everything.estimates:
+        least = min(everything.estimates, key=lambda one: one.total)
         release = " with gradient release" if least.gradient_release else ""
         lines.append(f"The least takes {readable(least.total)}: {least.setting.title}, {least.setting.label}{release}.")
-    return "\n".join([*lines, *([f"chart: {chart}"] if chart is not None else [])])
+    return print_out("\n".join([*lines, *([f"chart: {chart}"] if chart is not None else [])]))
 
 
-def run(options: dict[str, Any]) -> str | None:
-    """What the command shows; None where it cannot be run, after one line on stderr."""
+def _plan(*, model: list[str], optimizer: list[str] | None, **options: Any) -> Plan:
     try:
-        return main(options)
-    except CommandError as error:
-        print(f"fusedbun plan: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return None
-
-
-def _plan(*, model: list[str], optimizer: list[str] | None, **settings: Any) -> Plan:
-    from fusedbun.tools.plan import plan
-
-    try:
-        chosen = None if optimizer is None else [_setting(text) for text in optimizer]
-        return plan(_model(model), chosen, **settings)
+        settings = None if optimizer is None else [_setting(text) for text in optimizer]
+        return plan(_model(model), settings, **options)
     except OSError as error:
         reason = f"cannot read {error.filename!r}: {error.strerror}" if error.filename else str(error)
         raise CommandError(reason) from error
     except (TypeError, ValueError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name != "safetensors":
             raise
-        raise CommandError(str(error)) from error
+        raise CommandError(" ".join(str(error).split())) from error
 
 
-def _model(given: list[str]) -> Any:
+def _model(texts: list[str]) -> Any:
     """The model that the arguments name: a path, a network, or shapes."""
-    from fusedbun.tools.bench.shapes import gpt2, resnet50
-
     networks = {"gpt2": gpt2, "resnet50": resnet50}
-    shapes = [_SHAPE.fullmatch(text) for text in given]
-    if len(given) == 1 and (Path(given[0]).exists() or not shapes[0]):
-        text = given[0]
+    shapes = [_SHAPE.fullmatch(text) for text in texts]
+    if len(texts) == 1 and (Path(texts[0]).exists() or not shapes[0]):
+        text = texts[0]
         if not Path(text).exists() and text not in networks:
             raise CommandError(
                 f"argument MODEL: there is no file or folder {text!r}; it must be one, a network "
@@ -143,7 +123,7 @@ def _model(given: list[str]) -> Any:
             )
         return Path(text) if Path(text).exists() else networks[text]()
     found: dict[str, tuple[int, ...]] = {}
-    for place, (text, shape) in enumerate(zip(given, shapes, strict=True)):
+    for place, (text, shape) in enumerate(zip(texts, shapes, strict=True)):
         if shape is None:
             raise CommandError(
                 f"argument MODEL: where several are given, each must be a shape such as 768x3072 or "
@@ -158,8 +138,6 @@ def _model(given: list[str]) -> Any:
 
 def _setting(text: str) -> str | Setting:
     """A name, or a setting with the hyper-parameters behind a colon."""
-    from fusedbun.tools.plan import Setting
-
     name, colon, listed = text.partition(":")
     if not colon:
         return name
@@ -181,23 +159,17 @@ def _value(text: str) -> Any:
 
 
 def _size(text: str) -> int:
-    from fusedbun.tools.plan.sizes import parse_size
-
     try:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _draw(path: Path, plan: Plan) -> None:
+def _draw(path: Path, shown: Plan) -> None:
     try:
-        from fusedbun.tools.plan.picture import draw
+        with libraries_for("a chart", "plan"):
+            from fusedbun.tools.plan.picture import draw
 
-        write_atomically(path, draw(plan))
-    except ModuleNotFoundError as error:
-        library = LIBRARIES.get((error.name or "").partition(".")[0])
-        if library is None:
-            raise
-        raise CommandError(f"{library} is not installed; a chart needs: pip install 'fusedbun[plan]'") from error
+            write_atomically(path, draw(shown))
     except OSError as error:
         raise CommandError(f"argument --chart: cannot write {str(path)!r}: {error.strerror}") from error

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fusedbun.tools.plan.sources import Tensor, checked_dtype, checked_shape, of_tree
+from fusedbun.tools.plan.trees import Tensor, checked_dtype, checked_shape, of_tree
 
 INDEX = ".safetensors.index.json"
 _LARGEST_JSON = 100_000_000  # bytes: as much as safetensors allows a header

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from matplotlib.colors import to_rgb
@@ -10,22 +9,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fusedbun.tools.plan.planner import Plan
+from fusedbun.tools.plan.estimates import Plan
 from fusedbun.tools.plan.sizes import UNITS, readable, unit_of
-from fusedbun.tools.plan.table import pairs
+from fusedbun.tools.shared.picture import BLACK, BLUE, GREEN, ORANGE, VERMILION, style_bars, to_png
 
-# Okabe and Ito's palette, which colour-blind readers tell apart.
-_PARTS: dict[str, Any] = {"weights": "#0072B2", "gradients": "#E69F00", "state": "#009E73", "temporaries": "#D55E00"}
+_PARTS: dict[str, Any] = {"weights": BLUE, "gradients": ORANGE, "state": GREEN, "temporaries": VERMILION}
 _PALER: dict[str, Any] = {
     part: tuple(0.5 + channel / 2 for channel in to_rgb(colour)) for part, colour in _PARTS.items()
 }
-_BUDGET = "#000000"
 _ROW, _MARGIN = 0.42, 1.9  # inches: of a setting, of titles and axes
 
 
 def draw(plan: Plan) -> bytes:
     """A bar for every setting, and a paler one below it with gradient release, as PNG."""
-    rows = pairs(plan)
+    rows = plan.pairs()
     unit = unit_of(max((one.total for one in plan.estimates), default=1))
     scale = UNITS[unit]
     figure = Figure(figsize=(10, _MARGIN + _ROW * len(rows)), layout="constrained")
@@ -49,15 +46,10 @@ def draw(plan: Plan) -> bytes:
     handles: list[Any] = [Patch(color=colour, label=part) for part, colour in _PARTS.items()]
     handles.append(Patch(color="#BBBBBB", label="paler: with gradient release"))
     if plan.budget is not None:
-        axes.axvline(plan.budget / scale, color=_BUDGET, linewidth=1.2, linestyle="--")
-        handles.append(Line2D([], [], color=_BUDGET, linestyle="--", label=f"budget: {readable(plan.budget)}"))
+        axes.axvline(plan.budget / scale, color=BLACK, linewidth=1.2, linestyle="--")
+        handles.append(Line2D([], [], color=BLACK, linestyle="--", label=f"budget: {readable(plan.budget)}"))
     axes.set_xlabel(f"{unit}, without activations")
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_bars(axes)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"Memory of training {plan.parameters:,} parameters")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    return to_png(figure, dpi=110)

@@ -1,4 +1,4 @@
-"""The plan: what each optimizer needs for a model, part by part."""
+"""Makes the plan: what each optimizer needs for a model, part by part."""
 
 from __future__ import annotations
 
@@ -6,134 +6,22 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.tools.plan import temporaries
+from fusedbun.tools.plan.estimates import TOKENS, Estimate, Plan, Refusal
 from fusedbun.tools.plan.settings import ADAMW, Setting, chosen
 from fusedbun.tools.plan.sizes import BITS, parse_size
-from fusedbun.tools.plan.sources import Tensor, tensors_of, tied_parameters
+from fusedbun.tools.plan.sources import tensors_of, tied_parameters
 from fusedbun.tools.plan.temporaries import Room
+from fusedbun.tools.plan.trees import Tensor
+from fusedbun.tools.shared.machine import cpus
 
-TOKENS = 4096
 _PLACE = 8  # bytes of the number that says which row of an embedding a row of a sparse gradient belongs to
 _ADAMW_STEP = 4  # bytes of torch's step counter, one for every parameter
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What training with one setting needs beside activations.
-
-    Args:
-        setting: the optimizer and its hyper-parameters.
-        stochastic_rounding: whether bfloat16 weights are rounded without a bias, which keeps 4 bytes for each of them.
-        gradient_release: whether each parameter is stepped as soon as its gradient is complete.
-        parameters: how many numbers the model's parameters are.
-        weights: the bytes of all parameters and buffers.
-        gradients: the bytes of all gradients; of the largest under gradient release.
-        state: the bytes of the optimizer's state after its first step.
-        temporaries: the bytes that a step takes beside all that, at most: in fusedbun's kernels on the CPU, or in the
-            definition's rules where there is none. What an allocator keeps of memory that was freed is not counted.
-    """
-
-    setting: Setting
-    stochastic_rounding: bool
-    gradient_release: bool
-    parameters: int
-    weights: int
-    gradients: int
-    state: int
-    temporaries: int
-
-    @property
-    def total(self) -> int:
-        """The bytes of everything."""
-        return self.weights + self.gradients + self.state + self.temporaries
-
-    @property
-    def bytes_per_parameter(self) -> float:
-        """The bytes of everything for each of the parameters."""
-        return self.total / self.parameters
-
-    def as_dict(self) -> dict[str, Any]:
-        """The numbers for a JSON file."""
-        setting, numbers = self.setting, {k: v for k, v in vars(self).items() if k != "setting"}
-        named = {"optimizer": setting.optimizer, "setting": setting.label}
-        settings = {key: str(x) if callable(x) else x for key, x in setting.hyperparameters.items()}
-        sums = {"total": self.total, "bytes_per_parameter": self.bytes_per_parameter}
-        return {**named, "hyperparameters": settings, **numbers, **sums}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A setting that cannot train the model.
-
-    Args:
-        setting: the optimizer and its hyper-parameters.
-        reason: why not.
-    """
-
-    setting: Setting
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What training a model needs beside activations, with each of some optimizers. As text it is a table.
-
-    Args:
-        tensors: the model's tensors.
-        estimates: what each setting needs; those with gradient release follow the ones without.
-        refusals: the settings that cannot train the model.
-        threads: how many threads step.
-        tokens: how many rows a sparse gradient has.
-        sparse: the names of the parameters with sparse gradients.
-        tied: the names of the parameters that the model has in several places; None where only shapes are known.
-        budget: the bytes that there are; None where that is not said.
-    """
-
-    tensors: tuple[Tensor, ...]
-    estimates: tuple[Estimate, ...]
-    refusals: tuple[Refusal, ...] = ()
-    threads: int = 1
-    tokens: int = TOKENS
-    sparse: tuple[str, ...] = ()
-    tied: tuple[str, ...] | None = None
-    budget: int | None = None
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model's parameters are."""
-        return parameters_of(self.tensors)
-
-    def fits(self, estimate: Estimate) -> bool:
-        """Whether it is within the budget, or there is none."""
-        return self.budget is None or estimate.total <= self.budget
-
-    def fitting(self) -> Plan:
-        """The plan with those settings alone that fit in the budget."""
-        return replace(self, estimates=tuple(filter(self.fits, self.estimates)))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The numbers for a JSON file; all sizes are in bytes."""
-        estimates = [
-            {**one.as_dict(), **({} if self.budget is None else {"fits": self.fits(one)})} for one in self.estimates
-        ]
-        refused = [
-            {"optimizer": one.setting.optimizer, "setting": one.setting.label, "reason": one.reason}
-            for one in self.refusals
-        ]
-        counted = {"parameters": self.parameters, "tensors": len(self.tensors)}
-        about = {"threads": self.threads, "tokens": self.tokens, "sparse": self.sparse, "budget": self.budget}
-        return {**counted, **about, "estimates": estimates, "refused": refused}
-
-    def __str__(self) -> str:
-        from fusedbun.tools.plan.table import table
-
-        return table(self)
 
 
 class _Kind(NamedTuple):
@@ -203,8 +91,6 @@ def plan(
         ValueError: a value is not allowed, a file is not what it should be, or a pattern matches nothing.
         ModuleNotFoundError: a library that is needed to read a file is not installed.
     """
-    from fusedbun.tools.shared.machine import cpus
-
     if isinstance(budget, str):
         try:
             budget = parse_size(budget)
@@ -226,11 +112,6 @@ def plan(
         except (TypeError, ValueError) as error:
             refusals.append(Refusal(setting, str(error)))
     return Plan(tensors, tuple(estimates), tuple(refusals), threads, tokens, embeddings, tied_parameters(model), budget)
-
-
-def parameters_of(tensors: Iterable[Tensor]) -> int:
-    """How many numbers the parameters among these tensors are."""
-    return sum(tensor.elements for tensor in tensors if tensor.role != "buffer")
 
 
 def _checked(name: str, number: Any) -> int:
@@ -276,6 +157,7 @@ class _Planner:
         self, tensors: Iterable[Tensor], sparse: Iterable[str], tokens: int, threads: int, stochastic_rounding: bool
     ) -> None:
         self.tensors, self.tokens, self.threads = tuple(tensors), tokens, threads
+        self.parameters = sum(tensor.elements for tensor in self.tensors if tensor.role != "buffer")
         self.stochastic_rounding, rows = stochastic_rounding, set(sparse)
         trained = [t for t in self.tensors if t.role == "trained"]
         self.names = {_Kind(t.shape, t.dtype, t.name in rows): t.name for t in trained}
@@ -296,31 +178,25 @@ class _Planner:
             for released, (gradients, most) in enumerate(parts)
         ]
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the parameters are."""
-        return parameters_of(self.tensors)
-
     def _needs(self, setting: Setting, chain: Chain, kind: _Kind) -> _Needs:
-        name = self.names[kind]
-        here = chain.at(tuple(name.split(".")), SimpleNamespace(shape=kind.shape), name)
-        elements, width = math.prod(kind.shape), BITS[kind.dtype] // 8
-        if not kind.is_sparse:
-            state = _state(here, kind)
-            if not elements:  # there is nothing to step
-                return _Needs(0, state)
-            try:
-                return _Needs(elements * width, state, temporaries.room(here, kind.shape, kind.dtype))
-            except UnplannableError:
-                return _Needs(elements * width, state, definition=temporaries.definition(here, kind.shape, kind.dtype))
-        rows = self.tokens * math.prod(kind.shape[1:])
-        gradient = rows * width + self.tokens * _PLACE
-        if setting.makes_gradients_dense:
-            definition = temporaries.definition(here, kind.shape, kind.dtype)
-            return _Needs(gradient, _state(here, kind), definition=definition, densified=elements * width)
-        here = here.for_rows()
-        definition = temporaries.definition(here, (self.tokens, *kind.shape[1:]), kind.dtype)
-        return _Needs(gradient, _state(here, kind), definition=definition)
+        name, shape, dtype = self.names[kind], kind.shape, kind.dtype
+        chain = chain.at(tuple(name.split(".")), SimpleNamespace(shape=shape), name)
+        size = math.prod(shape) * BITS[dtype] // 8
+        if kind.is_sparse:
+            rows = (self.tokens, *shape[1:])
+            gradient = math.prod(rows) * BITS[dtype] // 8 + self.tokens * _PLACE
+            if setting.makes_gradients_dense:
+                definition = temporaries.definition(chain, shape, dtype)
+                return _Needs(gradient, _state(chain, kind), definition=definition, densified=size)
+            chain = chain.for_rows()
+            return _Needs(gradient, _state(chain, kind), definition=temporaries.definition(chain, rows, dtype))
+        state = _state(chain, kind)
+        if not size:  # there is nothing to step
+            return _Needs(0, state)
+        try:
+            return _Needs(size, state, temporaries.room(chain, shape, dtype))
+        except UnplannableError:
+            return _Needs(size, state, definition=temporaries.definition(chain, shape, dtype))
 
     def _gradients(self, needs: Mapping[_Kind, _Needs]) -> int:
         return sum(count * needs[kind].gradient for kind, count in self.counts.items())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-# The libraries of the extras that `fusedbun train` uses, by the name they are imported under.
+# The libraries of the extras, by the name they are imported under.
 LIBRARIES = {
     "torch": "PyTorch",
     "jax": "JAX",
@@ -20,10 +21,20 @@ class CommandError(Exception):
     """The command cannot be run as it was given; the message is one line that says why."""
 
 
-def missing_library(error: ModuleNotFoundError, frameworks: Sequence[str]) -> str:
-    """Which library is missing and how to install all that the frameworks need; another module's error is raised."""
-    library = LIBRARIES.get((error.name or "").partition(".")[0])
-    if library is None:
-        raise error
-    extras = ",".join([*frameworks, "train"])
-    return f"{library} is not installed; training in {' and '.join(frameworks)} needs: pip install 'fusedbun[{extras}]'"
+@contextmanager
+def libraries_for(purpose: str, *extras: str, remedy: str = "") -> Iterator[None]:
+    """Names the library that is missing, and how to install all; another module's error stays as it is.
+
+    Args:
+        purpose: what the libraries are for, such as "a chart".
+        extras: fusedbun's extras that bring them.
+        remedy: what may be done instead, for the end of the line.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = LIBRARIES.get((error.name or "").partition(".")[0])
+        if library is None:
+            raise
+        install = f"pip install 'fusedbun[{','.join(extras)}]'"
+        raise CommandError(f"{library} is not installed; {purpose} needs: {install}{remedy}") from error

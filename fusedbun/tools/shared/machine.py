@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fusedbun.tools.train.results import versions
+from fusedbun.version import __version__
 
-PEERS = ("torch-SM3", "pytorch_optimizer", "lion-pytorch", "torch-optimi", "heavyball")
+_LIBRARIES = ("numpy", "torch", "jax", "optax", "flax", "scikit-learn")
 _CLEAR_PEAK = "5"  # see proc(5), /proc/pid/clear_refs
 
 
@@ -30,11 +30,23 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def description(threads: list[int]) -> dict[str, Any]:
+def versions(packages: Iterable[str] = ()) -> dict[str, str]:
+    """The versions of Python, of fusedbun, and of the libraries and some packages, as far as they are installed."""
+    found = {"python": platform.python_version(), "fusedbun": __version__}
+    for package in (*_LIBRARIES, *packages):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def description(threads: list[int], packages: Iterable[str]) -> dict[str, Any]:
     """The machine and the versions, for a JSON file.
 
     Args:
         threads: the numbers of threads that are measured.
+        packages: those beside the libraries whose versions matter.
     """
     return {
         "cpu": cpu_model(),
@@ -43,7 +55,7 @@ def description(threads: list[int]) -> dict[str, Any]:
         "memory_bytes": _kibibytes("/proc/meminfo", "MemTotal"),
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "versions": {**versions(), **_peers()},
+        "versions": versions(packages),
     }
 
 
@@ -68,16 +80,6 @@ def peak_during(action: Callable[[], None]) -> int | None:
     action()
     peak = _kibibytes("/proc/self/status", "VmHWM")
     return None if before is None or peak is None else max(0, peak - before)
-
-
-def _peers() -> dict[str, str]:
-    found = {}
-    for package in PEERS:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _kibibytes(path: str, name: str) -> int | None:

@@ -1,42 +1,37 @@
-"""The table of results on stdout."""
+"""Tables on stdout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from fusedbun.tools.train.results import Results
 
+def new_table(title: str, texts: Iterable[str], numbers: Iterable[str], heads: str = "bottom") -> Table:
+    """A table without rows.
 
-def show(results: Results, *remarks: str) -> None:
-    """Prints a row for every run, and remarks below, a line each."""
-    settings = results.settings
-    title = f"{results.parameters:,} {settings.dtype} parameters, epochs: {settings.epochs}"
-    title += ", interrupted" if results.interrupted else ""
-    title += "\nlearning rate: " + ", ".join(f"{rate:g} for {name}" for name, rate in settings.learning_rates.items())
+    Args:
+        title: its title.
+        texts: the heads of the columns of text, which come first.
+        numbers: the heads of the columns of numbers.
+        heads: where those stand: at the "top" or "bottom".
+    """
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("optimizer", vertical="bottom", no_wrap=True)
-    table.add_column("framework", vertical="bottom", no_wrap=True)
-    for head in ("steps", "test\naccuracy", "test\nloss", "state\nbytes", "ms a\nstep"):
-        table.add_column(head, justify="right", no_wrap=True)
-    if len(settings.frameworks) == 2:
-        table.add_column("weights\ndiffer by", justify="right", no_wrap=True)
-    for run in results.runs:
-        cells = [
-            f"{len(run.losses):,}",
-            cell(run.score and run.score.accuracy, ".2%"),
-            cell(run.score and run.score.loss, ".4f"),
-            cell(run.state_bytes, ",d"),
-            cell(run.ms_per_step, ".2f"),
-        ]
-        if len(settings.frameworks) == 2:
-            cells.append(cell(results.difference(run.optimizer), ".1e"))
-        table.add_row(run.optimizer, run.framework, *cells)
-    console = Console(highlight=False)
-    console.print(table)
-    for remark in remarks:
-        console.print(remark, markup=False, soft_wrap=True)  # a long path stays whole
+    for head in texts:
+        table.add_column(head, vertical="bottom", no_wrap=True)
+    for head in numbers:
+        table.add_column(head, justify="right", vertical=heads, no_wrap=True)  # type: ignore[arg-type]
+    return table
+
+
+def print_all(parts: Iterable[RenderableType], width: int | None = None) -> None:
+    """Prints tables and lines of text; a line breaks nowhere, so that a long path stays whole."""
+    console = Console(highlight=False, width=width)
+    for part in parts:
+        is_line = isinstance(part, str)
+        console.print(part, markup=not is_line, soft_wrap=is_line)
 
 
 def cell(value: float | None, form: str) -> str:

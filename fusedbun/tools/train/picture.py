@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from fusedbun.tools.shared.picture import BLUE, VERMILION, style_curves, to_png
 from fusedbun.tools.train.network import Array
 from fusedbun.tools.train.results import Results, Run
 
-# Okabe and Ito's palette, which colour-blind readers tell apart: an optimizer has a colour, and a framework a style,
-# such that two curves that coincide are both seen.
-_COLOURS = ("#0072B2", "#D55E00")
+# An optimizer has a colour, and a framework a style, such that two curves that coincide are both seen.
+_COLOURS = (BLUE, VERMILION)
 _STYLES: dict[str, dict[str, Any]] = {
     "torch": {"linestyle": "-", "linewidth": 4, "alpha": 0.4, "markersize": 6},
     "flax": {"linestyle": (0, (4, 2)), "linewidth": 1.6, "markersize": 3},
@@ -36,19 +35,14 @@ def draw(results: Results) -> bytes:
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        style_curves(axes)
     figure.legend(loc="outside lower center", ncols=2, handlelength=4, frameon=False)
     figure.suptitle("A small network on handwritten digits" + (" (interrupted)" if results.interrupted else ""))
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
+    return to_png(figure, dpi=150)
 
 
 def _draw_run(run: Run, style: dict[str, Any], left: Axes, right: Axes) -> None:
-    name = f"{run.optimizer} in {run.framework}"
-    if run.score:
-        name += f": {run.score.accuracy:.2%}"
+    name = run.title + (f": {run.score.accuracy:.2%}" if run.score else "")
     left.plot(np.arange(1, len(run.losses) + 1), _trailing_mean(run.losses), **style)
     steps, accuracies = [step for step, _ in run.scores], [score.accuracy for _, score in run.scores]
     right.plot(steps, accuracies, marker="o", label=name, **style)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import statistics
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
-import fusedbun
-from fusedbun.tools.cli.arguments import Settings
+from fusedbun.tools.shared.files import finite
+from fusedbun.tools.shared.machine import versions
 from fusedbun.tools.train.network import Score, Weights
 from fusedbun.tools.train.optimizers import OPTIMIZERS
-
-_LIBRARIES = ("numpy", "torch", "jax", "optax", "flax", "scikit-learn")
+from fusedbun.tools.train.settings import Settings
 
 
 @dataclass
@@ -42,6 +38,11 @@ class Run:
     scores: list[tuple[int, Score]] = field(default_factory=list)
     state_bytes: int | None = None
     weights: Weights | None = None
+
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        return f"{self.optimizer} in {self.framework}"
 
     @property
     def score(self) -> Score | None:
@@ -110,19 +111,3 @@ class Results:
             "weight_difference": {name: finite(value) for name, value in differences.items() if value is not None},
             "runs": [run.report() for run in self.runs],
         }
-
-
-def finite(value: float) -> float | None:
-    """The number, or None where it is not finite, for JSON has no name for that."""
-    return value if math.isfinite(value) else None
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python, of fusedbun and of the libraries that are installed."""
-    found = {"python": platform.python_version(), "fusedbun": fusedbun.__version__}
-    for library in _LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

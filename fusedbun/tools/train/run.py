@@ -1,4 +1,4 @@
-"""`fusedbun train`: a small network on real digits."""
+"""Trains a small network on real digits, with every optimizer in every framework."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import time
 from importlib import import_module
 from typing import Any
 
-from fusedbun.tools.cli.arguments import Settings
-from fusedbun.tools.shared import table
 from fusedbun.tools.shared.errors import CommandError
-from fusedbun.tools.shared.files import cannot_write, make_directory, write_atomically, write_json
-from fusedbun.tools.shared.progress import Display
-from fusedbun.tools.train import picture
+from fusedbun.tools.shared.files import make_directory, save
+from fusedbun.tools.train import picture, report
 from fusedbun.tools.train.network import Images, batches, cosine, digits, initial_weights
 from fusedbun.tools.train.optimizers import OPTIMIZERS
 from fusedbun.tools.train.results import Results, Run
+from fusedbun.tools.train.settings import Settings
 
 TRAINING_SHARE = 0.7  # the rest is the test
 
 
 def train(settings: Settings) -> Results:
     """Trains as the settings say, prints the table and writes the files; Ctrl-C ends the training, not the rest."""
-    frameworks = {name: import_module(f"fusedbun.tools.cli.in_{name}") for name in settings.frameworks}
+    frameworks = {name: import_module(f"fusedbun.tools.train.in_{name}") for name in settings.frameworks}
     images, test = digits(settings.seed, [TRAINING_SHARE])
     if settings.batch_size > len(images.labels):
         raise CommandError(
@@ -31,7 +29,8 @@ def train(settings: Settings) -> Results:
     make_directory(settings.output)
     results = Results(settings, parameters=sum(value.size for value in initial_weights(settings.seed).values()))
     try:
-        with Display(settings.epochs) as display:
+        display = report.Display(settings.epochs)
+        with display.bars:
             for optimizer, learning_rate in settings.learning_rates.items():
                 for name, framework in frameworks.items():
                     run = Run(optimizer, name, learning_rate)
@@ -43,11 +42,14 @@ def train(settings: Settings) -> Results:
         if not results.runs:
             raise
         results.interrupted = True
-    _save(results)
+    files = settings.output / "results.json", "curves", settings.output / "curves.png"
+    save(results, *files, picture.draw, report.show)
     return results
 
 
-def _train_one(run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: Display) -> None:
+def _train_one(
+    run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: report.Display
+) -> None:
     steps_per_epoch = len(images.labels) // settings.batch_size
     rates = cosine(run.learning_rate, settings.epochs * steps_per_epoch)
     with framework.session(settings.dtype):
@@ -64,16 +66,3 @@ def _train_one(run: Run, framework: Any, settings: Settings, images: Images, tes
             run.weights = trainer.weights()
         finally:
             run.state_bytes = trainer.state_bytes()
-
-
-def _save(results: Results) -> None:
-    """Writes the files, and prints the table whether or not they can be written."""
-    directory = results.settings.output
-    numbers, curves = directory / "results.json", directory / "curves.png"
-    try:
-        write_json(numbers, results.report())
-        write_atomically(curves, picture.draw(results))
-    except OSError as error:
-        table.show(results)
-        raise cannot_write(directory, error) from None
-    table.show(results, f"numbers: {numbers}", f"curves:  {curves}")

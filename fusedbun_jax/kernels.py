@@ -10,7 +10,6 @@ import ctypes
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fusedbun.chain import Chain
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun_jax import leaf as leaves_of_trees
+from fusedbun_jax import namespace
 
 HEADER = "xla/ffi/api/c_api.h"
 GRAD = 1  # its place among a leaf's arrays
@@ -54,7 +54,7 @@ class Leaf:
         """The numbers that a step is computed with, Python's or in the dtype that is computed in."""
         named = hyperparameters(kernel.program, self.chain, self.lr)
         cast = {name: x.astype(self.computed) if isinstance(x, jax.Array) else x for name, x in named.items()}
-        return evaluate(kernel.program.scalars, cast, _Numbers)
+        return evaluate(kernel.program.scalars, cast, namespace)
 
     def description(self, kernel: native.Kernel) -> native.Description:
         arrays = [native.Array(0, x.dtype.itemsize, _strides(x)) for x in self.arrays]
@@ -123,28 +123,6 @@ class _List:
             if any(isinstance(x, jax.Array) for x in self._values):
                 return jnp.stack([jnp.asarray(x, np.float64) for x in self._values])
             return jnp.asarray(np.array(self._values, np.float64))
-
-
-class _Numbers:
-    """The functions with which hyper-parameters are computed: Python's for Python's numbers, JAX's for arrays."""
-
-    @staticmethod
-    def sqrt(x: Any) -> Any:
-        return math.sqrt(x) if isinstance(x, Real) else jnp.sqrt(x)
-
-    @staticmethod
-    def expm1(x: Any) -> Any:
-        return math.expm1(x) if isinstance(x, Real) else jnp.expm1(x)
-
-    @staticmethod
-    def log(x: Any) -> Any:
-        if isinstance(x, Real):
-            return math.log(x) if x else -math.inf
-        return jnp.log(x)
-
-    minimum = staticmethod(jnp.minimum)
-    maximum = staticmethod(jnp.maximum)
-    where = staticmethod(jnp.where)
 
 
 def _strides(x: Any) -> tuple[int, ...]:

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fusedbun.chain import PARAM, Chain
-from fusedbun.compiler.graph import BITWISE, COMPARISONS, REDUCTIONS, Span, UnplannableError, Value
+from fusedbun.compiler.graph import REDUCTIONS, Span, UnplannableError, Value
 from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
 from fusedbun.compiler.trace import Program, trace
+from fusedbun.operations import OPERATIONS
 from fusedbun.transform import Array, Shape
 
 ELEMENTS = 1 << 17  # in a block: few enough for its buffers to stay in the cache, many enough to be worth a call
-OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv"}
-COMMUTATIVE = ("add", "mul")
+ARITHMETIC = ("add", "sub", "mul", "div")  # what Python computes in place
 VIEWS = ("bits", "from_bits", "whole", "real")  # their results may be their operand's memory
 LIKE = -1  # the place, after all values, of an array of the columns' shape
 
@@ -140,16 +140,13 @@ class Blocks:
             return lambda x, like: self.xp.where(like == like, x, x), (*args, LIKE)
         if v.op == "real" and self.schedule.program.dtype == "float64":
             return lambda x, like: self.xp.astype(x, like.dtype), (*args, LIKE)
-        return self._arithmetic(v, ends) if v.op in OPERATORS else (self._plain(v), args)
+        return self._arithmetic(v, ends) if v.op in ARITHMETIC else (self._plain(v), args)
 
     def _plain(self, v: Value) -> Callable[..., Array]:
         """What computes a value from new arrays of its arguments."""
-        if v.op in COMPARISONS or v.op in BITWISE or v.op in ("neg", "abs"):
-            of_python: Callable[..., Array] = getattr(operator, f"{v.op}_" if v.op in ("and", "or") else v.op)
-            return of_python
-        named: Callable[..., Array]
-        named = getattr(operator, OPERATORS[v.op]) if v.op in OPERATORS else getattr(self.xp, v.op)
-        return named
+        operation = OPERATIONS[v.op]
+        function: Callable[..., Array] = operation.host if operation.method else getattr(self.xp, v.op)
+        return function
 
     def _over_blocks(self, v: Value) -> Callable[..., Array]:
         """What computes a value of full size from numbers of blocks among others: it repeats them for the elements."""
@@ -169,10 +166,11 @@ class Blocks:
 
     def _arithmetic(self, v: Value, ends: set[Value]) -> tuple[Callable[..., Array], tuple[int, ...]]:
         """In place of an argument that ends, if it can be: that spares the cache a block."""
-        for args in (v.args, v.args[::-1]) if v.op in COMMUTATIVE else (v.args,):
+        operation = OPERATIONS[v.op]
+        for args in (v.args, v.args[::-1]) if operation.commutes else (v.args,):
             if args[0] in ends and _is_buffer(args[0]) and args[0] not in self._viewed:
-                return getattr(operator, f"i{OPERATORS[v.op]}"), tuple(a.number for a in args)
-        return getattr(operator, OPERATORS[v.op]), tuple(a.number for a in v.args)
+                return getattr(operator, f"__i{operation.method}__"), tuple(a.number for a in args)
+        return operation.host, tuple(a.number for a in v.args)
 
     def _reduction(self, v: Value) -> Callable[[Array], Array]:
         reduce = getattr(self.xp, v.detail)

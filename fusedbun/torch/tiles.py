@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +31,6 @@ def step_leaf(leaf: Leaf, blocks: Blocks) -> None:
     """One step of one parameter."""
     program = blocks.schedule.program
     values = hyperparameters(program, leaf.chain, leaf.lr)
-    xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else math
+    xp = namespace if any(isinstance(value, Tensor) for value in values.values()) else None
     scalars = evaluate(program.scalars, values, xp)
     blocks.run(scalars, {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}, compute_dtype(leaf.param.dtype))

@@ -251,5 +251,5 @@ def _numbers(part: Part, program: Program, known: dict[tuple[int, int], dict[str
     whole = (param.shape, part.cut.first) if param.ndim else ((1,), (0,))  # one of no axes is traced as one element
     for axis, (size, first) in enumerate(zip(*whole, strict=True)):
         values |= {SIZE.format(axis): size, FIRST.format(axis): first}
-    xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else math
+    xp = namespace if any(isinstance(value, Tensor) for value in values.values()) else None
     return evaluate(program.scalars, values, xp)

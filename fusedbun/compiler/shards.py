@@ -152,7 +152,7 @@ class _Made:
     def value(self, v: Value) -> Value:
         """The value in this phase's graph."""
         if v not in self._known:
-            self._known[v] = self._of(v)
+            self._known[v] = self._build(v)
         return self._known[v]
 
     def phase(self) -> Phase:
@@ -161,7 +161,7 @@ class _Made:
         arrays = {**program.arrays, **self.arrays}
         return Phase(Program(self.graph, program.dtype, arrays, outputs, scalars(outputs.values())), self.crossings)
 
-    def _of(self, v: Value) -> Value:
+    def _build(self, v: Value) -> Value:
         cutter = self.cutter
         if v in cutter.over:
             return self._input(_crossed(v), v)

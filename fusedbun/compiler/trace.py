@@ -62,7 +62,7 @@ def trace(
         dtype: the parameter's dtype.
 
     Raises:
-        UnplannableError: no plan expresses the chain; the message says why.
+        UnplannableError: the chain has no schedule; the message says why.
     """
     graph = Graph(max(1, ndim), order)
     slots, arrays = chain.slots((0,) * graph.ndim), chain.arrays((0,) * graph.ndim, dtype)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from leaves import Precise, by_blocks, by_definition, by_kernel, leaf
+from leaves import Precise, by_definition, by_kernel, by_tiles, leaf
 from leaves import assert_same as assert_same_numbers
 from test_kernels import adds_up as chain_adds_up
 from test_kernels import check, gradient
@@ -87,7 +87,7 @@ def test_blocks_round_and_code_as_the_definition(transforms, dtype):
         if shape != (70_001,):  # too many blocks
             arrays = leaf(transforms, shape, dtype)
             want = by_definition(transforms, arrays, Precise())
-            assert_same(by_blocks(transforms, arrays, 200), want)
+            assert_same(by_tiles(transforms, arrays, 200), want)
 
 
 @pytest.mark.parametrize("name", ["sm3 int8", "sm3 int4", "lion int8"])

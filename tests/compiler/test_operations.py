@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from leaves import by_blocks, by_definition, by_kernel
+from leaves import by_definition, by_kernel, by_tiles
 from rules import stateful
 
 from fusedbun import Slot
@@ -85,7 +85,7 @@ def by(realisation):
         return {case: x.numpy() for case, x in results(in_torch, torch.from_numpy(a), torch.from_numpy(b)).items()}
     if realisation == "jax":
         return jax.tree.map(np.asarray, jax.jit(lambda a, b: results(in_jax, a, b))(a, b))
-    run = {"numpy": by_definition, "tiles": by_blocks, "kernel": by_kernel}[realisation]
+    run = {"numpy": by_definition, "tiles": by_tiles, "kernel": by_kernel}[realisation]
     arrays = {"param": np.zeros_like(a), "grad": a, "rule.b": b}
     arrays |= {f"rule.{case}": np.zeros(a.shape, "int32" if is_word(case) else "float32") for case in CASES}
     return {name.removeprefix("rule."): x for name, x in run(all_of_them(), arrays).items()}

@@ -19,7 +19,7 @@ from typing import Any
 from fusedbun.chain import Chain, Rounding
 from fusedbun.compiler.cpp.build import DRIVER, BuildError, bundle, bundle_prefix, compile_in, jax_handler
 from fusedbun.compiler.cpp.module import TYPES, emit
-from fusedbun.compiler.cpp.native import registers as own_registers
+from fusedbun.compiler.cpp.native import registers as registers_here
 from fusedbun.compiler.trace import trace
 from fusedbun.recipes import RECIPES
 
@@ -115,7 +115,7 @@ def build(folder: Path, for_this_machine: bool = False) -> None:
     """
     try:
         made = {compile_in(folder, DRIVER.read_text(), extra=STRIP)}
-        chosen = [own_registers()] if for_this_machine else widths()
+        chosen = [registers_here()] if for_this_machine else widths()
     except BuildError as error:
         print(f"fusedbun: no kernels are compiled now: {str(error).splitlines()[0]}")
         return

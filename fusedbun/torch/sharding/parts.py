@@ -30,7 +30,7 @@ from fusedbun.torch.state import compute_dtype, name_of_dtype, stored_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Runner = native.Kernel | tiles.Blocks
+Runner = native.Kernel | tiles.Tiles
 
 
 class Plan(NamedTuple):
@@ -76,7 +76,7 @@ def step(parts: Sequence[Part]) -> None:
         batches = _batches(working, t)
         _run([part for part in working if isinstance(part.runners[t], native.Kernel)], t)
         for part in working:
-            if isinstance(part.runners[t], tiles.Blocks):
+            if isinstance(part.runners[t], tiles.Tiles):
                 _run_blocks(part, t)
             if not math.prod(part.cut.shape):
                 for name, crossing in part.phases[t].crossings.items():
@@ -146,9 +146,9 @@ def _planned(
         except (KernelError, UnplannableError):
             if asked:
                 raise
-    whole = tiles.plan(leaf.chain, tuple(param.shape), param.stride(), leaf.maximize, dtype)
+    whole = tiles.schedule_for(leaf.chain, tuple(param.shape), param.stride(), leaf.maximize, dtype)
     steps = phases(whole.program, cut_along)
-    return steps, [tiles.Blocks(tiles.scheduled(phase.program), namespace) for phase in steps]
+    return steps, [tiles.Tiles(tiles.schedule_of(phase.program), namespace) for phase in steps]
 
 
 def _suits_kernels(leaf: Leaf) -> bool:
@@ -231,7 +231,7 @@ def _run(parts: Sequence[Part], t: int) -> None:
 
 def _run_blocks(part: Part, t: int) -> None:
     runner = part.runners[t]
-    assert isinstance(runner, tiles.Blocks)
+    assert isinstance(runner, tiles.Tiles)
     runner.run(_numbers(part, part.phases[t].program, {}), part.arrays, compute_dtype(part.leaf.param.dtype))
 
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from fusedbun import derive, recipes
 from fusedbun.chain import Chain
 from fusedbun.recipes import RECIPES, Recipe
-from fusedbun.torch.definition import Leaf, step_leaf
+from fusedbun.torch.definition import step_leaf
 from fusedbun.torch.driver import TransformOptimizer
 from fusedbun.transform import Transform
 
@@ -145,7 +145,7 @@ class DecoupledLionW(TransformOptimizer):
     ) -> None:
         """One step in place: of the parameter `p`, and of its running mean `exp_avg`."""
         chain = recipes.decoupled_lionw((beta1, beta2), wd, initial_lr=initial_lr)
-        step_leaf(Leaf(chain, lr, False, p, grad, {"scale_by_lion.moment": exp_avg}))
+        step_leaf(chain, lr, False, p, grad, {"scale_by_lion.moment": exp_avg})
 
 
 FusionOptimizer = Fusedbun

@@ -23,7 +23,7 @@ from fusedbun.torch.checks import chain_at, check_state
 from fusedbun.torch.driver import FIRST_LR, TransformOptimizer
 from fusedbun.torch.loading import chooses_storage
 from fusedbun.torch.sharding.placement import is_sharded, put
-from fusedbun.torch.state import State, name_of_dtype, zeros
+from fusedbun.torch.state import State, dtype_name, zeros
 from fusedbun.transform import Slot
 
 NamedParameters = Iterable[tuple[str, Tensor]]
@@ -65,7 +65,7 @@ def save_state(
     parameters = []
     for place in places:
         slots, state = _kept(optimizer, place)
-        shape, dtype = tuple(place.param.shape), name_of_dtype(place.param.dtype)
+        shape, dtype = tuple(place.param.shape), dtype_name(place.param.dtype)
         parameters.append(Parameter(place.name, shape, dtype, place.group, slots))
         kept[place.name] = place.param, state
 
@@ -172,7 +172,7 @@ def _kept(optimizer: TransformOptimizer, place: Place) -> tuple[dict[str, Slot] 
     group, param = optimizer.param_groups[place.group], place.param
     chain = chain_at(optimizer.chain(group), optimizer.param_groups, place.group, place.at)
     state: State = optimizer.state.get(param, {})
-    shape, dtype = tuple(param.shape), name_of_dtype(param.dtype)
+    shape, dtype = tuple(param.shape), dtype_name(param.dtype)
     choices = _choices(chain, shape, dtype)
     if not state and choices[0]:
         return None, {}
@@ -312,7 +312,7 @@ def _matches(
         if pair is None or not alike.get((pair.saved.group, place.group)):
             continue
         chain = chain_at(chains[place.group], groups, place.group, place.at)
-        shape, dtype = tuple(place.param.shape), name_of_dtype(place.param.dtype)
+        shape, dtype = tuple(place.param.shape), dtype_name(place.param.dtype)
         match = matched(pair, shape, dtype, _choices(chain, shape, dtype), problems)
         if match is not None:
             matches[place.name] = match
@@ -321,5 +321,5 @@ def _matches(
 
 def _loaded(param: Tensor, match: Match, file: Saved) -> State:
     """The state of a parameter, laid out and placed as its slots' starts are."""
-    arrays = Parameter("", tuple(param.shape), name_of_dtype(param.dtype), 0, match.slots).arrays()
+    arrays = Parameter("", tuple(param.shape), dtype_name(param.dtype), 0, match.slots).arrays()
     return {key: put(zeros(arrays[key], param), _tensor(numbers)) for key, numbers in match.arrays(file)}

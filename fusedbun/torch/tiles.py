@@ -1,7 +1,8 @@
-"""Leaves that are stepped block by block with eager torch, on any device: what serves where there is no kernel."""
+"""A step tile by tile with eager torch, on any device: what serves where there is no kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,26 +12,35 @@ from fusedbun.compiler.cpp.native import structure
 from fusedbun.compiler.tiles import Tiles, schedule_for
 from fusedbun.compiler.trace import GRAD, evaluate, hyperparameters
 from fusedbun.torch import namespace
-from fusedbun.torch.definition import Leaf
-from fusedbun.torch.state import compute_dtype, name_of_dtype
+from fusedbun.torch.implementation import Implementation
+from fusedbun.torch.leaf import Leaf
+from fusedbun.torch.state import compute_dtype, dtype_name
 
-_BLOCKS: dict[Any, Tiles] = {}  # by what decides the plan
-
-
-def find(leaf: Leaf) -> Tiles:
-    """The plan of a dense leaf; raises an UnplannableError where there is none."""
-    shape, strides = tuple(leaf.param.shape), leaf.param.stride()
-    dtype = name_of_dtype(leaf.param.dtype)
-    key = (structure(leaf.chain), shape, strides, leaf.maximize, dtype)
-    if key not in _BLOCKS:
-        _BLOCKS[key] = Tiles(schedule_for(leaf.chain, shape, strides, leaf.maximize, dtype), namespace)
-    return _BLOCKS[key]
+_TILES: dict[Any, Tiles] = {}  # by what decides the schedule
 
 
-def step_leaf(leaf: Leaf, blocks: Tiles) -> None:
-    """One step of one parameter."""
-    program = blocks.schedule.program
-    values = hyperparameters(program, leaf.chain, leaf.lr)
-    xp = namespace if any(isinstance(value, Tensor) for value in values.values()) else None
-    scalars = evaluate(program.scalars, values, xp)
-    blocks.run(scalars, {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}, compute_dtype(leaf.param.dtype))
+class Tiles(Implementation):
+    """The schedule of the kernel, run tile by tile with eager torch."""
+
+    name = "tiles"
+
+    def refusal(self, leaf: Leaf) -> None:
+        """Serves all dense tensors."""
+
+    def prepare(self, leaf: Leaf) -> Tiles:
+        """The schedule of a dense leaf, ready to be run."""
+        shape, strides, maximize = tuple(leaf.param.shape), leaf.param.stride(), leaf.group.maximize
+        dtype = dtype_name(leaf.param.dtype)
+        key = (structure(leaf.chain), shape, strides, maximize, dtype)
+        if key not in _TILES:
+            _TILES[key] = Tiles(schedule_for(leaf.chain, shape, strides, maximize, dtype), namespace)
+        return _TILES[key]
+
+    def step(self, leaves: Sequence[Leaf]) -> None:
+        """Steps the leaves one after the other."""
+        for leaf in leaves:
+            program = leaf.prepared.schedule.program
+            values = hyperparameters(program, leaf.chain, leaf.lr)
+            xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else None
+            arrays = {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}
+            leaf.prepared.run(evaluate(program.scalars, values, xp), arrays, compute_dtype(leaf.param.dtype))

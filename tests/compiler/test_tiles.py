@@ -17,7 +17,7 @@ from fusedbun.compiler import UnplannableError
 from fusedbun.compiler.tiles import ELEMENTS, Tiles, schedule_for
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.torch import namespace
-from fusedbun.torch.state import compute_dtype, name_of_dtype
+from fusedbun.torch.state import compute_dtype, dtype_name
 from fusedbun.transforms import Momentum, ScaleByAdam
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
@@ -202,7 +202,7 @@ def torch_tiles(transforms, tensors, elements):
     """A step in tiles, in place."""
     param = tensors["param"]
     made = schedule_for(
-        transforms, tuple(param.shape), param.stride(), dtype=name_of_dtype(param.dtype), elements=elements
+        transforms, tuple(param.shape), param.stride(), dtype=dtype_name(param.dtype), elements=elements
     )
     scalars = evaluate(made.program.scalars, hyperparameters(made.program, transforms, LR))
     Tiles(made, namespace).run(scalars, tensors, compute_dtype(param.dtype), elements)

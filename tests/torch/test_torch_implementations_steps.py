@@ -160,6 +160,20 @@ def test_parameters_get_their_first_gradients_one_by_one():
     assert_near_run(*optimizers)
 
 
+def test_hyper_parameters_that_changed_before_another_parameter_joins():
+    """Those that were stepped before keep to the new ones."""
+    optimizers = twins(Fusedbun, parameters((4, 3), (5,)), Lambda=0.1)
+    for optimizer in optimizers:
+        params = optimizer.param_groups[0]["params"]
+        set_gradients(params[:1], 0)
+        optimizer.step()
+        optimizer.param_groups[0]["Lambda"] = 0.5
+        for step in (1, 2, 3):
+            set_gradients(params[:step], step)
+            optimizer.step()
+    assert_near_run(*optimizers)
+
+
 def test_each_parameter_may_have_numbers_of_its_own_with_one_kernel():
     """Rules that say something else of each parameter; hyper-parameters that move with every step."""
     types = {f"p{i}": ("weight", i + 1) for i in range(6)}

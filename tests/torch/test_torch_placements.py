@@ -172,7 +172,7 @@ def not_a_number(rank):
     mesh = init_device_mesh("cpu", (2,))
     for name in ("max", "min"):
         x = torch.tensor([torch.nan, 1.0, 2.0, -3.0] if rank else [1.0, torch.nan, -5.0, 7.0])
-        sharded_steps._combine(sharded_steps.Batch((mesh.get_group(0),), name, x))
+        sharded_steps._combine(sharded_steps.Collective((mesh.get_group(0),), name, x))
         wanted = [torch.nan, torch.nan, *([2.0, 7.0] if name == "max" else [-5.0, -3.0])]
         torch.testing.assert_close(x, torch.tensor(wanted), equal_nan=True)
 

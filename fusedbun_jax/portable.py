@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from fusedbun.chain import Chain
-from fusedbun.derive import INITIAL_LR
 from fusedbun.portable import entries
 from fusedbun.portable.entries import Group, Parameter, Saved
 from fusedbun.portable.file import Numbers
 from fusedbun.portable.match import Match, Names, Target, compare_groups, matched, pairs, refuse
+from fusedbun.recipe import INITIAL_LR
 from fusedbun_jax import leaf
 from fusedbun_jax.definition import arrays_by_state
 from fusedbun_jax.groups import Groups, only

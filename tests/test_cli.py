@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import fusedbun
-from fusedbun import derive
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.cli import main
 from fusedbun.tools.cli.arguments import parser
@@ -139,7 +138,7 @@ def test_list_gives_the_defaults_and_the_source(capsys):
 def test_list_counts_the_bytes_that_torch_holds(capsys, name):
     for case in listed(capsys)[name]["state_bytes_per_parameter"]:
         param = torch.nn.Parameter(torch.zeros(SHAPE))
-        given = {"mup": {"w": "weight"}} if "mup" in derive.defaults(RECIPES[name].make) else {}
+        given = {"mup": {"w": "weight"}} if "mup" in RECIPES[name].defaults else {}
         rate = {} if RECIPES[name].fixed_lr else {"lr": 0.1}
         optimizer = getattr(fusedbun, RECIPES[name].torch_class)([("w", param)], **rate, **case["settings"], **given)
         param.grad = torch.ones(SHAPE)

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fusedbun", "fusedbun_jax")
 # In a copy of the source, so that it takes seconds to compile.
 FEWER = """
-USUAL, LESS_USUAL = {name: chosen[:2] for name, chosen in USUAL.items() if name in ("fusedbun", "sm3")}, {}
+from dataclasses import replace
+RECIPES = {name: replace(RECIPES[name], compiled=RECIPES[name].compiled[:2]) for name in ("fusedbun", "sm3")}
+RECIPES = {name: replace(recipe, compiled_for_networks=()) for name, recipe in RECIPES.items()}
 TYPES = {"float32": TYPES["float32"]}
 """
 # Steps with what is installed, and with the definition; prints where fusedbun is and how much is in the cache.

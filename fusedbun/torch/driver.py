@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun import derive
 from fusedbun.chain import Chain, Rounding
 from fusedbun.hyper import NonNegative, Whole, check
 from fusedbun.metrics import Products, measured
-from fusedbun.recipes import Recipe
+from fusedbun.recipe import INITIAL_LR, Recipe
 from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.torch.definition import step_leaves
@@ -258,7 +257,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         check(type(self).__name__, _OWN, {name: group[name] for name in _OWN})
         given = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
-            given[derive.INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
+            given[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
         return replace(self.recipe.make(**given), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
 
     def check_lr(self, lr: Any) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from fusedbun.chain import PARAM
+from fusedbun.compiler import tiles
 from fusedbun.compiler.cpp.native import structure
-from fusedbun.compiler.tiles import Tiles, schedule_for
 from fusedbun.compiler.trace import GRAD, evaluate, hyperparameters
 from fusedbun.torch import namespace
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.leaf import Leaf
 from fusedbun.torch.state import compute_dtype, dtype_name
 
-_TILES: dict[Any, Tiles] = {}  # by what decides the schedule
+_PREPARED: dict[Any, tiles.Tiles] = {}  # by what decides the schedule
 
 
 class Tiles(Implementation):
@@ -27,20 +25,20 @@ class Tiles(Implementation):
     def refusal(self, leaf: Leaf) -> None:
         """Serves all dense tensors."""
 
-    def prepare(self, leaf: Leaf) -> Tiles:
+    def prepare(self, leaf: Leaf) -> tiles.Tiles:
         """The schedule of a dense leaf, ready to be run."""
         shape, strides, maximize = tuple(leaf.param.shape), leaf.param.stride(), leaf.group.maximize
         dtype = dtype_name(leaf.param.dtype)
         key = (structure(leaf.chain), shape, strides, maximize, dtype)
-        if key not in _TILES:
-            _TILES[key] = Tiles(schedule_for(leaf.chain, shape, strides, maximize, dtype), namespace)
-        return _TILES[key]
+        if key not in _PREPARED:
+            _PREPARED[key] = tiles.Tiles(tiles.schedule_for(leaf.chain, shape, strides, maximize, dtype), namespace)
+        return _PREPARED[key]
 
     def step(self, leaves: Sequence[Leaf]) -> None:
         """Steps the leaves one after the other."""
         for leaf in leaves:
             program = leaf.prepared.schedule.program
             values = hyperparameters(program, leaf.chain, leaf.lr)
-            xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else None
+            xp: Any = namespace
             arrays = {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}
             leaf.prepared.run(evaluate(program.scalars, values, xp), arrays, compute_dtype(leaf.param.dtype))

@@ -240,5 +240,5 @@ def _numbers(leaf: Leaf, t: int, known: dict[tuple[int, int], dict[str, Any]]) -
     whole = (leaf.param.shape, part.cut.first) if leaf.param.ndim else ((1,), (0,))
     for axis, (size, first) in enumerate(zip(*whole, strict=True)):
         values |= {SIZE.format(axis): size, FIRST.format(axis): first}
-    xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else None
+    xp: Any = namespace
     return evaluate(program.scalars, values, xp)

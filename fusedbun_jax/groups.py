@@ -10,7 +10,8 @@ import optax
 
 from fusedbun.groups import Rules, overrides
 from fusedbun_jax import leaf
-from fusedbun_jax.step import IrregularError, SteppingTransformation
+from fusedbun_jax.operands import IrregularError
+from fusedbun_jax.step import SteppingTransformation
 
 
 def by_name(

@@ -152,7 +152,7 @@ class Driver:
         return tree.unflatten([param for param, *_ in stepped]), (*after, rate_state, rounding)
 
     def states(self, state: Any) -> tuple[list[TransformState], Any]:
-        """The states of the transformations, with stochastic rounding's where it is on, and that of the learning rate."""
+        """The states of the transformations and of stochastic rounding, if it is on, and that of the learning rate."""
         if not isinstance(state, tuple) or len(state) != len(self.chain.transforms) + 2:
             raise IrregularError("the state is another optimizer's")
         *kept, rate_state, rounding = state

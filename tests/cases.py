@@ -91,6 +91,19 @@ CASES = [
     of_chain("rows", SM3Accumulate(0.9, "max", "min", covers="rows"), RMSScale(0.0, 1e-30)),
     of_chain("no statistics", Centralize(), ClipRMS(0.3), Momentum(0.5, 0.25, nesterov=True)),
 ]
+# One of each optimizer, and a chain of its own: what stands for all of them where each takes long.
+FEW = (
+    *(
+        "fusedbun recommended",
+        "sm3 momentum",
+        "scaled_optum",
+        "ternary_vote",
+        "mup_adam",
+        "mup_adamw amsgrad",
+        "mup_sgd",
+    ),
+    *("decoupled_lionw", "rows"),
+)
 by_case = {"argnames": "case", "argvalues": CASES, "ids": str}
 
 

@@ -35,7 +35,9 @@ WRITTEN = {
 }
 # `family` lists what is compiled beforehand, and is no part of how a kernel comes to be.
 MODULES = sorted(
-    p for p in (*SOURCES.glob("*.py"), *(SOURCES / "runtime").iterdir()) if p.is_file() and p.stem != "family"
+    p
+    for p in (*SOURCES.glob("*.py"), *SOURCES.glob("cpp/*.py"), *(SOURCES / "cpp" / "runtime").iterdir())
+    if p.is_file() and p.stem != "family"
 )
 
 

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from makers import MAKERS, copies, parameters, run, set_gradients
-from twins import assert_near_run, each_make, twins
+from twins import assert_near_run, sweep_of_makes, twins
 
 from fusedbun import Fusedbun, MupAdamW
 from fusedbun.compiler.cpp import native
@@ -136,7 +136,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@each_make
+@sweep_of_makes
 def test_a_change_between_steps_is_seen(make, change):
     """At once, and when it is taken back by the next gradients."""
     optimizers = twins(make, parameters((), (5,), (4, 3), (2, 3, 4), (3, 3)))

@@ -1,5 +1,5 @@
 # make demo  the main job: a small network on real digits, in torch and in Flax
-# make test  all tests but the longest, which make test-long runs
+# make test  a short cut through all tests, in minutes; make test-long runs the rest of them
 # make lint  formatting, lint and types
 # make docs  the documentation site, in build/site; a warning is an error
 # Each makes .venv first, from constraints.txt, where it is not there or is out of date.
@@ -13,10 +13,10 @@ demo: .venv/ready
 	$(BIN)/fusedbun train --framework both
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto -m 'not long'
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=10 -m 'not long'
 
 test-long: .venv/ready
-	$(BIN)/python -m pytest -n auto -m long
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=10 -m long
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

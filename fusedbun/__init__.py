@@ -9,70 +9,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fusedbun import recipes, transforms
-from fusedbun.chain import Chain, chain
-from fusedbun.schedules import sm3_schedule
-from fusedbun.transform import Signal, Slot, Transform
+from fusedbun import recipes as recipes
+from fusedbun import transforms as transforms
+from fusedbun.chain import Chain as Chain
+from fusedbun.chain import chain as chain
+from fusedbun.schedules import sm3_schedule as sm3_schedule
+from fusedbun.transform import Signal as Signal
+from fusedbun.transform import Slot as Slot
+from fusedbun.transform import Transform as Transform
+from fusedbun.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fusedbun.tools.plan import plan
-    from fusedbun.torch import (
-        SM3,
-        ChainOptimizer,
-        DecoupledLionW,
-        Fusedbun,
-        FusionOptimizer,
-        MupAdam,
-        MupAdamW,
-        MupSGD,
-        ScaledOptum,
-        SignSGD,
-        TernaryVote,
-        load_state,
-        param_groups,
-        release_gradients,
-        save_state,
-    )
+    from fusedbun.tools.plan import plan as plan
+    from fusedbun.torch import load_state as load_state
+    from fusedbun.torch import param_groups as param_groups
+    from fusedbun.torch import release_gradients as release_gradients
+    from fusedbun.torch import save_state as save_state
+    from fusedbun.torch.optimizers import *  # noqa: F403
 
-__version__ = "0.1.0"
+_OF_TORCH = {"ChainOptimizer", "load_state", "param_groups", "release_gradients", "save_state"}
+_OF_TORCH |= {name for recipe in recipes.RECIPES.values() for name in recipe.torch_names}
 
-_OF_TORCH = (
-    "ChainOptimizer",
-    "FusionOptimizer",
-    "SignSGD",
-    "load_state",
-    "param_groups",
-    "release_gradients",
-    "save_state",
-    *(r.torch_class for r in recipes.RECIPES.values()),
-)
+_NAMES = {"Chain", "Signal", "Slot", "Transform", "chain", "plan", "recipes", "sm3_schedule", "transforms", *_OF_TORCH}
 
-__all__ = [
-    "SM3",
-    "Chain",
-    "ChainOptimizer",
-    "DecoupledLionW",
-    "Fusedbun",
-    "FusionOptimizer",
-    "MupAdam",
-    "MupAdamW",
-    "MupSGD",
-    "ScaledOptum",
-    "SignSGD",
-    "Signal",
-    "Slot",
-    "TernaryVote",
-    "Transform",
-    "chain",
-    "load_state",
-    "param_groups",
-    "plan",
-    "recipes",
-    "release_gradients",
-    "save_state",
-    "sm3_schedule",
-    "transforms",
-]
+if not TYPE_CHECKING:  # who reads this without running it finds the names above
+    __all__ = sorted(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -92,4 +53,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_NAMES)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy import abs, astype, expm1, floor, log, max, maximum, mean, min, minimum, sign, sqrt, sum, where
 
+from fusedbun.operations import functions_of
 from fusedbun.storage import codes
-from fusedbun.transform import Array, Shape
+from fusedbun.transform import Array
 
-__all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
-__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "from_pairs", "index", "real", "single"]
-__all__ += ["to_blocks", "to_pairs", "whole"]
+globals().update(functions_of(np))
+astype, max, mean, min, sum = np.astype, np.max, np.mean, np.min, np.sum
+from_blocks, to_pairs = codes.from_blocks, codes.to_pairs
 
 
 def single(x: Array, /) -> Array:
@@ -45,14 +45,6 @@ def block_max(words: Array, /) -> Array:
 
 def to_blocks(x: Array, /) -> Array:
     return codes.to_blocks(x, lambda rows, n: np.pad(rows, ((0, 0), (0, n))))
-
-
-def from_blocks(x: Array, shape: Shape, /) -> Array:
-    return codes.from_blocks(x, shape)
-
-
-def to_pairs(x: Array, /) -> Array:
-    return codes.to_pairs(x)
 
 
 def from_pairs(stored: Any, /) -> Array:

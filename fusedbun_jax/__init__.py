@@ -9,82 +9,35 @@ except ModuleNotFoundError as error:
         f"fusedbun_jax needs JAX and optax ({error.name} is missing): pip install 'fusedbun[jax]'", name=error.name
     ) from error
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from fusedbun import transforms
-from fusedbun.chain import chain
-from fusedbun_jax.axes import flax_channel_axis
-from fusedbun_jax.groups import by_name
-from fusedbun_jax.lift import lift, lifted
-from fusedbun_jax.metrics import MetricsState, with_metrics
-from fusedbun_jax.optimizers import (
-    decoupled_lionw,
-    factory,
-    fusedbun,
-    mup_adam,
-    mup_adamw,
-    mup_sgd,
-    scaled_optum,
-    sm3,
-    ternary_vote,
-)
-from fusedbun_jax.portable import flax_mapping, load_state, save_state
-from fusedbun_jax.rounding import round_stochastically, round_to_params
-from fusedbun_jax.schedules import sm3_schedule
-from fusedbun_jax.sharding import state_shardings
-from fusedbun_jax.state import TransformState
-from fusedbun_jax.step import SteppingTransformation, from_chain
+from fusedbun.chain import chain as chain
+from fusedbun_jax.axes import flax_channel_axis as flax_channel_axis
+from fusedbun_jax.groups import by_name as by_name
+from fusedbun_jax.lift import lift as lift
+from fusedbun_jax.lift import lifted as lifted
+from fusedbun_jax.metrics import MetricsState as MetricsState
+from fusedbun_jax.metrics import with_metrics as with_metrics
+from fusedbun_jax.optimizers import FACTORIES
+from fusedbun_jax.optimizers import factory as factory
+from fusedbun_jax.portable import flax_mapping as flax_mapping
+from fusedbun_jax.portable import load_state as load_state
+from fusedbun_jax.portable import save_state as save_state
+from fusedbun_jax.rounding import round_stochastically as round_stochastically
+from fusedbun_jax.rounding import round_to_params as round_to_params
+from fusedbun_jax.schedules import sm3_schedule as sm3_schedule
+from fusedbun_jax.sharding import state_shardings as state_shardings
+from fusedbun_jax.state import TransformState as TransformState
+from fusedbun_jax.step import SteppingTransformation as SteppingTransformation
+from fusedbun_jax.step import from_chain as from_chain
 
-centralize = lifted(transforms.Centralize)
-clip_rms = lifted(transforms.ClipRMS)
-decay = lifted(transforms.Decay)
-momentum = lifted(transforms.Momentum)
-rms_scale = lifted(transforms.RMSScale)
-scale_by_adam = lifted(transforms.ScaleByAdam)
-scale_by_lion = lifted(transforms.ScaleByLion)
-scale_by_mup = lifted(transforms.ScaleByMup)
-sign = lifted(transforms.Sign)
-sign_decay = lifted(transforms.SignDecay)
-sm3_accumulate = lifted(transforms.SM3Accumulate)
-sparse_mask = lifted(transforms.SparseMask)
-vote = lifted(transforms.Vote)
+_TRANSFORMS = [getattr(transforms, name) for name in transforms.__all__]
+globals().update({transform.name: lifted(transform) for transform in _TRANSFORMS}, **FACTORIES)
 
-__all__ = [
-    "MetricsState",
-    "SteppingTransformation",
-    "TransformState",
-    "by_name",
-    "centralize",
-    "chain",
-    "clip_rms",
-    "decay",
-    "decoupled_lionw",
-    "factory",
-    "flax_channel_axis",
-    "flax_mapping",
-    "from_chain",
-    "fusedbun",
-    "lift",
-    "lifted",
-    "load_state",
-    "momentum",
-    "mup_adam",
-    "mup_adamw",
-    "mup_sgd",
-    "rms_scale",
-    "round_stochastically",
-    "round_to_params",
-    "save_state",
-    "scale_by_adam",
-    "scale_by_lion",
-    "scale_by_mup",
-    "scaled_optum",
-    "sign",
-    "sign_decay",
-    "sm3",
-    "sm3_accumulate",
-    "sm3_schedule",
-    "sparse_mask",
-    "state_shardings",
-    "ternary_vote",
-    "vote",
-    "with_metrics",
-]
+if TYPE_CHECKING:  # type checkers run nothing: to them any other name is one of these functions
+
+    def __getattr__(name: str) -> Callable[..., Any]: ...
+else:
+    __all__ = [name for name, thing in globals().items() if getattr(thing, "__module__", "").startswith("fusedbun")]

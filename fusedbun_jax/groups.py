@@ -10,7 +10,8 @@ import optax
 
 from fusedbun.groups import Rules, overrides
 from fusedbun_jax import leaf
-from fusedbun_jax.step import IrregularError, SteppingTransformation
+from fusedbun_jax.operands import IrregularError
+from fusedbun_jax.step import SteppingTransformation
 
 
 def by_name(
@@ -72,11 +73,11 @@ class Groups:
         leaves, states = jax.tree.leaves(params), {}
         for label, step in steps.items():
             held = state.inner_states[label]
-            own = [i for i, of in enumerate(labels) if of == label]
-            masked = [only(set(own), tree, x) for x in (grads, params)]
+            places = [i for i, of in enumerate(labels) if of == label]
+            masked = [masked_except({*places}, tree, x) for x in (grads, params)]
             after, inner = step(masked[0], held.inner_state, masked[1], needs_kernels)
             states[label] = held._replace(inner_state=inner)
-            for i, x in zip(own, jax.tree.leaves(after), strict=True):
+            for i, x in zip(places, jax.tree.leaves(after), strict=True):
                 leaves[i] = x
         return tree.unflatten(leaves), state._replace(inner_states=states)
 
@@ -94,14 +95,13 @@ class Groups:
                 spared = {self._no_decay: 0.0} if is_spared_from_decay(name, x) else {}
                 found[name] = spared | found[name]
         labels = [repr(sorted(found[name].items())) for name in names]
-        given = dict(zip(labels, names, strict=True))
-        return labels, {label: self._make(**{**self._hyperparameters, **found[name]}) for label, name in given.items()}
+        of_labels = {label: found[name] for label, name in zip(labels, names, strict=True)}
+        return labels, {label: self._make(**{**self._hyperparameters, **x}) for label, x in of_labels.items()}
 
 
-def only(places: set[int], tree: Any, whole: Any) -> Any:
-    """The tree with what optax puts in the place of leaves that are not meant."""
-    leaves = jax.tree.leaves(whole)
-    return tree.unflatten([x if i in places else optax.MaskedNode() for i, x in enumerate(leaves)])
+def masked_except(places: set[int], tree: Any, whole: Any) -> Any:
+    """The tree with the leaves at these places, and what optax has in the place of others."""
+    return tree.unflatten([x if i in places else optax.MaskedNode() for i, x in enumerate(jax.tree.leaves(whole))])
 
 
 def is_spared_from_decay(name: str, param: Any) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusedbun.chain import Chain
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.trace import evaluate, hyperparameters
-from fusedbun_jax import leaf as leaves_of_trees
+from fusedbun_jax import namespace
+from fusedbun_jax.leaf import computed_in
+from fusedbun_jax.operands import Leaf
 
 HEADER = "xla/ffi/api/c_api.h"
 GRAD = 1  # its place among a leaf's arrays
 NUMBERS = 5  # the place of its numbers in a leaf's record
 
 
-class Leaf:
-    """A leaf with its arrays, which may be traced.
-
-    Args:
-        chain: the chain for it.
-        lr: the learning rate.
-        arrays: the parameter, the gradient and those of the state, in the chain's order.
-    """
-
-    def __init__(self, chain: Chain, lr: Any, *arrays: Any) -> None:
-        self.chain, self.lr, self.arrays = chain, lr, arrays
-        self.param = arrays[0]
-        self.kind = native.structure(chain), self.param.ndim, self.param.dtype.name
-        self.computed = leaves_of_trees.computed_in((), "parameter", self.param)
-
-    def kernel(self) -> native.Kernel:
-        found = native.kernel(self.chain, self.param.ndim, tuple(range(self.param.ndim)), self.param.dtype.name)
-        needed = self.chain.arrays(self.param.shape, self.param.dtype.name)
-        if list(found.program.arrays) != list(needed):
-            raise native.KernelError(f"the state of a parameter of shape {self.param.shape} is not the one planned for")
-        return found
-
-    def numbers(self, kernel: native.Kernel) -> list[Any]:
-        """The numbers that a step is computed with, Python's or in the dtype that is computed in."""
-        named = hyperparameters(kernel.program, self.chain, self.lr)
-        cast = {name: x.astype(self.computed) if isinstance(x, jax.Array) else x for name, x in named.items()}
-        return evaluate(kernel.program.scalars, cast, _Numbers)
-
-    def description(self, kernel: native.Kernel) -> native.Description:
-        arrays = [native.Array(0, x.dtype.itemsize, _strides(x)) for x in self.arrays]
-        return native.Description(kernel, self.param.shape, arrays, 0)
-
-
-def step(leaves: list[Leaf]) -> list[Any]:
+def step(leaves: Sequence[Leaf]) -> list[Any]:
     """Every leaf's parameter and the state's arrays after a step, in the memory of those before it.
 
     Raises:
@@ -69,15 +37,15 @@ def step(leaves: list[Leaf]) -> list[Any]:
         KernelError: there is no kernel for a leaf's chain.
     """
     target, library = _target()
-    known = _kernels(leaves)
-    named = {kernel.name: kernel for kernel in known.values()}
+    kernels = _kernels(leaves)
+    named = {kernel.name: kernel for kernel in kernels}
     for kernel in named.values():
         library.fusedbun_jax_kernel(kernel.name.encode(), ctypes.c_void_p(kernel.address))
     words: list[int] = []
-    records, numbers = [], _List()
-    for leaf in leaves:
-        kernel = known[leaf.kind]
-        record = native.describe(leaf.description(kernel), words)
+    records, numbers = [], _NumbersOfLeaves()
+    for leaf, kernel in zip(leaves, kernels, strict=True):
+        arrays = [native.Array(0, x.dtype.itemsize, _strides(x)) for x in leaf.arrays]
+        record = native.describe(native.Description(kernel, leaf.param.shape, arrays, 0), words)
         steps, count = record[3], record[6]
         words[steps : steps + count] = [0] * count  # the elements of every array follow one another
         record[NUMBERS] = numbers.place(leaf, kernel)
@@ -94,7 +62,7 @@ def step(leaves: list[Leaf]) -> list[Any]:
             numbers.array(),
             *operands,
             kernels="".join(f"{name} " for name in named),
-            kinds=np.array([list(named).index(known[leaf.kind].name) for leaf in leaves], np.int64),
+            kinds=np.array([list(named).index(kernel.name) for kernel in kernels], np.int64),
             lists=np.int64(1),
             records=np.array(records, np.int64).ravel(),
             words=np.array(words, np.int64),
@@ -102,8 +70,30 @@ def step(leaves: list[Leaf]) -> list[Any]:
     )
 
 
-class _List:
-    """The numbers of all leaves; leaves of one chain, one learning rate and one kernel share theirs."""
+def _kernels(leaves: Sequence[Leaf]) -> list[native.Kernel]:
+    """The kernel of every leaf; those that have to be compiled are compiled at once."""
+    kinds = [(native.structure(leaf.chain), leaf.param.ndim, leaf.param.dtype.name) for leaf in leaves]
+    one_of_each = dict(zip(kinds, leaves, strict=True))
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(one_of_each, pool.map(_kernel, one_of_each.values()), strict=True))
+    return [found[kind] for kind in kinds]
+
+
+def _kernel(leaf: Leaf) -> native.Kernel:
+    param, dtype = leaf.param, leaf.param.dtype.name
+    found = native.kernel(leaf.chain, param.ndim, tuple(range(param.ndim)), dtype)
+    if list(found.program.arrays) != list(leaf.chain.arrays(param.shape, dtype)):
+        raise native.KernelError(f"the state of a parameter of shape {param.shape} is not the one planned for")
+    return found
+
+
+def _strides(x: Any) -> tuple[int, ...]:
+    """The bytes from one element to the next along each axis, as XLA lays arrays out here."""
+    return tuple(x.dtype.itemsize * math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
+
+
+class _NumbersOfLeaves:
+    """The numbers that leaves are stepped with; leaves of one chain, one learning rate and one kernel share theirs."""
 
     def __init__(self) -> None:
         self._values: list[Any] = []
@@ -114,7 +104,10 @@ class _List:
         key = (id(leaf.chain), id(leaf.lr), kernel.name)
         if key not in self._places:
             self._places[key] = len(self._values)
-            self._values += leaf.numbers(kernel)
+            computed = computed_in((), "parameter", leaf.param)
+            named = hyperparameters(kernel.program, leaf.chain, leaf.lr)
+            cast = {name: x.astype(computed) if isinstance(x, jax.Array) else x for name, x in named.items()}
+            self._values += evaluate(kernel.program.scalars, cast, namespace)
         return self._places[key]
 
     def array(self) -> Any:
@@ -123,40 +116,6 @@ class _List:
             if any(isinstance(x, jax.Array) for x in self._values):
                 return jnp.stack([jnp.asarray(x, np.float64) for x in self._values])
             return jnp.asarray(np.array(self._values, np.float64))
-
-
-class _Numbers:
-    """The functions with which hyper-parameters are computed: Python's for Python's numbers, JAX's for arrays."""
-
-    @staticmethod
-    def sqrt(x: Any) -> Any:
-        return math.sqrt(x) if isinstance(x, Real) else jnp.sqrt(x)
-
-    @staticmethod
-    def expm1(x: Any) -> Any:
-        return math.expm1(x) if isinstance(x, Real) else jnp.expm1(x)
-
-    @staticmethod
-    def log(x: Any) -> Any:
-        if isinstance(x, Real):
-            return math.log(x) if x else -math.inf
-        return jnp.log(x)
-
-    minimum = staticmethod(jnp.minimum)
-    maximum = staticmethod(jnp.maximum)
-    where = staticmethod(jnp.where)
-
-
-def _strides(x: Any) -> tuple[int, ...]:
-    """The bytes from one element to the next along each axis, as XLA lays arrays out here."""
-    return tuple(x.dtype.itemsize * math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
-
-
-def _kernels(leaves: list[Leaf]) -> dict[Any, native.Kernel]:
-    """The kernels by the leaves' kinds; those that have to be compiled are compiled at once."""
-    kinds = {leaf.kind: leaf for leaf in leaves}
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(kinds, pool.map(Leaf.kernel, kinds.values()), strict=True))
 
 
 @cache

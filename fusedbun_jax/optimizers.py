@@ -1,4 +1,4 @@
-"""The optax factories, one for each recipe."""
+"""The optax factories, one for each recipe and made from it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import jax
 
-from fusedbun import derive
 from fusedbun.chain import Rounding
 from fusedbun.hyper import Whole, check
-from fusedbun.recipes import RECIPES, Recipe
+from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe
+from fusedbun.recipes import RECIPES
 from fusedbun_jax import leaf
 from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation, driven
 
@@ -57,7 +57,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
         if recipe.wants_initial_lr:
             initial = given.pop("initial_learning_rate")
             is_number = isinstance(learning_rate, Real) and initial is None
-            given[derive.INITIAL_LR] = learning_rate if is_number else initial
+            given[INITIAL_LR] = learning_rate if is_number else initial
         own = {name: given.pop(name) for name in _OWN}
         check(make.__name__, _DECLARED, own)
         if "mup" in given:
@@ -66,20 +66,20 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
         rounding = Rounding(bool(own["stochastic_rounding"]), int(own["seed"] or 0))
         chain = replace(recipe.make(**given), rounding=rounding)
-        return driven(Driver(chain, learning_rate, (recipe.make.__name__, given)))
+        return driven(Driver(chain, learning_rate, (recipe.name, given)))
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
-    before = [] if recipe.fixed_lr else [inspect.Parameter("learning_rate", derive.POSITIONAL, default=default)]
-    initial_rate = inspect.Parameter("initial_learning_rate", derive.KEYWORD, default=None)
+    before = [] if recipe.fixed_lr else [inspect.Parameter("learning_rate", POSITIONAL, default=default)]
+    initial_rate = inspect.Parameter("initial_learning_rate", KEYWORD, default=None)
     after = [initial_rate] if recipe.wants_initial_lr else []
-    after += [inspect.Parameter(name, derive.KEYWORD, default=value) for name, value in _OWN.items()]
-    spelled_out = derive.signature(recipe.make, before, after)
+    after += [inspect.Parameter(name, KEYWORD, default=value) for name, value in _OWN.items()]
+    spelled_out = recipe.signature(before, after)
     make.__signature__ = spelled_out  # type: ignore[attr-defined]
-    make.__name__ = make.__qualname__ = recipe.make.__name__
+    make.__name__ = make.__qualname__ = recipe.name
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
-    static = (*derive.structural(recipe.make), *_OWN)
+    static = (*recipe.structural, *_OWN)
     remarks = _ROUNDING + _STATIC.format(static=static) + ("" if recipe.fixed_lr else _INJECTED)
-    make.__doc__ = derive.documentation(recipe.make, arguments, remarks)
+    make.__doc__ = recipe.documentation(arguments, remarks)
     return make
 
 
@@ -95,11 +95,4 @@ def _is_type_with_depth(node: Any) -> bool:
     return type(node) is tuple and len(node) == 2 and isinstance(node[0], str) and not isinstance(node[1], str)
 
 
-decoupled_lionw = factory(RECIPES["decoupled_lionw"])
-fusedbun = factory(RECIPES["fusedbun"])
-mup_adam = factory(RECIPES["mup_adam"])
-mup_adamw = factory(RECIPES["mup_adamw"])
-mup_sgd = factory(RECIPES["mup_sgd"])
-scaled_optum = factory(RECIPES["scaled_optum"])
-sm3 = factory(RECIPES["sm3"])
-ternary_vote = factory(RECIPES["ternary_vote"])
+FACTORIES = {name: factory(recipe) for name, recipe in RECIPES.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,42 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fusedbun.chain import Chain
-from fusedbun.derive import INITIAL_LR
 from fusedbun.portable import entries
-from fusedbun.portable.entries import Group, Parameter, Saved
+from fusedbun.portable.entries import Group, Parameter
 from fusedbun.portable.file import Numbers
-from fusedbun.portable.match import Match, Names, Target, compare_groups, matched, pairs, refuse
+from fusedbun.portable.match import Loading, Names, Target
+from fusedbun.recipe import INITIAL_LR
 from fusedbun_jax import leaf
 from fusedbun_jax.definition import arrays_by_state
-from fusedbun_jax.groups import Groups, only
+from fusedbun_jax.groups import Groups, masked_except
 from fusedbun_jax.rounding import NAME
-from fusedbun_jax.state import TransformState, check_state
+from fusedbun_jax.state import check_state
 from fusedbun_jax.step import Driver
 
-
-class Place(NamedTuple):
-    """A parameter: its path and name, its chain's place among the parts, its chain, itself, and its arrays by key."""
-
-    path: leaf.KeyPath
-    name: str
-    part: int
-    chain: Chain
-    param: Any
-    arrays: dict[str, Any]
+Address = tuple[str, ...]  # of an array of a state: the names that lead to it
 
 
 class Part(NamedTuple):
-    """What one chain steps: of `by_name` the parameters of one label, of others all.
+    """What one chain steps: of `by_name` the parameters of one group, of others all.
 
     Args:
-        label: the label; None where there are none.
         driver: what runs the chain.
-        state: its state.
+        state: its state, with the address of each array in the array's place.
         params: the parameters that it steps, in the tree of all.
     """
 
-    label: str | None
     driver: Driver
     state: Any
     params: Any
@@ -75,20 +63,15 @@ def save_state(
             machine.
         OSError: the file cannot be written.
     """
-    parts = list(_parts("save_state", tx, _own("save_state", tx, state, params).tree, params))
-    places = _places("save_state", parts)
-    parameters = []
-    for place in places:
-        shape, dtype = tuple(place.param.shape), place.param.dtype.name
-        parameters.append(Parameter(place.name, shape, dtype, place.part, entries.slots_of(place.chain, shape, dtype)))
-    kept = {place.name: place.arrays for place in places}
-    steps = [int(count) for part in parts if (count := _count(part)) is not None]
+    node, addresses = _located("save_state", tx, state, params)
+    parts, arrays = _parts("save_state", tx, addresses, params), _by_address(node)
+    parameters, places = _parameters("save_state", parts, arrays)
     entries.write(
         Path(path),
-        [_group(part) for part in parts],
+        [_group(part.driver) for part in parts],
         parameters,
-        lambda parameter, key: _numbers(parameter.name, kept[parameter.name][key]),
-        max(steps, default=None),
+        lambda parameter, key: _numbers(parameter.name, arrays[places[parameter.name][key]]),
+        max((int(arrays[address]) for address in _counts(parts)), default=None),
     )
 
 
@@ -135,30 +118,27 @@ def load_state(
         ValueError: the file is damaged or none of fusedbun's, or something does not fit: all of it is listed by name.
         OSError: the file cannot be read.
     """
-    own = _own("load_state", tx, state, params)
-    parts = list(_parts("load_state", tx, own.tree, params))
-    places = _places("load_state", parts, checked=False)
+    node, addresses = _located("load_state", tx, state, params)
+    parts, arrays = _parts("load_state", tx, addresses, params), _by_address(node)
+    parameters, places = _parameters("load_state", parts)
+    counts = _counts(parts)
     with entries.saved(Path(path)) as file:
+        loading = Loading(file, [*places], mapping, partial)
         count = file.steps if steps is None else steps
-        problems: list[str] = []
-        if count is None and any(_count(part) is not None for part in parts):
-            problems.append("the file counts no steps, but the learning rate is a schedule here; give steps=")
-        matches = _matches(file, parts, places, mapping, partial, problems)
-        refuse(file.path, "optimizer", problems)
-        arrays = {
-            place.name: _loaded(place, matches[place.name], file) if place.name in matches else place.arrays
-            for place in places
-        }
-    new = [_with(part, [arrays[p.name] for p in places if p.part == i], count) for i, part in enumerate(parts)]
-    if own.node is None:
-        return state
-    tree = new[0]
-    if parts[0].label is not None:
-        held = own.tree.inner_states
-        inner = {part.label: held[part.label]._replace(inner_state=x) for part, x in zip(parts, new, strict=True)}
-        tree = own.tree._replace(inner_states={**held, **inner})
-    replaced = _filled(own.node, _by_place(tree))
-    return jax.tree.map(lambda x: replaced if x is own.node else x, state, is_leaf=lambda x: x is own.node)
+        if count is None and counts:
+            problem = "the file counts no steps, but the learning rate is a schedule here; give steps="
+            loading.problems.insert(0, problem)
+        groups = [_group(part.driver) for part in parts]
+        matches = loading.matches(parameters, groups, lambda parameter: [parameter.slots or {}])
+        loading.refuse("optimizer")
+        for name, match in matches.items():
+            if match.slots is None:
+                arrays |= {address: jnp.zeros_like(arrays[address]) for address in places[name].values()}
+            for key, numbers in match.arrays(file):
+                arrays[places[name][key]] = _placed(numbers, arrays[places[name][key]])
+    arrays |= {address: jnp.asarray(count, arrays[address].dtype) for address in counts}
+    loaded = _filled(node, arrays)
+    return jax.tree.map(lambda x: loaded if x is node else x, state, is_leaf=lambda x: x is node)
 
 
 def flax_mapping(params: optax.Params, modules: Mapping[str, str]) -> dict[str, Target]:
@@ -198,120 +178,111 @@ def flax_mapping(params: optax.Params, modules: Mapping[str, str]) -> dict[str, 
     return found
 
 
-class Own(NamedTuple):
-    """The part of a state that is an optimizer's.
+def _located(owner: str, tx: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """The node of a state that is this optimizer's, and its arrays' addresses in a tree as `tx.init` makes it.
 
-    Args:
-        node: as it stands in the state; None where the optimizer keeps nothing.
-        tree: the same as the optimizer makes it: flax.nnx has nodes of its own in it.
+    It is the one with leaves at the addresses where `tx.init` has them, for flax.nnx has nodes of its own in a state;
+    None where the optimizer keeps nothing.
     """
-
-    node: Any
-    tree: Any
-
-
-def _own(owner: str, tx: Any, state: Any, params: Any) -> Own:
-    """The part of a state that is this optimizer's: that whose leaves are at the places where `tx.init` has them."""
     if not isinstance(getattr(tx.update, "__self__", None), (Driver, Groups)):
         raise TypeError(
             f"{owner}: tx must be an optimizer of fusedbun_jax's factories, of from_chain or of by_name, but it is "
             f"{tx!r:.200}; of a wrapper such as optax.chain give the optimizer inside as tx, and its whole state"
         )
-    wanted = jax.eval_shape(tx.init, params)
-    places = _by_place(wanted)
-    if not places:
-        return Own(None, wanted)
+    made = jax.eval_shape(tx.init, params)
+    addresses = {address: address for address in _by_address(made)}
+    located = _filled(made, addresses)
+    if not addresses:
+        return None, located
 
-    def is_own(x: Any) -> bool:
+    def is_sought(x: Any) -> bool:
         tree: Any = jax.tree.structure(x)
-        return tree.num_leaves == len(places) and _by_place(x).keys() == places.keys()
+        return tree.num_leaves == len(addresses) and _by_address(x).keys() == addresses.keys()
 
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_own) if is_own(x)]
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_sought) if is_sought(x)]
     if len(found) != 1:
         raise ValueError(
             f"{owner}: the state must hold this optimizer's, as tx.init(params) makes it, once, but it does so "
             f"{len(found)} times; " + ("give one of them by itself" if found else "is it another optimizer's?")
         )
-    return Own(found[0], _filled(wanted, _by_place(found[0])))
+    return found[0], located
 
 
-def _by_place(tree: Any) -> dict[tuple[str, ...], Any]:
+def _by_address(tree: Any) -> dict[Address, Any]:
     """The leaves by the names that lead to them; the `value` of an nnx variable is none of them."""
     value = jax.tree_util.GetAttrKey("value")
     found = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(str(key) for key in path if key != value): x for path, x in found}
 
 
-def _filled(tree: Any, leaves: Mapping[tuple[str, ...], Any]) -> Any:
-    """The tree with other leaves, given by their places."""
+def _filled(tree: Any, leaves: Mapping[Address, Any]) -> Any:
+    """The tree with other leaves, given by their addresses."""
     structure: Any = jax.tree.structure(tree)
-    return structure.unflatten([leaves[place] for place in _by_place(tree)])
+    return structure.unflatten([leaves[address] for address in _by_address(tree)])
 
 
-def _parts(owner: str, tx: Any, state: Any, params: Any) -> Iterator[Part]:
+def _parts(owner: str, tx: Any, state: Any, params: Any) -> list[Part]:
     """The chains of an optimizer, each with its state and its parameters."""
     driver = tx.update.__self__
     if isinstance(driver, Driver):
-        yield Part(None, driver, state, params)
-        return
+        return [Part(driver, state, params)]
     labels, transforms = driver.groups(params)
     tree: Any = jax.tree.structure(params)
+    found = []
     for label, inner in transforms.items():
         if not isinstance(getattr(inner.update, "__self__", None), Driver):
             raise TypeError(f"{owner}: of by_name's optimizers each must be fusedbun's, but one is {inner!r:.200}")
-        masked = only({i for i, of in enumerate(labels) if of == label}, tree, params)
-        yield Part(label, inner.update.__self__, state.inner_states[label].inner_state, masked)
+        masked = masked_except({i for i, of in enumerate(labels) if of == label}, tree, params)
+        found.append(Part(inner.update.__self__, state.inner_states[label].inner_state, masked))
+    return found
 
 
-def _places(owner: str, parts: list[Part], checked: bool = True) -> list[Place]:
-    """The parameters of all parts, with their arrays; a ValueError where two have one name.
+def _parameters(
+    owner: str, parts: list[Part], arrays: Mapping[Address, Any] | None = None
+) -> tuple[list[Parameter], dict[str, dict[str, Address]]]:
+    """The parameters, and by their names the addresses of their arrays by the arrays' names in the file.
 
     Args:
         owner: who asks, for messages.
         parts: the parts.
-        checked: see that the arrays are those that are declared.
+        arrays: the arrays of the state, to see that they are those that are declared; None: they are not looked at.
     """
-    found: dict[str, Place] = {}
+    parameters = []
+    places: dict[str, dict[str, Address]] = {}
     for i, part in enumerate(parts):
-        leaves, tree = _leaves(part)
-        states, _, _ = part.driver.parts(part.state)
-        kept = [tree.flatten_up_to(state.slots) for state in states]
+        tree: Any
+        leaves, tree = jax.tree_util.tree_flatten_with_path(part.params)
+        slots = [tree.flatten_up_to(state.slots) for state in part.driver.states(part.state)[0]]
         for n, (path, x) in enumerate(leaves):
             param, name = leaf.as_array(path, "parameter", x), leaf.name(path)
             leaf.computed_in(path, "parameter", param)
-            if name in found:
+            if name in places:
                 raise ValueError(f"{owner}: several parameters are called {name!r}; state is kept by name")
             chain = part.driver.chain.at(leaf.names(path), param)
-            titles = [*(t.name for t in chain), NAME]
-            arrays: dict[str, Any] = {}
-            for title, needed, of in zip(titles, arrays_by_state(chain, param), kept, strict=False):
-                if checked:
-                    check_state(title, path, needed, param, of[n], by_dtype=True)
-                arrays |= {f"{title}.{key}": value for key, value in of[n].items()}
-            found[name] = Place(path, name, i, chain, param, arrays)
-    return list(found.values())
+            places[name] = {}
+            for transform, needed, of in zip((*chain, None), arrays_by_state(chain, param), slots, strict=False):
+                title = NAME if transform is None else transform.name
+                if arrays is not None:
+                    kept = {key: arrays[address] for key, address in of[n].items()}
+                    check_state(title, path, needed, param, kept, by_dtype=True)
+                places[name] |= {f"{title}.{key}": address for key, address in of[n].items()}
+            shape, dtype = tuple(param.shape), param.dtype.name
+            parameters.append(Parameter(name, shape, dtype, i, entries.slots_of(chain, shape, dtype)))
+    return parameters, places
 
 
-def _leaves(part: Part) -> tuple[list[tuple[leaf.KeyPath, Any]], Any]:
-    leaves, tree = jax.tree_util.tree_flatten_with_path(part.params)
-    return leaves, tree
+def _group(driver: Driver) -> Group:
+    """A chain's hyper-parameters as the file has them."""
+    recipe, named = driver.made_by or (None, driver.chain.hyperparameters())
+    arguments = {key: value for key, value in named.items() if recipe is None or key != INITIAL_LR}
+    initial_lr = named.get(INITIAL_LR) if recipe is not None else None
+    return entries.group_of(driver.chain, recipe, arguments, driver.learning_rate, initial_lr)
 
 
-def _group(part: Part) -> Group:
-    """A part's hyper-parameters as the file has them."""
-    driver = part.driver
-    name, given = driver.made_by or (None, driver.chain.hyperparameters())
-    arguments = {key: value for key, value in given.items() if key != INITIAL_LR or name is None}
-    initial = given.get(INITIAL_LR) if name is not None else None
-    return entries.group_of(driver.chain, name, arguments, driver.learning_rate, initial)
-
-
-def _count(part: Part) -> Any:
-    """How many steps the schedule has counted; None where the learning rate is none."""
-    if not callable(part.driver.learning_rate):
-        return None
-    _, (_, counted), _ = part.driver.parts(part.state)
-    return counted.count
+def _counts(parts: list[Part]) -> list[Address]:
+    """Where learning-rate schedules count their steps."""
+    rates = [part.driver.states(part.state)[1] for part in parts if callable(part.driver.learning_rate)]
+    return [counted.count for _, counted in rates]
 
 
 def _numbers(name: str, x: Any) -> Numbers:
@@ -325,57 +296,8 @@ def _numbers(name: str, x: Any) -> Numbers:
     return numbers.view(np.uint16) if numbers.dtype == jnp.bfloat16 else numbers
 
 
-def _matches(
-    file: Saved, parts: list[Part], places: list[Place], mapping: Names | None, partial: bool, problems: list[str]
-) -> dict[str, Match]:
-    """What each parameter takes of the file, by its name."""
-    found = pairs(file, [place.name for place in places], mapping, partial, problems)
-    together: dict[tuple[int, int], list[str]] = {}
-    for place in places:
-        if place.name in found:
-            together.setdefault((found[place.name].saved.group, place.part), []).append(place.name)
-    here = [_group(part) for part in parts]
-    alike = {both: compare_groups(file.groups[both[0]], here[both[1]], of, problems) for both, of in together.items()}
-    matches = {}
-    for place in places:
-        pair = found.get(place.name)
-        if pair is not None and alike[pair.saved.group, place.part]:
-            shape, dtype = tuple(place.param.shape), place.param.dtype.name
-            match = matched(pair, shape, dtype, [entries.slots_of(place.chain, shape, dtype)], problems)
-            if match is not None:
-                matches[place.name] = match
-    return matches
-
-
-def _loaded(place: Place, match: Match, file: Saved) -> dict[str, Any]:
-    """The arrays of a parameter, each placed as the one that it replaces."""
-    if match.slots is None:
-        return {key: jnp.zeros_like(x) for key, x in place.arrays.items()}
-    return {key: _placed(numbers, place.arrays[key]) for key, numbers in match.arrays(file)}
-
-
 def _placed(numbers: Numbers, like: Any) -> jax.Array:
     """The array, on the devices of another; none of NumPy's memory is shared, for steps may write to theirs."""
-    found = numbers.view(jnp.bfloat16) if numbers.dtype == np.uint16 else numbers
-    placed: jax.Array = jax.device_put(found, getattr(like, "sharding", None), may_alias=False)
+    array = numbers.view(jnp.bfloat16) if numbers.dtype == np.uint16 else numbers
+    placed: jax.Array = jax.device_put(array, getattr(like, "sharding", None), may_alias=False)
     return placed
-
-
-def _with(part: Part, arrays: list[dict[str, Any]], count: int | None) -> Any:
-    """A part's state with other arrays."""
-    _, tree = _leaves(part)
-    states, scale, last = part.driver.parts(part.state)
-    chain = part.driver.chain
-    titles = [*(t.name for t in chain), NAME]
-    new = []
-    for title, state in zip(titles, states, strict=False):
-        slots = [
-            {key: of[f"{title}.{key}"] for key in old}
-            for of, old in zip(arrays, tree.flatten_up_to(state.slots), strict=True)
-        ]
-        new.append(TransformState(tree.unflatten(slots)))
-    if (old := _count(part)) is not None:
-        descend, counted = scale
-        scale = (descend, counted._replace(count=jnp.asarray(count, old.dtype)))
-    n = len(chain.transforms)
-    return (*new[:n], scale, *new[n:], *last)

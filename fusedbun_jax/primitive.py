@@ -9,66 +9,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import optax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.build import BuildError
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun_jax import kernels
-from fusedbun_jax.definition import arrays_by_state, transformation
+from fusedbun_jax.definition import transformation
 from fusedbun_jax.lift import Descend, lift
+from fusedbun_jax.operands import Leaf, pack, unpack
 from fusedbun_jax.state import TransformState
-
-
-@dataclass(frozen=True)
-class Given:
-    """Stands for a number that is an operand of the step, for its value may not be known when the step is traced.
-
-    Args:
-        place: which of the operands.
-        dtype: its dtype, by name.
-    """
-
-    place: int
-    dtype: str
-    shape: ClassVar[tuple[int, ...]] = ()
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A leaf of a step, without its arrays.
-
-    Args:
-        chain: the chain for it; `Given` stands for numbers that are operands.
-        lr: the learning rate, a number or a `Given`.
-        arrays: how many arrays it has: the parameter, the gradient and the slots.
-    """
-
-    chain: Chain
-    lr: Any
-    arrays: int
-
-    def filled(self, given: Sequence[Any]) -> tuple[Chain, Any]:
-        """The chain and the learning rate, with numbers for every `Given`."""
-
-        def fill(value: Any) -> Any:
-            return given[value.place] if isinstance(value, Given) else value
-
-        filled = {
-            i: replace(t, **changed)
-            for i, t in enumerate(self.chain)
-            if (changed := {name: fill(x) for name, x in vars(t).items() if isinstance(x, Given)})
-        }
-        chain = Chain(tuple(filled.get(i, t) for i, t in enumerate(self.chain))) if filled else self.chain
-        return chain, fill(self.lr)
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,58 +32,54 @@ class Step:
     """What of a step is known when it is traced.
 
     Args:
-        leaves: its leaves.
-        given: how many of the operands are numbers; the leaves' arrays follow.
+        leaves: its leaves, packed.
         needs_kernels: an error is raised where there are none.
     """
 
     leaves: tuple[Leaf, ...]
-    given: int
     needs_kernels: bool
-
-    def split(self, operands: Sequence[Any]) -> tuple[Sequence[Any], list[list[Any]]]:
-        """The numbers, and the arrays of every leaf."""
-        arrays = iter(operands[self.given :])
-        return operands[: self.given], [list(islice(arrays, leaf.arrays)) for leaf in self.leaves]
 
     def __repr__(self) -> str:
         return f"<{len(self.leaves)} leaves>"
 
 
+def step(leaves: Sequence[Leaf], needs_kernels: bool) -> list[Sequence[Any]]:
+    """What a step makes of each leaf's parameter and of its state's arrays; an empty leaf is left as it is."""
+    operands, packed = pack([leaf for leaf in leaves if leaf.param.size])
+    changed = iter(_bound(*operands, step=Step(packed, needs_kernels)))
+    return [[next(changed) for _ in leaf.changed] if leaf.param.size else leaf.changed for leaf in leaves]
+
+
 @partial(jax.jit, static_argnames="step", inline=True)
-def run(*operands: Any, step: Step) -> list[Any]:
-    """Every leaf's parameter and the state's arrays after the step."""
+def _bound(*operands: Any, step: Step) -> list[Any]:
     found: list[Any] = _step.bind(*operands, step=step)
     return found
 
 
-def _by_definition(*operands: Any, step: Step) -> list[Any]:
-    given, leaves = step.split(operands)
-    return [x for leaf, arrays in zip(step.leaves, leaves, strict=True) for x in _updated(*leaf.filled(given), *arrays)]
-
-
-def _updated(chain: Chain, lr: Any, param: Any, grad: Any, *stored: Any) -> list[Any]:
-    """The parameter and the state's arrays after `update` and `optax.apply_updates`, of a tree of this leaf."""
-    name, tx = chain.rounding.name, transformation(chain, lift(Descend(lr)))  # the leaf's name decides the noise
-    left = iter(stored)
-    before = [TransformState({name: {key: next(left) for key in arrays}}) for arrays in arrays_by_state(chain, param)]
-    others = TransformState({name: {}}), *(() if chain.rounding.stochastic else (optax.EmptyState(),))
-    count, params = len(chain.transforms), {name: param}
-    updates, after = tx.update({name: grad}, (*before[:count], *others, *before[count:]), params)
-    states = [state.slots[name] for state in (*after[:count], *after[count + 1 :]) if isinstance(state, TransformState)]
-    return [optax.apply_updates(params, updates)[name], *(x for state in states for x in state.values())]
-
-
 def _by_kernels(*operands: Any, step: Step) -> list[Any]:
-    given, leaves = step.split(operands)
-    return kernels.step(
-        [kernels.Leaf(*leaf.filled(given), *arrays) for leaf, arrays in zip(step.leaves, leaves, strict=True)]
-    )
+    return kernels.step(unpack(step.leaves, operands))
+
+
+def _by_definition(*operands: Any, step: Step) -> list[Any]:
+    return [x for leaf in unpack(step.leaves, operands) for x in _updated(leaf)]
+
+
+def _updated(leaf: Leaf) -> list[Any]:
+    """The parameter and the state's arrays after `update` and `optax.apply_updates`, of a tree of this leaf."""
+    chain, (param, grad, *stored) = leaf.chain, leaf.arrays
+    name = chain.rounding.name  # decides the noise
+    tx = transformation(chain, lift(Descend(leaf.lr)))
+    states: list[Any] = [TransformState({name: slots}) for slots in leaf.slots(stored)]
+    states.insert(len(chain.transforms), TransformState({name: {}}))  # of the learning rate
+    if not chain.rounding.stochastic:
+        states.append(optax.EmptyState())
+    updates, after = tx.update({name: grad}, tuple(states), {name: param})
+    slots = [state.slots[name] for state in after if isinstance(state, TransformState)]
+    return [optax.apply_updates({name: param}, updates)[name], *(x for of in slots for x in of.values())]
 
 
 def _abstract(*operands: Any, step: Step) -> list[Any]:
-    _, leaves = step.split(operands)
-    return [x.update(weak_type=False) for param, _, *stored in leaves for x in (param, *stored)]
+    return [operands[x.place].update(weak_type=False) for leaf in step.leaves for x in leaf.changed]
 
 
 def _instead(step: Step, where: str) -> Any:

@@ -41,12 +41,12 @@ def state_shardings(
         ValueError: a sharding does not fit a parameter's shape, two parameters lie on different meshes, or there are
             none.
     """
-    given = params if shardings is None else _like(params, shardings)
+    sources = params if shardings is None else _of_each(params, shardings)
     tree: Any
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     placed = [
         _placed(path, leaf.as_array(path, "parameter", x), s, mesh)
-        for (path, x), s in zip(leaves, tree.flatten_up_to(given), strict=True)
+        for (path, x), s in zip(leaves, tree.flatten_up_to(sources), strict=True)
     ]
     if not placed:
         raise ValueError("state_shardings needs a parameter: it is their sharding that the state's follows from")
@@ -65,36 +65,38 @@ def state_shardings(
     return jax.tree.map(lambda x: NamedSharding(found, x.sharding.spec if x.sharding else PartitionSpec()), state)
 
 
-def _like(params: Any, shardings: Any) -> Any:
+def _of_each(params: Any, shardings: Any) -> Any:
     """A sharding for each parameter, from a tree that may have one for a whole branch."""
     try:
-        return jax.tree.map(lambda s, branch: jax.tree.map(lambda _: s, branch), shardings, params, is_leaf=_is_one)
+        return jax.tree.map(
+            lambda s, branch: jax.tree.map(lambda _: s, branch), shardings, params, is_leaf=_is_sharding
+        )
     except ValueError as error:
         raise ValueError(f"the shardings must be a tree of the parameters', or the head of one: {error}") from error
 
 
-def _is_one(x: Any) -> bool:
+def _is_sharding(x: Any) -> bool:
     return isinstance(x, (jax.sharding.Sharding, PartitionSpec))
 
 
-def _placed(path: leaf.KeyPath, param: Any, given: Any, mesh: Mesh | AbstractMesh | None) -> jax.ShapeDtypeStruct:
+def _placed(path: leaf.KeyPath, param: Any, sharding: Any, mesh: Mesh | AbstractMesh | None) -> jax.ShapeDtypeStruct:
     """The parameter's shape, dtype and sharding."""
-    if isinstance(given, PartitionSpec):
+    if isinstance(sharding, PartitionSpec):
         if mesh is None:
-            raise TypeError(f"the sharding of {leaf.title(path)} is {given}, which needs a mesh: pass mesh=")
-        given = NamedSharding(mesh, given)
-    elif not isinstance(given, jax.sharding.Sharding):
-        given = None if isinstance(given, jax.core.Tracer) else getattr(given, "sharding", None)
-    if not isinstance(given, NamedSharding):
+            raise TypeError(f"the sharding of {leaf.title(path)} is {sharding}, which needs a mesh: pass mesh=")
+        sharding = NamedSharding(mesh, sharding)
+    elif not isinstance(sharding, jax.sharding.Sharding):
+        sharding = None if isinstance(sharding, jax.core.Tracer) else getattr(sharding, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
         raise TypeError(
-            f"the parameter of {leaf.title(path)} must have a NamedSharding, but its sharding is {given!r}; place it "
-            f"with jax.device_put, or pass shardings="
+            f"the parameter of {leaf.title(path)} must have a NamedSharding, but its sharding is {sharding!r}; place "
+            f"it with jax.device_put, or pass shardings="
         )
-    unfit = f"the sharding {given.spec} of {leaf.title(path)} does not fit its shape {param.shape}"
-    if len(given.spec) > param.ndim:
-        raise ValueError(f"{unfit}: it has {len(given.spec)} axes, and the parameter {param.ndim}")
+    unfit = f"the sharding {sharding.spec} of {leaf.title(path)} does not fit its shape {param.shape}"
+    if len(sharding.spec) > param.ndim:
+        raise ValueError(f"{unfit}: it has {len(sharding.spec)} axes, and the parameter {param.ndim}")
     try:
-        given.shard_shape(param.shape)
+        sharding.shard_shape(param.shape)
     except ValueError as error:
-        raise ValueError(f"{unfit} on a mesh of {dict(given.mesh.shape)}: {error}") from error
-    return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=given)
+        raise ValueError(f"{unfit} on a mesh of {dict(sharding.mesh.shape)}: {error}") from error
+    return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=sharding)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,18 +13,14 @@ import optax
 from fusedbun.chain import Chain, Rounding
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.hyper import check, plain
-from fusedbun_jax import leaf, primitive
-from fusedbun_jax.definition import arrays_by_state, transformation
+from fusedbun_jax import primitive
+from fusedbun_jax.definition import transformation
 from fusedbun_jax.lift import Descend, lift
-from fusedbun_jax.primitive import Given
+from fusedbun_jax.operands import IrregularError, checked
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.state import TransformState
 
 Implementation = Literal["kernel", "definition"]
-
-
-class IrregularError(Exception):
-    """The definition must take the step, or say what is wrong; the message says why."""
 
 
 class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
@@ -136,48 +132,35 @@ class Driver:
     def step(self, grads: Any, state: Any, params: Any, needs_kernels: bool) -> tuple[Any, Any]:
         """The step as one primitive. What it cannot take is an IrregularError: `update` takes it, or refuses it."""
         tree: Any
-        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        with_paths, tree = jax.tree_util.tree_flatten_with_path(grads)
         if tree != jax.tree.structure(params):
             raise IrregularError("the gradients and the parameters are different trees")
-        parts, scale, last = self.parts(state)
+        states, rate_state = self.states(state)
         try:
-            slots = (
-                zip(*(tree.flatten_up_to(part.slots) for part in parts), strict=True) if parts else ((),) * len(leaves)
-            )
-            owned = [[*stored] for stored in slots]
+            slots = [tree.flatten_up_to(kept.slots) for kept in states]
         except (TypeError, ValueError) as error:
             raise IrregularError("the state and the parameters are different trees") from error
-        numbers = _Numbers()
-        rate, scale = self._rate(scale)
-        rate = numbers.stand_in(rate)
-        found = [
-            _Leaf(self.chain, path, param, grad, stored)
-            for (path, grad), param, stored in zip(leaves, jax.tree.leaves(params), owned, strict=True)
+        lr, rate_state = self._rate(rate_state)
+        leaves = [
+            checked(self.chain, lr, path, param, grad, [of[i] for of in slots])
+            for i, ((path, grad), param) in enumerate(zip(with_paths, jax.tree.leaves(params), strict=True))
         ]
-        full = [x for x in found if x.param.size]
-        described = tuple(primitive.Leaf(numbers.without(x.chain), rate, len(x.arrays)) for x in full)
-        step = primitive.Step(described, len(numbers.values), needs_kernels)
-        try:
-            hash(step)
-        except TypeError as error:
-            raise IrregularError(f"a hyper-parameter is no key: {error}") from error
-        after = iter(primitive.run(*numbers.values, *(a for x in full for a in x.arrays), step=step))
-        stepped = [x.after(after) for x in found]
-        new = [TransformState(tree.unflatten([slots[i] for _, slots in stepped])) for i in range(len(parts))]
-        count = len(self.chain.transforms)
-        return tree.unflatten([param for param, _ in stepped]), (*new[:count], scale, *new[count:], *last)
+        stepped = primitive.step(leaves, needs_kernels)
+        new = [leaf.slots(stored) for leaf, (_, *stored) in zip(leaves, stepped, strict=True)]
+        after = [TransformState(tree.unflatten([of[i] for of in new])) for i in range(len(states))]
+        rounding = after.pop() if self.chain.rounding.stochastic else state[-1]
+        return tree.unflatten([param for param, *_ in stepped]), (*after, rate_state, rounding)
 
-    def parts(self, state: Any) -> tuple[list[TransformState], Any, list[Any]]:
-        """The states of the chain's transformations and of stochastic rounding, the learning rate's, and others."""
-        count = len(self.chain.transforms)
-        if not isinstance(state, tuple) or len(state) != count + 2:
+    def states(self, state: Any) -> tuple[list[TransformState], Any]:
+        """The states of the transformations and of stochastic rounding, if it is on, and that of the learning rate."""
+        if not isinstance(state, tuple) or len(state) != len(self.chain.transforms) + 2:
             raise IrregularError("the state is another optimizer's")
-        parts, last = [*state[:count], *state[count + 1 :]], []
-        if not self.chain.rounding.stochastic:
-            last.append(parts.pop())
-        if not all(isinstance(part, TransformState) for part in parts):
+        *kept, rate_state, rounding = state
+        if self.chain.rounding.stochastic:
+            kept.append(rounding)
+        if not all(isinstance(x, TransformState) for x in kept):
             raise IrregularError("the state is another optimizer's")
-        return parts, state[count], last
+        return kept, rate_state
 
     def _rate(self, state: Any) -> tuple[Any, Any]:
         """The learning rate of this step, and its state after it."""
@@ -186,70 +169,3 @@ class Driver:
         descend, counted = state
         _, after = optax.scale_by_schedule(lambda _: 1.0).update((), counted)
         return jnp.asarray(self.learning_rate(counted.count)), (descend, after)
-
-
-class _Leaf:
-    """A leaf as the primitive takes it: checked, and its gradient in the parameter's dtype."""
-
-    def __init__(self, chain: Chain, path: leaf.KeyPath, param: Any, grad: Any, stored: list[dict[str, Any]]) -> None:
-        try:
-            self.param, grad = leaf.as_array(path, "parameter", param), leaf.as_array(path, "update", grad)
-            computed = leaf.computed_in(path, "parameter", self.param)
-            leaf.computed_in(path, "update", grad)
-            self.chain = chain.at(leaf.names(path), self.param)
-            self.chain.arrays(self.param.shape, self.param.dtype.name)  # refuses what cannot be rounded so
-            declared = arrays_by_state(self.chain, self.param)
-        except (TypeError, ValueError) as error:
-            raise IrregularError(str(error)) from error
-        if grad.shape != self.param.shape:
-            raise IrregularError(f"a gradient of {leaf.title(path)} has another shape")
-        if grad.dtype != self.param.dtype and self.param.dtype != computed:
-            raise IrregularError(f"the parameter at {leaf.title(path)} has fewer bits than its gradient")
-        self.stored = stored
-        for needed, arrays in zip(declared, stored, strict=True):
-            kept = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
-            if kept != {name: (x.shape(self.param.shape), x.dtype) for name, x in needed.items()}:
-                raise IrregularError(f"the state of {leaf.title(path)} is not as it is declared")
-        self.order = [(i, name) for i, needed in enumerate(declared) for name in needed]
-        self.arrays = [jnp.asarray(self.param), grad.astype(self.param.dtype), *(stored[i][n] for i, n in self.order)]
-
-    def after(self, results: Iterator[Any]) -> tuple[Any, list[dict[str, Any]]]:
-        """The parameter and the slots after the step, taken from its results; an empty leaf has none there."""
-        if not self.param.size:
-            return self.param, self.stored
-        param, slots = next(results), [dict(arrays) for arrays in self.stored]
-        for i, name in self.order:
-            slots[i][name] = next(results)
-        return param, slots
-
-
-class _Numbers:
-    """The hyper-parameters that are arrays, which become operands."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self._places: dict[int, int] = {}
-        self._chains: dict[int, tuple[Chain, Chain]] = {}
-
-    def stand_in(self, value: Any) -> Any:
-        """The number, or what stands for it."""
-        if not isinstance(value, jax.Array):
-            return value
-        if id(value) not in self._places:
-            self._places[id(value)] = len(self.values)
-            self.values.append(value)
-        return Given(self._places[id(value)], value.dtype.name)
-
-    def without(self, chain: Chain) -> Chain:
-        """The chain with what stands for its arrays."""
-        if id(chain) not in self._chains:
-            arrays = [{name: x for name, x in vars(t).items() if isinstance(x, jax.Array)} for t in chain]
-            if any(arrays):
-                stand_ins = [{name: self.stand_in(x) for name, x in named.items()} for named in arrays]
-                made = Chain(
-                    tuple(replace(t, **named) for t, named in zip(chain, stand_ins, strict=True)), chain.rounding
-                )
-            else:
-                made = chain
-            self._chains[id(chain)] = chain, made
-        return self._chains[id(chain)][1]

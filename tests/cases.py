@@ -1,7 +1,7 @@
 """The one table of cases: every optimizer under its settings, for every realisation of it.
 
 A case names a chain and says how torch and optax realise it. `SHAPES` and `STEPS` are what each of them is run on.
-A new optimizer is one line here.
+The settings of an optimizer are what its recipe says of itself (`tested`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 
 import fusedbun
 import fusedbun_jax
-from fusedbun import Chain, ChainOptimizer, recipes
+from fusedbun import Chain, ChainOptimizer
+from fusedbun.recipe import Settings
+from fusedbun.recipes import RECIPES
 from fusedbun.reference import Reference, Tree
 from fusedbun.transforms import Centralize, ClipRMS, Decay, Momentum, RMSScale, SM3Accumulate, SparseMask
 
@@ -32,6 +34,9 @@ SHAPES = {
 }
 STEPS = 4
 LR = 1.0
+# Adam divides every element by its own size: where a decay added to the gradient nearly cancels it, what is left is
+# float32's rounding noise, lifted to order one. Such a case is held to the reference in float64 only.
+CANCELLING = {"mup_adam decay"}
 
 
 @dataclass(frozen=True)
@@ -42,26 +47,24 @@ class Case:
     torch: Callable[..., torch.optim.Optimizer]  # of parameters and the driver's own arguments
     optax: Callable[[], optax.GradientTransformation]
     ternary: bool = False  # the parameters are -1, 0 and +1
-    # Adam divides every element by its own size: where a decay added to the gradient nearly cancels it, what is left is
-    # float32's rounding noise, lifted to order one. Such a case is held to the reference in float64 only.
     cancels: bool = False
 
     def __str__(self) -> str:
         return self.name
 
 
-def of_recipe(title: str, name: str, lr: float = LR, cancels: bool = False, **hyperparameters: Any) -> Case:
-    recipe = recipes.RECIPES[name]
-    initial = {"initial_lr": lr} if recipe.wants_initial_lr else {}
-    rate = {} if recipe.fixed_lr else {"lr": lr}
+def of_recipe(name: str, title: str, settings: Settings) -> Case:
+    recipe = RECIPES[name]
+    rate = {} if recipe.fixed_lr else {"lr": LR}
+    given = {**settings, **({"mup": by_size} if "mup" in recipe.defaults else {})}
     return Case(
-        f"{name} {title}".strip(),
-        recipe.make(**hyperparameters, **initial),
-        lr,
-        lambda params, **own: getattr(fusedbun, recipe.torch_class)(params, **rate, **hyperparameters, **own),
-        lambda: getattr(fusedbun_jax, name)(*rate.values(), **hyperparameters),
+        name := f"{name} {title}".strip(),
+        recipe.chain(given, LR),
+        LR,
+        lambda params, **own: getattr(fusedbun, recipe.torch_class)(params, **rate, **given, **own),
+        lambda: getattr(fusedbun_jax, recipe.name)(*rate.values(), **given),
         ternary=recipe.fixed_lr,
-        cancels=cancels,
+        cancels=name in CANCELLING,
     )
 
 
@@ -81,32 +84,26 @@ def by_size(path: tuple[str, ...], param: Any) -> Any:
     return (None, "bias", ("weight", 2), "output", "weight", "norm")[len(param.shape)] or "norm"
 
 
-RECOMMENDED: dict[str, Any] = {"centralize": True, "use_rms": True, "nesterov": True}
 CASES = [
-    of_recipe("default", "fusedbun"),
-    of_recipe("recommended", "fusedbun", **RECOMMENDED),
-    of_recipe("clipped", "fusedbun", **RECOMMENDED, clip_rms=0.5),
-    of_recipe("lagged", "fusedbun", **RECOMMENDED, lagged=True),
-    of_recipe("without momentum", "fusedbun", centralize=True, use_rms=True, momentum_beta=0.0, Lambda=0.0),
-    of_recipe("without memory", "fusedbun", use_rms=True, beta_decay=0.0, eps=1e-3),
-    of_recipe("last axis", "fusedbun", **RECOMMENDED, channel_axis=-1),
-    of_recipe("", "sm3"),
-    of_recipe("momentum", "sm3", momentum=0.9, beta=0.9),
-    of_recipe("of means", "sm3", beta=0.95, statistic="mean"),
-    of_recipe("", "scaled_optum", weight_decay=0.1),
-    of_recipe("", "ternary_vote", lr=1.0, threshold=2),
-    of_recipe("", "mup_adam", mup=by_size),
-    of_recipe("decay", "mup_adam", mup=by_size, weight_decay=0.1, cancels=True),
-    of_recipe("amsgrad", "mup_adamw", mup=by_size, weight_decay=0.1, amsgrad=True),
-    of_recipe("coupled", "mup_adamw", mup=by_size, weight_decay=0.1, independent_weight_decay=False, betas=(0.5, 0.0)),
-    of_recipe("", "mup_sgd", mup=by_size, momentum=0.9, dampening=0.5, readout_constraint="to_output_scale"),
-    of_recipe("nesterov", "mup_sgd", mup=by_size, momentum=0.9, nesterov=True, weight_decay=0.1),
-    of_recipe("", "decoupled_lionw", weight_decay=1e-4),
+    *(of_recipe(name, title, settings) for name, r in RECIPES.items() for title, settings in r.tested.items()),
     of_chain("mean min", SparseMask(0.5), SM3Accumulate(0.9, "mean", "min"), RMSScale(1e-8), Decay(0.1)),
     of_chain("zero over zero", SparseMask(0.5), SM3Accumulate(0.9, "max", "min"), RMSScale(0.0, 0.0)),
     of_chain("rows", SM3Accumulate(0.9, "max", "min", covers="rows"), RMSScale(0.0, 1e-30)),
     of_chain("no statistics", Centralize(), ClipRMS(0.3), Momentum(0.5, 0.25, nesterov=True)),
 ]
+# One of each optimizer, and a chain of its own: what stands for all of them where each takes long.
+FEW = (
+    *(
+        "fusedbun recommended",
+        "sm3 momentum",
+        "scaled_optum",
+        "ternary_vote",
+        "mup_adam",
+        "mup_adamw amsgrad",
+        "mup_sgd",
+    ),
+    *("decoupled_lionw", "rows"),
+)
 by_case = {"argnames": "case", "argvalues": CASES, "ids": str}
 
 

@@ -55,6 +55,7 @@ def test_the_results_were_written_by_this_protocol(benchmark):
             assert value == (ours if isinstance(ours, (int, float, str, dict)) else list(ours)), name
 
 
+@pytest.mark.long
 def test_memory_of_training(tmp_path):
     from benchmarks.memory.__main__ import add_activations, draw, measure, show
     from benchmarks.memory.training import BARE

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fusedbun
-from fusedbun import derive, recipes
 from fusedbun import namespace as in_numpy
+from fusedbun import recipes
 from fusedbun.chain import step
 from fusedbun.hyper import NonNegative
 from fusedbun.storage import codes
@@ -154,7 +154,7 @@ def test_the_recipe_is_the_chain_of_the_specification():
 
 def test_structural_hyperparameters():
     names = ("centralize", "use_rms", "nesterov", "lagged", "channel_axis", "momentum_dtype")
-    assert derive.structural(recipes.fusedbun) == names
+    assert recipes.RECIPES["fusedbun"].structural == names
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sweeps import only, sweep
 
 import fusedbun
-from fusedbun import derive
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.cli import main, parser
 from fusedbun.tools.cli.listing import SHAPE
@@ -138,7 +138,7 @@ def test_list_gives_the_defaults_and_the_source(capsys):
 def test_list_counts_the_bytes_that_torch_holds(capsys, name):
     for case in listed(capsys)[name]["state_bytes_per_parameter"]:
         param = torch.nn.Parameter(torch.zeros(SHAPE))
-        given = {"mup": {"w": "weight"}} if "mup" in derive.defaults(RECIPES[name].make) else {}
+        given = {"mup": {"w": "weight"}} if "mup" in RECIPES[name].defaults else {}
         rate = {} if RECIPES[name].fixed_lr else {"lr": 0.1}
         optimizer = getattr(fusedbun, RECIPES[name].torch_class)([("w", param)], **rate, **case["settings"], **given)
         param.grad = torch.ones(SHAPE)
@@ -209,7 +209,7 @@ def test_output_that_is_a_file(capsys, tmp_path):
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("framework", ["torch", "flax", "both"])
+@sweep("framework", ["torch", "flax", "both"], short=only("both"))
 def test_a_short_run(capsys, tmp_path, framework):
     output = tmp_path / "new" / "out"
     assert main(["train", "--framework", framework, "--epochs", "3", "--output", str(output)]) == 0
@@ -242,6 +242,7 @@ def test_a_short_run(capsys, tmp_path, framework):
     assert str(output / "results.json") in out
 
 
+@pytest.mark.long
 def test_float64_in_both_trains_to_the_same_weights(capsys, tmp_path):
     main(["train", "--dtype", "float64", "--epochs", "1", "--output", str(tmp_path)])
     written = json.loads((tmp_path / "results.json").read_text())
@@ -259,7 +260,7 @@ def test_every_optimizer_trains(tmp_path, name):
     assert run["test_accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@sweep("optimizer", OPTIMIZERS, short=only("decoupled_lionw"))
 def test_the_table_fits_80_columns(capsys, monkeypatch, tmp_path, optimizer):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("fusedbun.tools.train.run.digits", lambda seed, shares: digits(seed, [0.2, 0.05])[:2])
@@ -298,7 +299,7 @@ def test_a_run_that_diverges_is_written_as_valid_json(capsys, tmp_path):
     assert "nan" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("library", "framework", "said"),
     [
         ("torch", "torch", "PyTorch is not installed; training in torch needs: pip install 'fusedbun[torch,train]'"),
@@ -309,6 +310,7 @@ def test_a_run_that_diverges_is_written_as_valid_json(capsys, tmp_path):
         ("rich", "torch", "rich is not installed"),
         ("matplotlib", "torch", "matplotlib is not installed"),
     ],
+    short=lambda library, framework, said: library in ("torch", "flax", "rich"),
 )
 def test_a_missing_library_is_named_with_its_extra(tmp_path, library, framework, said):
     code, out, err = run_command("train", "--framework", framework, "--output", tmp_path / "out", absent=library)
@@ -318,7 +320,7 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path, library, framework,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("library", "framework"), [("torch", "flax"), ("jax", "torch")])
+@sweep(("library", "framework"), [("torch", "flax"), ("jax", "torch")], short=only(("jax", "torch")))
 def test_a_framework_that_is_not_asked_for_need_not_be_there(tmp_path, library, framework):
     arguments = ["--framework", framework, "--epochs", "1", "--output", tmp_path]
     code, _, err = run_command("train", *arguments, absent=library)
@@ -355,6 +357,7 @@ def test_results_that_cannot_be_written_are_shown_all_the_same(capsys, monkeypat
     assert err.endswith(f"error: argument --output: cannot write in '{tmp_path}': No space left on device\n")
 
 
+@pytest.mark.long
 def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
     process = start("train", "--framework", "torch", "--epochs", "1", "--output", tmp_path)
     process.stdout.close()

@@ -7,7 +7,7 @@ from cases import CASES, SHAPES, by_case, problem
 
 from fusedbun import namespace as in_numpy
 from fusedbun.chain import step
-from fusedbun.compiler.tiles import Blocks, plan
+from fusedbun.compiler.tiles import Tiles, schedule_for
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.transform import Signal
 
@@ -41,10 +41,10 @@ def test_runs_on_the_strict_array_api(case, name):
 def test_traces_to_a_graph_that_gives_the_same_numbers(case, name):
     chain, param, grad, state = leaf(case, name)
     want_param, want_state = step(np, chain, 0.5, param, grad, state)
-    whole = plan(chain, param.shape, param.strides, dtype="float64")
+    whole = schedule_for(chain, param.shape, param.strides, dtype="float64")
     dtypes = {key: x.dtype for key, x in chain.arrays(param.shape, "float64").items()}
     arrays = {"param": np.array(param), "grad": grad, **{key: np.asarray(x, dtypes[key]) for key, x in state.items()}}
-    Blocks(whole, in_numpy).run(
+    Tiles(whole, in_numpy).run(
         evaluate(whole.program.scalars, hyperparameters(whole.program, chain, 0.5)), arrays, param.dtype
     )
     np.testing.assert_allclose(arrays["param"], want_param, rtol=1e-14, atol=1e-14)

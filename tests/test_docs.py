@@ -16,13 +16,13 @@ TEXTS = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.r
 BLOCKS = {
     name: found for name, text in TEXTS.items() if (found := re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
 }
-SLOW = ("tutorial-jax.md", "how-to/torch-to-jax.md", "how-to/memory-budget.md")
+LONG = ("tutorial-jax.md", "how-to/torch-to-jax.md", "how-to/memory-budget.md")
 MATHEMATICS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## )", TEXTS["mathematics.md"], re.M | re.S))
 TRANSFORMS = [getattr(transforms, name) for name in transforms.__all__]
 
 
 @pytest.mark.usefixtures("as_torchrun")
-@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in BLOCKS])
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.long) if p in LONG else p for p in BLOCKS])
 def test_a_pages_code_runs_from_top_to_bottom(page):
     namespace = {"__name__": "page"}
     for number, block in enumerate(BLOCKS[page], 1):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from cases import CASES, LR, expected, problem
+from cases import CASES, FEW, LR, expected, problem
 from realisations import optax_jitted, torch_compiled, torch_definition, torch_kernel
+from sweeps import sweep
 
 import fusedbun
 from fusedbun.reference import Reference
@@ -12,12 +13,25 @@ from fusedbun.reference import Reference
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}  # relative to the leaf's largest update
 OF_FUSEDBUN = [case for case in CASES if case.name.startswith("fusedbun ")]
 ROUNDED = [case for case in OF_FUSEDBUN if case.name.split()[1] in ("recommended", "clipped", "lagged")]
-REALISATIONS = [torch_definition, torch_kernel, optax_jitted, pytest.param(torch_compiled, marks=pytest.mark.slow)]
+REALISATIONS = [torch_definition, torch_kernel, optax_jitted, torch_compiled]
+# Each takes torch seconds to compile, and some of the kernels are not among those that come with the package.
+COMPILED = ("sm3-float32", "decoupled_lionw-float64")
+IN_DOUBLE_PRECISION = ("fusedbun recommended", "sm3 momentum", "mup_adamw amsgrad")
 
 
-@pytest.mark.parametrize("realise", REALISATIONS)
-@pytest.mark.parametrize(
-    ("case", "dtype"), [(c, d) for c in CASES for d in TOLERANCE if d == "float64" or not c.cancels], ids=str
+def is_short(case, dtype, realise):
+    if realise is torch_compiled:
+        return f"{case}-{dtype}" in COMPILED
+    if realise is torch_definition:
+        return True
+    return case.name in IN_DOUBLE_PRECISION if dtype == "float64" else realise is torch_kernel or case.name in FEW
+
+
+@sweep(
+    ("case", "dtype", "realise"),
+    [(c, d, r) for c in CASES for d in TOLERANCE if d == "float64" or not c.cancels for r in REALISATIONS],
+    short=is_short,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_equals_the_reference(case, dtype, realise):
     *_, got = realise(case, dtype, *problem(dtype, case.ternary))
@@ -26,9 +40,9 @@ def test_equals_the_reference(case, dtype, realise):
     assert {leaf: e for leaf, e in error.items() if not e <= TOLERANCE[dtype]} == {}
 
 
-@pytest.mark.parametrize("realise", REALISATIONS)
+@sweep("realise", REALISATIONS, short=lambda realise: realise is not torch_compiled)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", ROUNDED, ids=str)
+@sweep("case", ROUNDED, short=lambda case: case.name in FEW, ids=str)
 def test_low_precision_parameters_are_rounded_once(case, dtype, realise):
     """Each step ends at the exact result rounded to the parameter's dtype, or at a neighbour of it.
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweeps import only, sweep
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LINE = re.compile(r"(\w+) +test accuracy (\d+\.\d+)%   weights: (.+)")
@@ -32,7 +33,7 @@ def test_every_example_is_run():
     assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted([*TRAINING, "ternary"])
 
 
-@pytest.mark.parametrize("framework", ["torch", "flax"])
+@sweep("framework", ["torch", "flax"], short=only("torch"))
 def test_ternary_networks_come_near_their_float_twin(framework):
     done = run("-W", "error", EXAMPLES / "ternary.py", "--framework", framework)
     assert (done.returncode, done.stderr) == (0, "")
@@ -45,8 +46,7 @@ def test_ternary_networks_come_near_their_float_twin(framework):
         assert accuracy > twin - 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINING)
+@sweep("name", TRAINING, short=only("hf_accelerate"))
 def test_it_trains_to_the_accuracy_that_it_states(name, tmp_path):
     path = EXAMPLES / f"{name}.py"
     (stated,) = STATED.findall(path.read_text())

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sweeps import sweep
 
 import fusedbun
 from fusedbun.compiler.cpp import native
@@ -179,10 +180,10 @@ print(json.dumps(measured(*json.loads(sys.argv[3]))))
 """
 
 
-def measured(dtypes, implementation):
+def measured(names, dtypes, implementation):
     """What a step of each setting takes, and what is planned for it: [setting, dtype, measured, planned]."""
     threads, found = torch.get_num_threads(), []
-    for setting in USUAL:
+    for setting in (s for s in USUAL if by_name(s) in names):
         for dtype in dtypes:
             rounding = dtype == "bfloat16"
             own = {"stochastic_rounding": rounding, "implementation": implementation}
@@ -203,12 +204,19 @@ def of_a_process(threads, *arguments):
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+EVERY = [by_name(setting) for setting in USUAL]
+
+
 @pytest.mark.skipif(peak_during(lambda: None) is None, reason="the system does not say what a process holds")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_step_takes_no_more_than_is_planned(threads):
-    found = of_a_process(threads, ["float32", "bfloat16"], None)
-    assert len(found) == 2 * len(USUAL)
+@sweep(
+    ("threads", "names"),
+    [(1, ["fusedbun momentum float32", "sm3 momentum int8"]), (1, EVERY), (2, EVERY)],
+    short=lambda threads, names: names is not EVERY,
+    ids=lambda x: str(x) if isinstance(x, int) else "every" if x is EVERY else "few",
+)
+def test_a_step_takes_no_more_than_is_planned(threads, names):
+    found = of_a_process(threads, names, ["float32", "bfloat16"], None)
+    assert len(found) == 2 * len(names)
     assert not [one for one in found if one[2] > one[3] + SLACK]
     if threads == 1:  # several threads need not hold the most that they might at a time
         assert not [one for one in found if one[3] > 4 << 20 and one[2] < 0.9 * one[3]]

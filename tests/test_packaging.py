@@ -10,6 +10,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from sweeps import only, sweep
 
 from fusedbun.compiler.cpp import build, family, native
 from fusedbun.compiler.cpp.module import TYPES, emit
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fusedbun", "fusedbun_jax")
 # In a copy of the source, so that it takes seconds to compile.
 FEWER = """
-USUAL, LESS_USUAL = {name: chosen[:2] for name, chosen in USUAL.items() if name in ("fusedbun", "sm3")}, {}
+from dataclasses import replace
+RECIPES = {name: replace(RECIPES[name], compiled=RECIPES[name].compiled[:2]) for name in ("fusedbun", "sm3")}
+RECIPES = {name: replace(recipe, compiled_for_networks=()) for name, recipe in RECIPES.items()}
 TYPES = {"float32": TYPES["float32"]}
 """
 # Steps with what is installed, and with the definition; prints where fusedbun is and how much is in the cache.
@@ -55,7 +58,7 @@ def source(tmp_path_factory):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "built"))
         else:
             shutil.copy(ROOT / part, copy)
-    with (copy / "fusedbun" / "compiler" / "family.py").open("a") as file:
+    with (copy / "fusedbun" / "compiler" / "cpp" / "family.py").open("a") as file:
         file.write(FEWER)
     return copy
 
@@ -89,7 +92,7 @@ def steps(made, folder, compiler, implementation):
     return int(compiled), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_come_with_the_wheel(source, tmp_path):
     if build.find_compiler() is None:
         pytest.skip("there is no C++ compiler")
@@ -108,7 +111,6 @@ def test_kernels_come_with_the_wheel(source, tmp_path):
     assert steps(made, tmp_path, compiler=False, implementation="kernel") == (0, "")
 
 
-@pytest.mark.slow
 def test_without_a_compiler_the_definition_steps(source, tmp_path):
     made, said = wheel(source, tmp_path, compiler=False)
     assert said.count("fusedbun: no kernels are compiled now: there is no C++ compiler") == 1
@@ -119,12 +121,12 @@ def test_without_a_compiler_the_definition_steps(source, tmp_path):
     assert "there is no C++ compiler" in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_editable_install_compiles_into_the_source_what_it_lacks(source, tmp_path):
     if build.find_compiler() is None:
         pytest.skip("there is no C++ compiler")
     copy = shutil.copytree(source, tmp_path / "copy")
-    built = copy / "fusedbun" / "compiler" / "built"
+    built = copy / "fusedbun" / "compiler" / "cpp" / "built"
     install = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
     times = []
     for _ in range(2):
@@ -143,7 +145,7 @@ def test_every_recipe_comes_with_the_package_at_its_defaults(dtype):
         assert emit(trace(family.chain_of(name, {}, ndim), ndim, dtype=dtype)) in built
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@sweep("dtype", TYPES, short=only("float32"))
 def test_a_bundle_has_every_kernel_under_a_name_of_its_own(dtype):
     registers = family.widths()[0]
     names = {build.digest(source, registers) for source in family.sources(dtype)}

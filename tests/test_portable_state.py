@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 import torch
-from cases import CASES, by_size
+from cases import CASES, FEW, by_size
+from sweeps import only, sweep
 from test_equivalence import TOLERANCE
 
 import fusedbun
@@ -117,7 +118,7 @@ def check_continuation(torch_run, jax_run, params, dtype, tolerance, path):
                 assert error <= tolerance, f"{first} and then {second}, {name}: {error}"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.cancels], ids=str)
+@sweep("case", [case for case in CASES if not case.cancels], short=lambda case: case.name in FEW, ids=str)
 def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
     check_continuation(case.torch, case.optax, start(case.ternary), "float32", TOLERANCE["float32"], tmp_path)
 
@@ -128,7 +129,11 @@ def test_a_run_in_float64_goes_on(case, tmp_path, x64):
     check_continuation(case.torch, case.optax, start(case.ternary), "float64", TOLERANCE["float64"], tmp_path)
 
 
-@pytest.mark.parametrize(("name", "moment"), [(name, m) for name, (*_, ways) in STORED.items() for m in ways])
+@sweep(
+    ("name", "moment"),
+    [(name, m) for name, (*_, ways) in STORED.items() for m in ways],
+    short=only(("fusedbun", "int4"), ("sm3", "int8"), ("decoupled_lionw", "bfloat16")),
+)
 @pytest.mark.parametrize("options", [{}, BITS], ids=["float32", "stochastic"])
 def test_a_run_in_fewer_bits_goes_on_with_its_noise(name, moment, options, tmp_path):
     cls, arguments, _ = STORED[name]
@@ -279,6 +284,7 @@ def test_parameters_must_have_names(tmp_path):
         fusedbun.save_state(torch.optim.SGD(model.parameters()), tmp_path / "a")
 
 
+@pytest.mark.long
 def test_by_name_and_wrappers_and_schedules(tmp_path):
     """Groups by pattern, inside optax's chain and accumulation, with a schedule: saved, loaded, and the same."""
     schedule = optax.linear_schedule(0.1, 0.0, 10)

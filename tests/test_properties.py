@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
+from sweeps import only, sweep
 
 import fusedbun
 import fusedbun_jax
@@ -30,6 +31,20 @@ hyperparameters = st.fixed_dictionaries(
     }
 )
 seeds = st.integers(0, 2**32 - 1)
+
+
+def found(few, many, *strategies):
+    """Tests a property of what hypothesis draws from the strategies: of so many in `make test-long`."""
+
+    def tested(holds):
+        @sweep("count", [few, many], short=only(few))
+        def test(count):
+            settings(max_examples=count)(given(*strategies)(holds))()
+
+        test.__doc__ = holds.__doc__
+        return test
+
+    return tested
 
 
 def problem(shape, seed, steps=3):
@@ -56,8 +71,7 @@ def by_optax(param, steps, lr, dtype, hyper):
     return np.asarray(p, np.float64)
 
 
-@settings(max_examples=30)
-@given(shapes, seeds, hyperparameters, st.floats(1e-3, 1))
+@found(4, 30, shapes, seeds, hyperparameters, st.floats(1e-3, 1))
 def test_the_realisations_agree_in_float64(shape, seed, hyper, lr):
     param, steps = problem(shape, seed)
     want = Reference({"p": param}, recipes.fusedbun(**hyper), lr).run(steps)["p"]
@@ -68,8 +82,7 @@ def test_the_realisations_agree_in_float64(shape, seed, hyper, lr):
     assert np.abs(by_torch(param, steps, lr, torch.float64, hyper) - want).max() <= 1e-12 * largest
 
 
-@settings(max_examples=30)
-@given(shapes, seeds, hyperparameters, st.sampled_from(["float32", "bfloat16", "float16"]))
+@found(4, 30, shapes, seeds, hyperparameters, st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_torch_and_optax_agree_in_lower_precision(shape, seed, hyper, dtype):
     param, steps = problem(shape, seed)
     hyper = {**hyper, "eps": 1e-8, "centralize": hyper["centralize"] and len(shape) > 1 and min(shape) > 2}
@@ -79,8 +92,7 @@ def test_torch_and_optax_agree_in_lower_precision(shape, seed, hyper, dtype):
     assert np.abs(left - right).max() <= 2 * torch.finfo(getattr(torch, dtype)).eps * size * len(steps)
 
 
-@settings(max_examples=15)
-@given(array_shapes(min_dims=2, max_dims=4, max_side=6), seeds, st.floats(-1e3, 1e3))
+@found(3, 15, array_shapes(min_dims=2, max_dims=4, max_side=6), seeds, st.floats(-1e3, 1e3))
 def test_rows_without_a_residual_stay_finite_and_bounded(shape, seed, value):
     """Centralizing a constant row leaves rounding noise, which frameworks round apart and rms_scale lifts."""
     rng = np.random.default_rng(seed)
@@ -94,8 +106,7 @@ def test_rows_without_a_residual_stay_finite_and_bounded(shape, seed, value):
         assert np.abs(got - param).max() <= bound
 
 
-@settings(max_examples=40)
-@given(seeds, hyperparameters, st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, 2))
+@found(5, 40, seeds, hyperparameters, st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, 2))
 def test_what_is_not_finite_stays_in_its_parameter(seed, hyper, bad, which):
     """A NaN or an infinity in one gradient is seen in that parameter, and in no other."""
     rng = np.random.default_rng(seed)

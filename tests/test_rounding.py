@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from sweeps import sweep
 
 from fusedbun import namespace as in_numpy
 from fusedbun.storage import codes
@@ -161,7 +162,7 @@ def test_noise_of_codes_lies_in_the_middle_of_its_steps():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("run", [lambda f: f, torch.compile], ids=["eager", "compiled"])
+@sweep("run", [lambda f: f, torch.compile], short=lambda run: run is not torch.compile, ids=["eager", "compiled"])
 @np.errstate(all="ignore")
 def test_codes_are_the_same_in_torch(bits, run):
     x = blocks(2)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-import pytest
+from sweeps import sweep
 
 import fusedbun_jax
 from fusedbun.recipes import RECIPES
@@ -37,7 +37,11 @@ BOUNDS = [(name, "float64", 1e-9) for name in OPTIMIZERS] + [
 ]
 
 
-@pytest.mark.parametrize(("optimizer", "dtype", "tolerance"), BOUNDS)
+@sweep(
+    ("optimizer", "dtype", "tolerance"),
+    BOUNDS,
+    short=lambda optimizer, dtype, tolerance: (optimizer, dtype) in (("fusedbun", "float64"), ("sm3", "float32")),
+)
 def test_torch_and_flax_train_to_the_same_weights(optimizer, dtype, tolerance):
     entry = OPTIMIZERS[optimizer]
     in_both = [trained(framework, entry, entry.learning_rate, dtype) for framework in (in_torch, in_flax)]

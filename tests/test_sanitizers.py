@@ -20,8 +20,6 @@ from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.trace import trace
 
-pytestmark = pytest.mark.slow
-
 FLAGS = "-fno-sanitize-recover=all -O0 -g1"
 DENSE = [(), (1,), (17,), (40_000,), (0,), (0, 5), (8, 16), (9, 2), (5, 1), (1, 5), (130, 257), (1000, 31), (2, 40_001)]
 STRIDED = [(40_000,), (17, 9), (130, 257)]
@@ -69,6 +67,15 @@ def jobs_of_threads():
     for chain, dtype in CODED:
         for shape in [(1000, 257), (20_000, 3)]:
             yield Job(chain, shape, dtype=dtype, registers=native.registers(), threads=3)
+
+
+def jobs_of_few():
+    """A kernel without codes and one with them, on one thread and on three."""
+    (case,) = (case for case in CASES if case.name == "sm3 momentum")
+    chain, dtype = CODED[1]
+    for shape in [(130, 257), (9, 2)]:
+        yield job(case, shape, threads=3)
+        yield Job(chain, shape, dtype=dtype, threads=3)
 
 
 def job(case, shape, registers=1, **about):
@@ -130,8 +137,12 @@ def runtime(name):
 
 @pytest.mark.parametrize(
     ("jobs", "sanitizers"),
-    [(jobs_of_all, "address,undefined"), (jobs_of_threads, "thread")],
-    ids=["memory", "threads"],
+    [
+        (jobs_of_few, "address,undefined"),
+        pytest.param(jobs_of_all, "address,undefined", marks=pytest.mark.long),
+        pytest.param(jobs_of_threads, "thread", marks=pytest.mark.long),
+    ],
+    ids=["few", "memory", "threads"],
 )
 def test_nothing_is_found(tmp_path, jobs, sanitizers):
     runtime("asan")

@@ -316,6 +316,7 @@ def test_a_tiny_run(tmp_path):
     assert "  round 1 of 3" in err
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     process = start("--framework", "torch", "--only", "SGD", "--rounds", 10**7, "--budget", 10**6, "--output", tmp_path)
     while "round 1 of" not in process.stderr.readline():

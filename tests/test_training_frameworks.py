@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sweeps import only, sweep
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,7 +16,6 @@ lightning = pytest.importorskip("pytorch_lightning")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning asks torch so
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
 ]
@@ -108,7 +108,7 @@ def trainer(folder, name):
     )
 
 
-@every_optimizer
+@sweep("name", OPTIMIZERS, short=only("int4"))
 def test_the_trainer_resumes_to_the_bit(name, tmp_path):
     whole = trainer(tmp_path / "whole", name)
     whole.train()

@@ -25,16 +25,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-BITWISE = {"and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>"}  # of words
-FUNCTIONS = ("neg", "abs", "sign", "sqrt", "expm1", "log", "floor", "minimum", "maximum", "where")
-CONVERSIONS = {"bits": "word", "whole": "word", "from_bits": "number", "real": "number"}  # and what they give
+from fusedbun.operations import OPERATIONS, Kind
+
 REDUCTIONS = ("across", "down", "within")
 
 
 class UnplannableError(Exception):
-    """A chain that no plan expresses, with the reason. The definition itself runs instead."""
+    """A chain that cannot be put in the order of a kernel, with the reason. The definition itself runs instead."""
 
 
 class Span(enum.IntEnum):
@@ -54,14 +51,14 @@ class Value:
 
     Args:
         number: its place in the graph.
-        op: the operation that makes it: one of those above, "input", "const", "count" or "index".
+        op: the operation that makes it: one of `OPERATIONS` or `REDUCTIONS`, or what has a method of `Graph`.
         args: the values that it is made of.
         axes: the parameter's axes that it spans.
         span: see `Span`.
         detail: what else says what it is: an input's name, a constant's number, a reduction's function ("sum", "max",
             "min"), the axes whose elements are counted, or the axis along which places are.
         varies: those of its axes along which its numbers may differ. Along the others they are repeated.
-        kind: "number", "condition" or "word".
+        kind: what its elements are.
     """
 
     number: int
@@ -71,7 +68,7 @@ class Value:
     span: Span
     detail: Any
     varies: frozenset[int]
-    kind: str = "number"
+    kind: Kind = "number"
 
     @property
     def is_condition(self) -> bool:
@@ -115,7 +112,7 @@ class Graph:
             part: what it has numbers for (`fusedbun.storage.codes.Stored`).
         """
         axes = self.every & set(axes)
-        kind = "word" if is_word else "number"
+        kind: Kind = "word" if is_word else "number"
         if part != "element":
             if self.order != tuple(range(self.ndim)):
                 raise UnplannableError(f"{name} is for blocks along the parameter's axes as they are, not {self.order}")
@@ -146,23 +143,24 @@ class Graph:
 
     def apply(self, op: str, *operands: Any) -> Value:
         """An operation on values and numbers, element by element."""
-        is_of_words = any(isinstance(x, Value) and x.is_word for x in operands)
+        operation, is_of_words = OPERATIONS[op], any(isinstance(x, Value) and x.is_word for x in operands)
+        kind: Kind = "word" if is_of_words else "number"
         constant = self.word if is_of_words else self.constant
         args = tuple(x if isinstance(x, Value) else constant(x) for x in operands)
         if is_of_words and any(x.kind == "number" for x in args):
             raise UnplannableError(f"a rule computes with words and numbers at once ({op})")
-        if is_of_words and op not in CONVERSIONS:
-            return self._elementwise(op, args, "word")
-        if (same := _unchanged(op, args)) is not None:
-            return same
+        if (unchanged := _unchanged(op, args)) is not None and not is_of_words:
+            return unchanged
         if any(a.is_condition for a in (args[1:] if op == "where" else args)):
             raise UnplannableError(f"a rule computes with a comparison as a number ({op}); write it with xp.where")
-        if op in ("minimum", "maximum"):
+        if operation.takes not in ("any", kind):
+            raise UnplannableError(f"a rule computes with {kind}s where only {operation.takes}s will do ({op})")
+        if op in ("minimum", "maximum") and not is_of_words:
             return self._extreme(op, args)
-        return self._elementwise(op, args, CONVERSIONS.get(op, "number"))
+        return self._elementwise(op, args, kind if operation.gives == "same" else operation.gives)
 
-    def again(self, v: Value, args: tuple[Value, ...]) -> Value:
-        """A value of another graph with other operands, which span what its own do or are hyper-parameters instead."""
+    def adopt(self, v: Value, args: tuple[Value, ...]) -> Value:
+        """The like of another graph's value, of operands that span what its own do or are hyper-parameters instead."""
         span = Span.HOST if args and all(a.span == Span.HOST for a in args) else v.span
         return self._value(v.op, args, v.axes, v.detail, span, v.kind)
 
@@ -199,9 +197,7 @@ class Graph:
             small = self._elementwise(op, (small, x), "number")
         return small
 
-    def _elementwise(self, op: str, args: tuple[Value, ...], kind: str) -> Value:
-        if op in COMPARISONS:
-            kind = "condition"
+    def _elementwise(self, op: str, args: tuple[Value, ...], kind: Kind) -> Value:
         axes = frozenset[int]().union(*(a.axes for a in args))
         if any(a.span == Span.BLOCK for a in args) and all(a.span <= Span.SCALAR or a.span == Span.BLOCK for a in args):
             return self._value(op, args, axes, None, Span.BLOCK, kind)
@@ -222,7 +218,7 @@ class Graph:
         axes: frozenset[int],
         detail: Any,
         span: Span | None = None,
-        kind: str = "number",
+        kind: Kind = "number",
     ) -> Value:
         span = self._span(axes) if span is None else span
         key = (op, tuple(a.number for a in args), detail, axes, span, kind)

@@ -117,18 +117,18 @@ class _Cutter:
         made = _Made(self, t)
         for v in self.over:
             if self.time[v] == t + 1:
-                made.puts_out(_crossed(v), v)
+                made.put_out(_crossed(v), v)
         for name, v in self.program.outputs.items():
             if t == (self.last if name in late else self.full):
                 made.outputs[name] = made.value(v)
         if t == self.full:
             for v in carried:
-                made.puts_out(_carried(v), v)
+                made.put_out(_carried(v), v)
         return made
 
 
 class _Made:
-    """A phase that is being made: the values of the program again, in a graph of its own."""
+    """A phase that is being made: the values of the program in a graph of its own."""
 
     def __init__(self, cutter: _Cutter, t: int) -> None:
         self.cutter, self.t = cutter, t
@@ -140,11 +140,11 @@ class _Made:
         self.carried: list[Value] = []  # what it takes from the last phase of full size
         self._known: dict[Value, Value] = {}
 
-    def puts_out(self, name: str, v: Value) -> None:
+    def put_out(self, name: str, v: Value) -> None:
         """Has the phase put out a value, of which a part where it crosses."""
         self.arrays[name] = self._stored(v)
         if v in self.cutter.over:
-            self.outputs[name] = self._again(v)
+            self.outputs[name] = self._adopt(v)
             self.crossings[name] = Crossing(v.detail, self.cutter.over[v], self.arrays[name])
         else:
             self.outputs[name] = self.value(v)
@@ -152,7 +152,7 @@ class _Made:
     def value(self, v: Value) -> Value:
         """The value in this phase's graph."""
         if v not in self._known:
-            self._known[v] = self._of(v)
+            self._known[v] = self._build(v)
         return self._known[v]
 
     def phase(self) -> Phase:
@@ -161,28 +161,28 @@ class _Made:
         arrays = {**program.arrays, **self.arrays}
         return Phase(Program(self.graph, program.dtype, arrays, outputs, scalars(outputs.values())), self.crossings)
 
-    def _of(self, v: Value) -> Value:
+    def _build(self, v: Value) -> Value:
         cutter = self.cutter
         if v in cutter.over:
-            return self._given(_crossed(v), v)
+            return self._input(_crossed(v), v)
         if self.t > cutter.full and cutter.is_local[v]:
             self.carried.append(v)
-            return self._given(_carried(v), v)
+            return self._input(_carried(v), v)
         if v.op == "count":
             sizes = (self.graph.hyperparameter(SIZE.format(axis)) for axis in v.detail)
             return reduce(partial(self.graph.apply, "mul"), sizes)
         if v.op == "index":
-            place = self.graph.again(v, ())
+            place = self.graph.adopt(v, ())
             first = self.graph.hyperparameter(FIRST.format(v.detail), is_word=True)
             return self.graph.apply("add", place, first) if v.detail in cutter.cut else place
         if v.op == "input" and v.span != Span.HOST:
             self.read.append(v)
-        return self._again(v)
+        return self._adopt(v)
 
-    def _again(self, v: Value) -> Value:
-        return self.graph.again(v, tuple(self.value(a) for a in v.args))
+    def _adopt(self, v: Value) -> Value:
+        return self.graph.adopt(v, tuple(self.value(a) for a in v.args))
 
-    def _given(self, name: str, v: Value) -> Value:
+    def _input(self, name: str, v: Value) -> Value:
         self.arrays[name] = self._stored(v)
         return self.graph.input(name, v.axes, v.is_word)
 

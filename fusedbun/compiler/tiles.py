@@ -1,10 +1,10 @@
-"""A schedule run with an array library's own functions, block by block and in place, so that no copy of a leaf is held.
+"""A schedule run with an array library's own functions, tile by tile and in place, so that no copy of a leaf is held.
 
 It serves wherever no kernel can be compiled: eager torch on any device, and NumPy. Arrays keep all the parameter's
-axes, with size 1 along those that a value does not span, and broadcasting repeats what has to be repeated. A block is
-cut from one axis. What a later sweep of the same block needs again is kept until then, for to compute it again would
+axes, with size 1 along those that a value does not span, and broadcasting repeats what has to be repeated. A tile is
+cut from one axis. What a later sweep of the same tile needs again is kept until then, for to compute it again would
 cost as much here as the first time; and every value is let go after its last use, so that no more than a handful of
-blocks are held at any time.
+tiles are held at any time.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fusedbun.chain import PARAM, Chain
-from fusedbun.compiler.graph import BITWISE, COMPARISONS, REDUCTIONS, Span, UnplannableError, Value
+from fusedbun.compiler.graph import REDUCTIONS, Span, UnplannableError, Value
 from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
 from fusedbun.compiler.trace import Program, trace
+from fusedbun.operations import OPERATIONS
 from fusedbun.transform import Array, Shape
 
-ELEMENTS = 1 << 17  # in a block: few enough for its buffers to stay in the cache, many enough to be worth a call
-OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv"}
-COMMUTATIVE = ("add", "mul")
+ELEMENTS = 1 << 17  # in a tile: few enough for its buffers to stay in the cache, many enough to be worth a call
+ARITHMETIC = ("add", "sub", "mul", "div")  # what Python computes in place
 VIEWS = ("bits", "from_bits", "whole", "real")  # their results may be their operand's memory
 LIKE = -1  # the place, after all values, of an array of the columns' shape
 
 
-def plan(
+def schedule_for(
     chain: Chain,
     shape: Shape,
     strides: Sequence[int],
@@ -35,13 +35,13 @@ def plan(
     dtype: str = "float32",
     elements: int = ELEMENTS,
 ) -> Schedule:
-    """The schedule that suits blocks of a parameter of this shape and layout.
+    """The schedule that suits tiles of a parameter of this shape and layout.
 
-    Rows are taken along the slowest axis in memory of which one index is no more than a block (where there is none,
+    Rows are taken along the slowest axis in memory of which one index is no more than a tile (where there is none,
     along the longest), or along another if the rules ask for it. A parameter of one axis is cut into columns.
 
     Raises:
-        UnplannableError: no plan expresses the chain.
+        UnplannableError: the chain has no schedule.
     """
     in_memory = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
     fitting = [axis for axis in in_memory if math.prod(shape) <= elements * shape[axis]]
@@ -49,18 +49,18 @@ def plan(
     *rows, last = dict.fromkeys((*(fitting or longest)[:1], *in_memory)) or [0]
     for row in rows:
         try:
-            return _plan(chain, in_memory, row, maximize, dtype)
+            return _schedule(chain, in_memory, row, maximize, dtype)
         except UnplannableError:
             pass  # another axis may suit the rules
-    return _plan(chain, in_memory, last, maximize, dtype)
+    return _schedule(chain, in_memory, last, maximize, dtype)
 
 
-def scheduled(program: Program) -> Schedule:
-    """The schedule of a program whose order of axes suits blocks already."""
+def schedule_of(program: Program) -> Schedule:
+    """The schedule of a program whose order of axes suits tiles already."""
     return schedule(program, "rows" if program.graph.ndim > 1 else "columns")
 
 
-class Blocks:
+class Tiles:
     """A schedule made ready to be run with an array library, on any leaf that it suits.
 
     Args:
@@ -72,7 +72,7 @@ class Blocks:
         self.schedule, self.xp = schedule, xp
         graph = schedule.program.graph
         self.axis = graph.order[schedule.blocks == "columns" and graph.ndim > 1]
-        self._block_span = Span.ROW if schedule.blocks == "rows" else Span.COLUMN
+        self._tile_span = Span.ROW if schedule.blocks == "rows" else Span.COLUMN
         self.inputs = [v for v in graph.values if v.op == "input" and v.span > Span.HOST and self._is_small(v)]
         self.counts = [v for v in graph.values if v.op == "count"]
         self._known = set(self.inputs)
@@ -90,7 +90,7 @@ class Blocks:
             scalars: the values of `Program.scalars`.
             arrays: the parameter, its gradient and its slots, by name. What the program puts out is written to them.
             dtype: the library's own for what is computed in.
-            elements: how many elements of the parameter make a block, as nearly as its axis allows.
+            elements: how many elements of the parameter make a tile, as nearly as its axis allows.
         """
         shape = arrays[PARAM].shape
         if 0 not in shape:
@@ -98,7 +98,7 @@ class Blocks:
             _Run(self, scalars, arrays if shape else {k: a[None] for k, a in arrays.items()}, dtype).run(elements)
 
     def _is_small(self, v: Value) -> bool:
-        return v.span not in (*WIDE, self._block_span)
+        return v.span not in (*WIDE, self._tile_span)
 
     def _small(self, goals: list[Value]) -> list[_Step]:
         """The steps to small values. They may lead over values of the leaf's rows, where these are made of slots."""
@@ -140,16 +140,13 @@ class Blocks:
             return lambda x, like: self.xp.where(like == like, x, x), (*args, LIKE)
         if v.op == "real" and self.schedule.program.dtype == "float64":
             return lambda x, like: self.xp.astype(x, like.dtype), (*args, LIKE)
-        return self._arithmetic(v, ends) if v.op in OPERATORS else (self._plain(v), args)
+        return self._arithmetic(v, ends) if v.op in ARITHMETIC else (self._plain(v), args)
 
     def _plain(self, v: Value) -> Callable[..., Array]:
         """What computes a value from new arrays of its arguments."""
-        if v.op in COMPARISONS or v.op in BITWISE or v.op in ("neg", "abs"):
-            of_python: Callable[..., Array] = getattr(operator, f"{v.op}_" if v.op in ("and", "or") else v.op)
-            return of_python
-        named: Callable[..., Array]
-        named = getattr(operator, OPERATORS[v.op]) if v.op in OPERATORS else getattr(self.xp, v.op)
-        return named
+        operation = OPERATIONS[v.op]
+        function: Callable[..., Array] = operation.host if operation.method else getattr(self.xp, v.op)
+        return function
 
     def _over_blocks(self, v: Value) -> Callable[..., Array]:
         """What computes a value of full size from numbers of blocks among others: it repeats them for the elements."""
@@ -168,11 +165,12 @@ class Blocks:
         return over_blocks
 
     def _arithmetic(self, v: Value, ends: set[Value]) -> tuple[Callable[..., Array], tuple[int, ...]]:
-        """In place of an argument that ends, if it can be: that spares the cache a block."""
-        for args in (v.args, v.args[::-1]) if v.op in COMMUTATIVE else (v.args,):
+        """In place of an argument that ends, if it can be: that spares the cache a tile."""
+        operation = OPERATIONS[v.op]
+        for args in (v.args, v.args[::-1]) if operation.commutes else (v.args,):
             if args[0] in ends and _is_buffer(args[0]) and args[0] not in self._viewed:
-                return getattr(operator, f"i{OPERATORS[v.op]}"), tuple(a.number for a in args)
-        return getattr(operator, OPERATORS[v.op]), tuple(a.number for a in v.args)
+                return getattr(operator, f"__i{operation.method}__"), tuple(a.number for a in args)
+        return operation.host, tuple(a.number for a in v.args)
 
     def _reduction(self, v: Value) -> Callable[[Array], Array]:
         reduce = getattr(self.xp, v.detail)
@@ -197,13 +195,13 @@ class _Step(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What a pass does with each block.
+    """What a pass does with each tile.
 
     Args:
         steps: the steps, of all its sweeps in one.
-        partials: the reductions that every block adds to.
+        partials: the reductions that every tile adds to.
         stores: what is written, by name.
-        keeps: the values of each block that are kept for later passes.
+        keeps: the values of each tile that are kept for later passes.
         kept: those that earlier passes kept.
     """
 
@@ -217,33 +215,33 @@ class _Work(NamedTuple):
 class _Run:
     """One step of one leaf."""
 
-    def __init__(self, blocks: Blocks, scalars: Sequence[Any], arrays: Mapping[str, Array], dtype: Any) -> None:
-        self.blocks, self.arrays, self.dtype = blocks, arrays, dtype
-        program = blocks.schedule.program
+    def __init__(self, tiles: Tiles, scalars: Sequence[Any], arrays: Mapping[str, Array], dtype: Any) -> None:
+        self.tiles, self.arrays, self.dtype = tiles, arrays, dtype
+        program = tiles.schedule.program
         self.shape: Shape = tuple(arrays[PARAM].shape)
         self.values: list[Any] = [v.detail for v in program.graph.values]  # a constant's is its number
         self.values.append(arrays[PARAM][_slice(program.graph.order[0], 0, 1)])
-        for v in blocks.counts:
+        for v in tiles.counts:
             self.values[v.number] = math.prod(self.shape[axis] for axis in v.detail)
         for v, number in zip(program.scalars, scalars, strict=True):
             self.values[v.number] = number
-        for v in blocks.inputs:
+        for v in tiles.inputs:
             self.values[v.number] = self._load(v, ())
-        self.kept: dict[Value, list[Array]] = {v: [] for v in blocks.schedule.kept}
+        self.kept: dict[Value, list[Array]] = {v: [] for v in tiles.schedule.kept}
 
     def run(self, elements: int) -> None:
         cuts = self._cuts(elements)
-        for small, work in zip(self.blocks.between, self.blocks.passes, strict=False):
+        for small, work in zip(self.tiles.between, self.tiles.passes, strict=False):
             self._compute(small, ())
             self._pass(work, cuts)
-        self._compute(self.blocks.between[-1], ())
-        self._store(self.blocks.schedule.stores, ())
+        self._compute(self.tiles.between[-1], ())
+        self._store(self.tiles.schedule.stores, ())
 
     def _cuts(self, elements: int) -> list[tuple[slice, ...]]:
-        """The blocks, as slices of an array that spans the axis which is cut."""
-        length = self.shape[self.blocks.axis]
+        """The tiles, as slices of an array that spans the axis which is cut."""
+        length = self.shape[self.tiles.axis]
         size = max(1, elements * length // math.prod(self.shape))
-        return [_slice(self.blocks.axis, start, start + size) for start in range(0, length, size)]
+        return [_slice(self.tiles.axis, start, start + size) for start in range(0, length, size)]
 
     def _pass(self, work: _Work, cuts: list[tuple[slice, ...]]) -> None:
         totals = [_Total(self._combination(v)) for v in work.partials]
@@ -268,10 +266,10 @@ class _Run:
 
     def _place(self, name: str, v: Value, cut: tuple[slice, ...]) -> Array:
         array = self.arrays[name]
-        return array[cut] if self.blocks.axis in v.axes and cut else array
+        return array[cut] if self.tiles.axis in v.axes and cut else array
 
     def _load(self, v: Value, cut: tuple[slice, ...]) -> Array:
-        xp, axis = self.blocks.xp, self.blocks.axis
+        xp, axis = self.tiles.xp, self.tiles.axis
         if v.op == "index":
             (places,) = xp.index(self.arrays[PARAM][cut], [v.detail])
             return places + cut[axis].start if cut and v.detail == axis else places
@@ -283,11 +281,11 @@ class _Run:
         return stored if stored.dtype == self.dtype else xp.astype(stored, self.dtype)
 
     def _part(self, name: str) -> str:
-        arrays = self.blocks.schedule.program.arrays
+        arrays = self.tiles.schedule.program.arrays
         return arrays[name].part if name in arrays else "element"
 
     def _store(self, stores: list[tuple[str, Value]], cut: tuple[slice, ...]) -> None:
-        xp, values = self.blocks.xp, self.values
+        xp, values = self.tiles.xp, self.values
         for _, v in stores:
             if v.op == "input":  # a view of what another store may write
                 values[v.number] = xp.maximum(values[v.number], values[v.number])
@@ -298,25 +296,25 @@ class _Run:
             values[v.number] = None
 
     def _combination(self, v: Value) -> Callable[[Array, Array], Array]:
-        xp = self.blocks.xp
+        xp = self.tiles.xp
         combinations: dict[str, Callable[[Array, Array], Array]]
         combinations = {"sum": operator.add, "max": xp.maximum, "min": xp.minimum}
         return combinations[v.detail]
 
 
 class _Total:
-    """A reduction over all blocks: theirs are combined two by two, so that long sums stay accurate."""
+    """A reduction over all tiles: theirs are combined two by two, so that long sums stay accurate."""
 
     def __init__(self, combine: Callable[[Array, Array], Array]) -> None:
         self._combine = combine
-        self._parts: list[tuple[int, Array]] = []  # each of more blocks than the next
+        self._parts: list[tuple[int, Array]] = []  # each of more tiles than the next
 
     def add(self, part: Array) -> None:
-        blocks = 1
-        while self._parts and self._parts[-1][0] == blocks:
+        tiles = 1
+        while self._parts and self._parts[-1][0] == tiles:
             _, before = self._parts.pop()
-            blocks, part = 2 * blocks, self._combine(before, part)
-        self._parts.append((blocks, part))
+            tiles, part = 2 * tiles, self._combine(before, part)
+        self._parts.append((tiles, part))
 
     def result(self) -> Array:
         _, total = self._parts.pop()
@@ -325,9 +323,9 @@ class _Total:
         return total
 
 
-def _plan(chain: Chain, in_memory: list[int], row: int, maximize: bool, dtype: str) -> Schedule:
+def _schedule(chain: Chain, in_memory: list[int], row: int, maximize: bool, dtype: str) -> Schedule:
     order = (row, *(axis for axis in in_memory if axis != row))
-    return scheduled(trace(chain, len(in_memory), order, maximize, dtype))
+    return schedule_of(trace(chain, len(in_memory), order, maximize, dtype))
 
 
 def _slice(axis: int, start: int, stop: int) -> tuple[slice, ...]:
@@ -335,7 +333,7 @@ def _slice(axis: int, start: int, stop: int) -> tuple[slice, ...]:
 
 
 def _is_buffer(v: Value) -> bool:
-    """Whether it is an array of a block's size, no view of the leaf, and of the dtype that is computed in."""
+    """Whether it is an array of a tile's size, no view of the leaf, and of the dtype that is computed in."""
     numbers = v.args[1:] if v.op == "where" else v.args  # what a library makes of Python's has its default dtype
     return v.span == Span.FULL and v.op not in ("input", "index", *VIEWS) and any(a.span > Span.HOST for a in numbers)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from numbers import Real
 from typing import Any
 
 from fusedbun.chain import PARAM, Chain, step
-from fusedbun.compiler.graph import BITWISE, Graph, UnplannableError, Value
+from fusedbun.compiler.graph import Graph, UnplannableError, Value
+from fusedbun.operations import FUNCTIONS, OPERATIONS, Operation
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
 from fusedbun.storage.storage import Storage
-from fusedbun.transform import Transform
+from fusedbun.transform import Namespace, Transform
 
 GRAD, LR = "grad", "lr"
 START = ".start"  # behind the name of an array: where its noise begins
@@ -60,7 +62,7 @@ def trace(
         dtype: the parameter's dtype.
 
     Raises:
-        UnplannableError: no plan expresses the chain; the message says why.
+        UnplannableError: the chain has no schedule; the message says why.
     """
     graph = Graph(max(1, ndim), order)
     slots, arrays = chain.slots((0,) * graph.ndim), chain.arrays((0,) * graph.ndim, dtype)
@@ -105,13 +107,13 @@ def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
     return {LR: lr, **starts, **{name: x for name, x in chain.hyperparameters().items() if is_input(x)}}
 
 
-def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp: Any = math) -> list[Any]:
+def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp: Namespace | None = None) -> list[Any]:
     """The numbers that a program is run with.
 
     Args:
         scalars: `Program.scalars`.
         hyperparameters: their values by name.
-        xp: `math` for Python's numbers, or a namespace of array functions where some of them are arrays.
+        xp: the functions of arrays, where some of them may be arrays; Python computes with numbers itself.
     """
     known: dict[Value, Any] = {}
 
@@ -122,8 +124,13 @@ def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp:
             elif v.op == "input":
                 known[v] = hyperparameters[v.detail]
             else:
-                known[v] = _HOST[v.op](xp, *map(value, v.args))
+                known[v] = computed(v.op, [value(a) for a in v.args])
         return known[v]
+
+    def computed(op: str, args: list[Any]) -> Any:
+        if xp is None or OPERATIONS[op].method or all(isinstance(x, Real) for x in args):
+            return OPERATIONS[op].host(*args)
+        return getattr(xp, op)(*args)
 
     return [value(v) for v in scalars]
 
@@ -181,10 +188,10 @@ class Symbolic:
 
     def astype(self, x: Symbol, dtype: Any) -> Symbol:
         """In the precision that is computed in, which numbers are in already."""
-        return Symbol(x.graph, x.graph.apply("real", x.value)) if x.value.is_word else x
+        return _apply("real", x) if x.value.is_word else x
 
     def whole(self, x: Symbol) -> Symbol:
-        return x if x.value.is_word else Symbol(x.graph, x.graph.apply("whole", x.value))
+        return x if x.value.is_word else _apply("whole", x)
 
     def index(self, like: Symbol, axes: Any) -> list[Symbol]:
         return [Symbol(self._graph, self._graph.index(axis)) for axis in axes] if self._has_axes else []
@@ -207,24 +214,20 @@ class Symbolic:
         total = self._graph.reduce("sum", x.value, over)
         return Symbol(self._graph, self._graph.apply("div", total, self._graph.count(over)))
 
+    def _reduce(self, function: str, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
+        return Symbol(self._graph, self._graph.reduce(function, x.value, _axes(x, axis, keepdims)))
+
     def __getattr__(self, name: str) -> Any:
+        if name in FUNCTIONS:
+            return partial(_apply, name)
+        if name in ("sum", "max", "min"):
+            return partial(self._reduce, name)
         raise UnplannableError(f"a rule uses xp.{name}, which a plan does not know")
 
 
-def _apply(op: str, swapped: bool = False) -> Any:
-    def apply(*operands: Any) -> Symbol:
-        graph = next(x.graph for x in operands if isinstance(x, Symbol))
-        values = [x.value if isinstance(x, Symbol) else x for x in operands]
-        return Symbol(graph, graph.apply(op, *(reversed(values) if swapped else values)))
-
-    return apply
-
-
-def _reduce(function: str) -> Any:
-    def reduce(self: Symbolic, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
-        return Symbol(x.graph, x.graph.reduce(function, x.value, _axes(x, axis, keepdims)))
-
-    return reduce
+def _apply(op: str, *operands: Any) -> Symbol:
+    graph = next(x.graph for x in operands if isinstance(x, Symbol))
+    return Symbol(graph, graph.apply(op, *(x.value if isinstance(x, Symbol) else x for x in operands)))
 
 
 def _axes(x: Symbol, axis: Any, keepdims: bool) -> set[int]:
@@ -233,15 +236,15 @@ def _axes(x: Symbol, axis: Any, keepdims: bool) -> set[int]:
     return {i % x.graph.ndim for i in axis}
 
 
-for op in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs"):
-    setattr(Symbol, f"__{op}__", _apply(op))
-for op, method in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("div", "truediv"), *((op, op) for op in BITWISE)):
-    setattr(Symbol, f"__{method}__", _apply(op))
-    setattr(Symbol, f"__r{method}__", _apply(op, swapped=True))
-for op in ("abs", "sign", "sqrt", "expm1", "log", "floor", "minimum", "maximum", "where", "bits", "from_bits", "real"):
-    setattr(Symbolic, op, staticmethod(_apply(op)))
-for op in ("sum", "max", "min"):
-    setattr(Symbolic, op, _reduce(op))
+def _define_operator(operation: Operation) -> None:
+    setattr(Symbol, f"__{operation.method}__", lambda *operands: _apply(operation.name, *operands))
+    if operation.sign and operation.gives == "same":  # Python turns comparisons round by itself
+        setattr(Symbol, f"__r{operation.method}__", lambda x, other: _apply(operation.name, other, x))
+
+
+for operation in OPERATIONS.values():
+    if operation.method:
+        _define_operator(operation)
 
 
 def _with_inputs(graph: Graph, transform: Transform) -> Transform:
@@ -258,38 +261,3 @@ def is_input(value: Any) -> bool:
     """Whether a hyper-parameter is a number that may change from step to step."""
     is_array = getattr(value, "shape", None) == () and hasattr(value, "dtype")
     return is_array or (isinstance(value, float) and value != 0)
-
-
-def _log(xp: Any, x: Any) -> Any:
-    return -math.inf if xp is math and x == 0 else xp.log(x)
-
-
-def _sign(xp: Any, x: Any) -> Any:
-    return xp.sign(x) if hasattr(x, "dtype") else float((x > 0) - (x < 0)) if x == x else x
-
-
-def _where(xp: Any, condition: Any, a: Any, b: Any) -> Any:
-    return xp.where(condition, a, b) if hasattr(condition, "dtype") else a if condition else b
-
-
-_HOST: dict[str, Any] = {
-    "add": lambda xp, a, b: a + b,
-    "sub": lambda xp, a, b: a - b,
-    "mul": lambda xp, a, b: a * b,
-    "div": lambda xp, a, b: a / b,
-    "neg": lambda xp, a: -a,
-    "abs": lambda xp, a: abs(a),
-    "sign": _sign,
-    "eq": lambda xp, a, b: a == b,
-    "ne": lambda xp, a, b: a != b,
-    "lt": lambda xp, a, b: a < b,
-    "le": lambda xp, a, b: a <= b,
-    "gt": lambda xp, a, b: a > b,
-    "ge": lambda xp, a, b: a >= b,
-    "sqrt": lambda xp, a: xp.sqrt(a),
-    "expm1": lambda xp, a: xp.expm1(a),
-    "log": _log,
-    "minimum": lambda xp, a, b: min(a, b) if xp is math else xp.minimum(a, b),
-    "maximum": lambda xp, a, b: max(a, b) if xp is math else xp.maximum(a, b),
-    "where": _where,
-}

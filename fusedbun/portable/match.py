@@ -8,9 +8,8 @@ each number this is half a code's step at most (`2^(e - 126 - bits)`, `e` being 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -86,34 +85,124 @@ def inverse(mapping: Mapping[str, Target]) -> dict[str, Target]:
     return back
 
 
-def pairs(
-    file: Saved, names: Sequence[str], mapping: Names | None, partial: bool, problems: list[str]
-) -> dict[str, Pair]:
-    """Which parameter of the file belongs to which here, by the name here.
+class Loading:
+    """A file that an optimizer is to go on from: what belongs together, and the problems with what does not fit.
 
     Args:
         file: the file.
-        names: the parameters' names here.
+        names: the names of the optimizer's parameters.
         mapping: see `load_state`.
         partial: what is only in the file or only here is no problem.
-        problems: what does not fit is added to these.
     """
-    found: dict[str, Pair] = {}
-    here = set(names)
-    if isinstance(mapping, Mapping) and not partial:
-        problems += [f"{name!r} is in the mapping, but not in the file" for name in mapping.keys() - file.parameters]
-    for name, parameter in file.parameters.items():
-        target = mapping(name) if callable(mapping) else (mapping or {}).get(name, name)
-        to, axes = _target(name, target, len(parameter.shape))
-        if to in found:
-            problems.append(f"{found[to].saved.name!r} and {name!r} of the file are both to be {to!r}")
-        elif to in here:
-            found[to] = Pair(parameter, to, axes)
-        elif not partial:
-            problems.append(f"{name!r} is in the file, but {f'{to!r} is ' if to != name else ''}not here")
-    if not partial:
-        problems += [f"{name!r} is here, but not in the file" for name in names if name not in found]
-    return found
+
+    def __init__(self, file: Saved, names: Sequence[str], mapping: Names | None, partial: bool) -> None:
+        self.file = file
+        self.pairs: dict[str, Pair] = {}  # by the name here
+        self.problems: list[str] = []
+        here = set(names)
+        if isinstance(mapping, Mapping) and not partial:
+            unknown = mapping.keys() - file.parameters
+            self.problems += [f"{name!r} is in the mapping, but not in the file" for name in unknown]
+        for name, parameter in file.parameters.items():
+            target = mapping(name) if callable(mapping) else (mapping or {}).get(name, name)
+            to, axes = _target(name, target, len(parameter.shape))
+            if to in self.pairs:
+                both = f"{self.pairs[to].saved.name!r} and {name!r}"
+                self.problems.append(f"{both} of the file are both to be {to!r}")
+            elif to in here:
+                self.pairs[to] = Pair(parameter, to, axes)
+            elif not partial:
+                self.problems.append(f"{name!r} is in the file, but {f'{to!r} is ' if to != name else ''}not here")
+        if not partial:
+            self.problems += [f"{name!r} is here, but not in the file" for name in names if name not in self.pairs]
+
+    def groups(self, names: Iterable[str]) -> list[Group]:
+        """The groups that parameters of these names here have in the file."""
+        found = {self.pairs[name].saved.group: None for name in names if name in self.pairs}
+        return [self.file.groups[index] for index in found]
+
+    def matches(
+        self,
+        parameters: Sequence[Parameter],
+        groups: Sequence[Group | None],
+        choices: Callable[[Parameter], Sequence[Mapping[str, Slot]]],
+    ) -> dict[str, Match]:
+        """What each parameter here takes of the file, by its name.
+
+        Args:
+            parameters: the optimizer's.
+            groups: their groups; None for one whose parameters take nothing.
+            choices: what may be kept for a parameter (`entries.slots_of`); the first that fits is.
+        """
+        together: dict[tuple[int, int], list[str]] = {}
+        for p in parameters:
+            if p.name in self.pairs:
+                together.setdefault((self.pairs[p.name].saved.group, p.group), []).append(p.name)
+        alike = {
+            (there, here): self._compare(self.file.groups[there], group, names)
+            for (there, here), names in together.items()
+            if (group := groups[here]) is not None
+        }
+        found = {}
+        for p in parameters:
+            pair = self.pairs.get(p.name)
+            if pair is not None and alike.get((pair.saved.group, p.group)):
+                match = self._matched(pair, p, choices(p))
+                if match is not None:
+                    found[p.name] = match
+        return found
+
+    def _compare(self, saved: Group, here: Group, names: Sequence[str]) -> bool:
+        """Whether two chains compute the same for these parameters, hyper-parameters that are numbers apart."""
+        of = f" (of {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
+        if [*saved.transformations] != [*here.transformations]:
+            was, now = (" → ".join(x.transformations) or "none" for x in (saved, here))
+            self.problems.append(f"the transformations in the file are {was:.300}, but here {now}{of}")
+            return False
+        wrong = [
+            f"{transform}.{name} is {known[name]!r:.100} in the file, but {value!r} here{of}"
+            for transform, values in here.transformations.items()
+            for known in [saved.transformations[transform]]
+            for name, value in values.items()
+            if name in known and known[name] != value
+        ]
+        self.problems += wrong
+        return not wrong
+
+    def _matched(self, pair: Pair, here: Parameter, choices: Sequence[Mapping[str, Slot]]) -> Match | None:
+        """What a parameter here takes of the file; None where it cannot."""
+        saved, axes = pair.saved, pair.axes
+        was = saved.shape if axes is None else tuple(saved.shape[axis] for axis in axes)
+        if was != here.shape:
+            order = "" if axes is None else f" and {was} in the order {axes} of its axes"
+            self.problems.append(f"{pair.name!r} has shape {saved.shape} in the file{order}, but {here.shape} here")
+            return None
+        if saved.dtype != here.dtype:
+            self.problems.append(f"{pair.name!r} is {saved.dtype} in the file, but {here.dtype} here")
+            return None
+        if saved.slots is None:
+            return Match(saved, axes, None, {})
+        first: list[str] | None = None
+        for slots in choices:
+            wrong: list[str] = []
+            origins = _origins(pair, saved.slots, slots, wrong)
+            if not wrong:
+                return Match(saved, axes, slots, origins)
+            first = wrong if first is None else first
+        self.problems += first or []
+        return None
+
+    def refuse(self, owner: str) -> None:
+        """Raises a ValueError that lists the problems, if there are any."""
+        if not self.problems:
+            return
+        more = [f"… and {len(self.problems) - _LISTED} more"] if len(self.problems) > _LISTED else []
+        raise ValueError(
+            f"{self.file.path} does not fit this {owner}, so nothing was loaded:\n  "
+            + "\n  ".join([*self.problems[:_LISTED], *more])
+            + "\nMake the optimizer with the hyper-parameters that the saved one had; mapping= is for other names and "
+            "layouts, and partial=True loads the parameters that are both here and in the file."
+        )
 
 
 def _target(name: str, target: Target, ndim: int) -> tuple[str, tuple[int, ...] | None]:
@@ -121,8 +210,8 @@ def _target(name: str, target: Target, ndim: int) -> tuple[str, tuple[int, ...] 
     if isinstance(target, str):
         return target, None
     try:
-        to, given = target
-        axes = tuple(int(axis) for axis in given)
+        to, order = target
+        axes = tuple(int(axis) for axis in order)
     except (TypeError, ValueError):
         to, axes = None, ()
     if not isinstance(to, str) or sorted(axes) != [*range(ndim)]:
@@ -131,65 +220,6 @@ def _target(name: str, target: Target, ndim: int) -> tuple[str, tuple[int, ...] 
             f"('dense.kernel', {(*reversed(range(ndim)),)}), but it is {target!r}"
         )
     return to, None if axes == (*range(ndim),) else axes
-
-
-def compare_groups(saved: Group, here: Group, names: Sequence[str], problems: list[str]) -> bool:
-    """Whether two chains compute the same, hyper-parameters that are numbers apart; adds to the problems if not.
-
-    Args:
-        saved: the group in the file.
-        here: the group here.
-        names: the parameters here that the chain steps.
-        problems: what does not fit is added to these.
-    """
-    of = f" (of {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
-    before = len(problems)
-    if [*saved.transformations] != [*here.transformations]:
-        was, now = (" → ".join(x.transformations) or "none" for x in (saved, here))
-        problems.append(f"the transformations in the file are {was:.300}, but here {now}{of}")
-        return False
-    for transform, values in here.transformations.items():
-        known = saved.transformations[transform]
-        problems += [
-            f"{transform}.{name} is {known[name]!r:.100} in the file, but {value!r} here{of}"
-            for name, value in values.items()
-            if name in known and known[name] != value
-        ]
-    return len(problems) == before
-
-
-def matched(
-    pair: Pair, shape: Shape, dtype: str, choices: Sequence[Mapping[str, Slot]], problems: list[str]
-) -> Match | None:
-    """What a parameter here takes of the file; None, and a problem more, where it cannot.
-
-    Args:
-        pair: the parameter in the file.
-        shape: the parameter's shape here.
-        dtype: its dtype here.
-        choices: what may be kept for it (`entries.slots_of`); the first that fits is.
-        problems: what does not fit is added to these.
-    """
-    saved, axes = pair.saved, pair.axes
-    was = saved.shape if axes is None else tuple(saved.shape[axis] for axis in axes)
-    if was != shape:
-        order = "" if axes is None else f" and {was} in the order {axes} of its axes"
-        problems.append(f"{pair.name!r} has shape {saved.shape} in the file{order}, but {shape} here")
-        return None
-    if saved.dtype != dtype:
-        problems.append(f"{pair.name!r} is {saved.dtype} in the file, but {dtype} here")
-        return None
-    if saved.slots is None:
-        return Match(saved, axes, None, {})
-    first: list[str] | None = None
-    for slots in choices:
-        wrong: list[str] = []
-        origins = _origins(pair, saved.slots, slots, wrong)
-        if not wrong:
-            return Match(saved, axes, slots, origins)
-        first = wrong if first is None else first
-    problems += first or []
-    return None
 
 
 def _origins(pair: Pair, saved: Mapping[str, Slot], here: Mapping[str, Slot], wrong: list[str]) -> dict[str, str]:
@@ -221,19 +251,6 @@ def _alike(slots: Mapping[str, Slot], key: str, axes: set[int]) -> list[str]:
     """The slots for these axes of the transformation that the key names."""
     owner = key.partition(".")[0]
     return [name for name, slot in slots.items() if name.partition(".")[0] == owner and set(slot.axes) == axes]
-
-
-def refuse(path: Path, owner: str, problems: Sequence[str]) -> None:
-    """Raises a ValueError that lists the problems, if there are any."""
-    if not problems:
-        return
-    more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-    raise ValueError(
-        f"{path} does not fit this {owner}, so nothing was loaded:\n  "
-        + "\n  ".join([*problems[:_LISTED], *more])
-        + "\nMake the optimizer with the hyper-parameters that the saved one had; mapping= is for other names and "
-        "layouts, and partial=True loads the parameters that are both here and in the file."
-    )
 
 
 def recoded(parts: Mapping[str, Numbers], shape: Shape, axes: Sequence[int], code: str) -> dict[str, Numbers]:

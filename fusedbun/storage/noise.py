@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fusedbun.operations import Functions
 from fusedbun.transform import Array
 
 BLOCK = 32  # numbers that share an exponent
@@ -22,17 +23,9 @@ SIGNLESS, QUIET = 0x7FFFFFFF, 0x00400000  # of float32: all bits but the sign, a
 LEAST, MOST = 27, 254  # exponents that a block may have: below, its numbers count as 0; above are infinities and NaN
 
 
-class Words(Protocol):
+class Words(Functions, Protocol):
     """The array functions that rounding and codes use beside operators."""
 
-    def bits(self, x: Array, /) -> Array: ...  # a float32's as a word
-    def from_bits(self, word: Array, /) -> Array: ...
-    def real(self, word: Array, /) -> Array: ...  # a whole number as a float32
-    def whole(self, x: Array, /) -> Array: ...  # and back
-    def floor(self, x: Array, /) -> Array: ...
-    def minimum(self, a: Array, b: Array, /) -> Array: ...
-    def maximum(self, a: Array, b: Array, /) -> Array: ...
-    def where(self, condition: Array, a: Array, b: Array, /) -> Array: ...
     def block_max(self, words: Array, /) -> Array: ...  # of each block, repeated for none of its elements
 
 

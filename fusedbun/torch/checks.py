@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedbun.chain import Chain, own
 from fusedbun.storage.codes import Stored
-from fusedbun.torch.state import State, name_of_dtype, stored_dtype
+from fusedbun.torch.state import State, dtype_name, stored_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,7 +95,7 @@ def check_state(chain: Chain, name: str, param: Tensor, state: State, arrays: Ma
             )
         if stored.dtype != stored_dtype(arrays[key]):
             raise ValueError(
-                f"the state {key!r} of {name} is {name_of_dtype(stored.dtype)}, but {arrays[key].dtype} is stored now; "
+                f"the state {key!r} of {name} is {dtype_name(stored.dtype)}, but {arrays[key].dtype} is stored now; "
                 f"what it is stored in must not change in a run: load its state_dict into a new optimizer with "
                 f"convert=True"
             )

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from fusedbun.chain import COUNTER, Chain, own
-from fusedbun.hyper import plain
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
 from fusedbun.torch import sparse
-from fusedbun.torch.state import State, compute_dtype, name_of_dtype
+from fusedbun.torch.implementation import Implementation
+from fusedbun.torch.leaf import Arguments, Leaf
+from fusedbun.torch.state import State, compute_dtype, dtype_name
 from fusedbun.transform import Signal, Transform
 
 
-class Leaf(NamedTuple):
-    """A parameter about to be stepped, and what it is stepped with.
+class Definition(Implementation):
+    """The rules as they are written; it serves everything."""
+
+    name = "definition"
+
+    def refusal(self, leaf: Leaf) -> None:
+        """There is nothing that it does not serve."""
+
+    def prepare(self, leaf: Leaf) -> None:
+        """Needs nothing prepared."""
+
+    def step(self, leaves: Sequence[Leaf]) -> None:
+        """Steps the leaves one after the other."""
+        step_leaves(leaf.arguments for leaf in leaves)
+
+
+def step_leaves(leaves: Iterable[Arguments]) -> None:
+    """One step of each of these parameters."""
+    for arguments in leaves:
+        step_leaf(*arguments)
+
+
+def step_leaf(
+    chain: Chain,
+    lr: float | Tensor,
+    maximize: bool,
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    rows: Tensor | None = None,
+) -> None:
+    """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written.
+
+    Where the gradient is sparse the rows that it touches are stepped as a parameter of their own.
 
     Args:
         chain: the chain for it.
@@ -29,55 +60,14 @@ class Leaf(NamedTuple):
         state: its state.
         rows: which of its rows these are; None: all.
     """
-
-    chain: Chain
-    lr: float | Tensor
-    maximize: bool
-    param: Tensor
-    grad: Tensor
-    state: State
-    rows: Tensor | None = None
-
-
-def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
-    """The learning rate as a step takes it: a tensor of one element loses its axes, to broadcast to any shape.
-
-    Compiled code gets a tensor, for a graph specialises on a Python float.
-    """
-    if isinstance(lr, Tensor):
-        return lr.reshape(())
-    number: float = plain(lr)
-    return torch.tensor(number, dtype=torch.float64) if compiling else number
-
-
-def compilable(leaf: Leaf) -> bool:
-    """Whether the leaf may be stepped in compiled code.
-
-    torch 2.13 drops in-place changes of 0-d float64 tensors in code compiled for the CPU.
-    """
-    return bool(leaf.param.ndim) and not leaf.grad.is_sparse
-
-
-def step_leaves(leaves: list[Leaf]) -> None:
-    """One step of each of these parameters."""
-    for leaf in leaves:
-        step_leaf(leaf)
-
-
-def step_leaf(leaf: Leaf) -> None:
-    """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written.
-
-    Where the gradient is sparse the rows that it touches are stepped as a parameter of their own.
-    """
-    chain, lr, maximize, param, grad, state, rows = leaf
     if not param.numel():
         return
     if grad.is_sparse:
-        step_rows(leaf)
+        step_rows(chain, lr, maximize, param, grad, state)
         return
     dtype = compute_dtype(param.dtype)
     p, g = param.to(dtype), grad.to(dtype)
-    storage = Storage(xp, chain.rounding, p, name_of_dtype(param.dtype), sparse.places(rows, p))
+    storage = Storage(xp, chain.rounding, p, dtype_name(param.dtype), sparse.places(rows, p))
     signal = Signal(-g if maximize else g)
     for transform in chain:
         signal = advance(transform, signal, state, p, storage)
@@ -88,14 +78,14 @@ def step_leaf(leaf: Leaf) -> None:
         param.copy_(p)
 
 
-def step_rows(leaf: Leaf) -> None:
+def step_rows(chain: Chain, lr: float | Tensor, maximize: bool, param: Tensor, grad: Tensor, state: State) -> None:
     """One step of the rows that a sparse gradient touches."""
-    rows, values = sparse.touched(leaf.grad)
-    by_row = {key: x for key, x in leaf.state.items() if x.shape[0] == leaf.param.shape[0] and key != COUNTER}
-    state = leaf.state | {key: x[rows] for key, x in by_row.items()}
-    part = leaf._replace(param=leaf.param[rows], grad=values, state=state, rows=rows)
-    step_leaf(part)
-    for whole, new in ((leaf.param, part.param), *((x, state[key]) for key, x in by_row.items())):
+    rows, values = sparse.touched(grad)
+    by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != COUNTER}
+    of_rows = state | {key: x[rows] for key, x in by_row.items()}
+    part = param[rows]
+    step_leaf(chain, lr, maximize, part, values, of_rows, rows)
+    for whole, new in ((param, part), *((x, of_rows[key]) for key, x in by_row.items())):
         whole.index_copy_(0, rows, new)
 
 

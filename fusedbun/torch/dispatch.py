@@ -12,41 +12,34 @@ kernels or by tiles (`fusedbun.torch.sharding.parts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.metrics import Products
-from fusedbun.torch import kernels, metrics, tiles
-from fusedbun.torch.definition import Leaf, compilable, learning_rate, step_leaf, step_leaves
-from fusedbun.torch.kernels import Batch, Described
-from fusedbun.torch.overlap import Written, check_overlap
-from fusedbun.torch.prepare import Group, Place, Prepared, prepare, ready
-from fusedbun.torch.sharding import parts as sharded
+from fusedbun.torch import metrics
+from fusedbun.torch.compiled import Compiled, is_compilable
+from fusedbun.torch.definition import Definition
+from fusedbun.torch.implementation import Implementation, Repeat
+from fusedbun.torch.kernel import Kernel
+from fusedbun.torch.leaf import Arguments, Group, Leaf, Owner, Place, identical, make_leaves, with_gradient
+from fusedbun.torch.overlap import check_memory
+from fusedbun.torch.sharding.parts import Sharded
 from fusedbun.torch.sharding.placement import is_sharded
+from fusedbun.torch.state import update_state
+from fusedbun.torch.tiles import Tiles
 
-if TYPE_CHECKING:
-    from fusedbun.torch.driver import TransformOptimizer
-
-KERNEL, COMPILED, TILES, DEFINITION = IMPLEMENTATIONS = ("kernel", "compiled", "tiles", "definition")
-SHARDED = "sharded"  # what steps DTensors
+DEFINITION, SHARDED = Definition(), Sharded()
+REGISTRY: dict[str, Implementation] = {one.name: one for one in (SHARDED, Kernel(), Compiled(), Tiles(), DEFINITION)}
+IMPLEMENTATIONS = tuple(name for name in REGISTRY if name != SHARDED.name)  # those that can be asked for by name
 # By the type of device, the best first. CUDA has no kernels in use yet.
-BEST = {"cpu": (KERNEL, TILES, DEFINITION), "cuda": (COMPILED, TILES, DEFINITION)}
-ELSEWHERE = (TILES, DEFINITION)
+BEST = {"cpu": ("kernel", "tiles", "definition"), "cuda": ("compiled", "tiles", "definition")}
+ELSEWHERE = ("tiles", "definition")
 
-
-class Chosen(NamedTuple):
-    """What steps a parameter: an implementation and what it found for this parameter."""
-
-    prepared: Prepared
-    implementation: str
-    found: Any
+Chosen = dict[Implementation, list[Leaf]]
 
 
 def check_implementation(owner: str, name: str | None) -> None:
@@ -58,150 +51,146 @@ def check_implementation(owner: str, name: str | None) -> None:
         )
 
 
-def step(optimizer: TransformOptimizer, groups: list[Group], batch: Batch) -> Batch:
-    """Steps every parameter that has a gradient; everything is checked before anything is changed.
+def options(leaf: Leaf) -> tuple[str, ...]:
+    """The implementations that may step a leaf, the best first."""
+    if is_sharded(leaf.param):
+        return (SHARDED.name,)
+    if not leaf.is_dense:
+        return (DEFINITION.name,)
+    return (leaf.asked,) if leaf.asked else BEST.get(leaf.param.device.type, ELSEWHERE)
+
+
+def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
+    """The best implementation that serves a leaf, which has prepared it.
 
     Args:
-        optimizer: the optimizer.
-        groups: its param groups, as they are now.
-        batch: the leaves that its kernels stepped last; it says where only one parameter is to be stepped.
-
-    Returns:
-        Those that they step now.
-    """
-    if not batch.holds(groups, optimizer.state):
-        batch = Batch(groups, [], batch.only)
-    found, alone = prepare(optimizer, groups, batch.others_with_gradient()), batch.only is not None
-    chosen = [choose(optimizer, p, groups, alone) for p in found]
-    check_memory(optimizer, batch, chosen)
-    leaves = [ready(optimizer, one.prepared) for one in chosen]
-    batch = batch.extended(described(chosen, leaves))
-    parts = parts_of(chosen, leaves)
-    batch.step()
-    step_without_kernels(chosen, leaves, parts)
-    return batch
-
-
-def step_recorded(
-    optimizer: TransformOptimizer, groups: list[Group], places: Iterable[Place]
-) -> dict[Tensor, Products]:
-    """The same step of some parameters, one after the other, with the inner products of their metrics."""
-    chosen = [choose(optimizer, p, groups) for p in prepare(optimizer, groups, places)]
-    check_memory(optimizer, Batch(groups, []), chosen)
-    leaves = [ready(optimizer, one.prepared) for one in chosen]
-    products = {}
-    for one, leaf in zip(chosen, leaves, strict=True):
-        before = leaf.param.clone()
-        if one.implementation == COMPILED:  # which is for all parameters together
-            step_leaf(leaf)
-        else:
-            Batch(groups, []).extended(described([one], [leaf])).step()
-            step_without_kernels([one], [leaf], parts_of([one], [leaf]))
-        products[leaf.param] = metrics.record(before, leaf.param, leaf.grad, leaf.state)
-    return products
-
-
-def choose(optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group], alone: bool = False) -> Chosen:
-    """What steps a parameter.
-
-    Args:
-        optimizer: the optimizer.
-        prepared: the parameter.
-        groups: its param groups.
-        alone: it is stepped by itself, so that compiling, which is for all parameters together, is left out.
+        owner: the optimizer.
+        leaf: the leaf.
+        alone: it is stepped by itself, so that what is for all parameters together is left out.
 
     Raises:
-        KernelError: what was asked for by name does not serve it.
+        KernelError: the only one that may step it cannot.
     """
-    param, asked = prepared.leaf.param, optimizer.implementation
-    if is_sharded(param):
-        return Chosen(prepared, SHARDED, _planned(optimizer, prepared))
-    if not (kernels.is_dense(param) and kernels.is_dense(param.grad)):
-        return Chosen(prepared, DEFINITION, None)
-    options = (asked,) if asked else BEST.get(param.device.type, ELSEWHERE)
-    for name in options:
-        if alone and name == COMPILED:
+    names = options(leaf)
+    for implementation in (REGISTRY[name] for name in names):
+        if alone and implementation.together:
             continue
-        try:
-            return Chosen(prepared, name, _find(name, optimizer, prepared, groups))
-        except (KernelError, UnplannableError) as error:
-            if asked:
-                owner = type(optimizer).__name__
-                raise KernelError(f"{owner}: implementation={asked!r} cannot step {prepared.name}: {error}") from error
-            if not isinstance(error, kernels.UnsuitedError):
-                optimizer.warn_once(f"its steps take longer than they need to, for {error}")
+        error = None
+        if (reason := implementation.refusal(leaf)) is None:
+            try:
+                leaf.prepared = implementation.prepare(leaf)
+                return implementation
+            except (KernelError, UnplannableError) as found:
+                reason, error = str(found), found
+        if len(names) == 1:
+            text = implementation.error.format(owner=type(owner).__name__, asked=leaf.asked, leaf=leaf.name)
+            raise KernelError(f"{text}: {reason}") from error
+        if error:
+            owner.warn_once(f"its steps take longer than they need to, for {reason}")
     raise AssertionError("the definition serves everything")
 
 
-def _planned(optimizer: TransformOptimizer, prepared: Prepared) -> sharded.Plan:
-    """The plan of a sharded parameter; raises a KernelError where it cannot be stepped."""
-    try:
-        return sharded.plan(prepared.leaf, optimizer.implementation)
-    except (KernelError, UnplannableError) as error:
-        raise KernelError(f"{type(optimizer).__name__} cannot step {prepared.name} part by part: {error}") from error
+def prepare(
+    owner: Owner, groups: list[Group], places: Iterable[Place], kept: Iterable[Leaf] = (), alone: bool = False
+) -> Chosen:
+    """Chooses what steps these parameters, and makes their leaves ready; everything is checked before state is made.
+
+    Args:
+        owner: the optimizer.
+        groups: its param groups, as they are now.
+        places: the parameters, which have a gradient.
+        kept: leaves that are stepped with them, and are ready.
+        alone: the parameter is stepped by itself.
+    """
+    leaves = make_leaves(owner, groups, places)
+    chosen: Chosen = {}
+    for leaf in leaves:
+        chosen.setdefault(choose(owner, leaf, alone), []).append(leaf)
+    check_memory([leaf for implementation, of in chosen.items() if implementation.at_once for leaf in of], kept)
+    _bring_up_to_date(owner, leaves)
+    return chosen
 
 
-def _find(name: str, optimizer: TransformOptimizer, prepared: Prepared, groups: list[Group]) -> Any:
-    leaf = prepared.leaf
-    if name == KERNEL:
-        return kernels.find(prepared, groups[prepared.place[0]], optimizer.state.get(leaf.param, {}))
-    if name == COMPILED and leaf.param.is_cuda and find_spec("triton") is None:
-        raise KernelError("torch.compile needs triton, which is not installed")
-    return tiles.find(leaf) if name == TILES else None
+def _bring_up_to_date(owner: Owner, leaves: Iterable[Leaf]) -> None:
+    for leaf in leaves:
+        leaf.state = update_state(owner.state[leaf.param], leaf.param, leaf.arrays)
 
 
-def check_memory(optimizer: TransformOptimizer, batch: Batch, chosen: list[Chosen]) -> None:
-    """Raises a ValueError where new leaves of kernels share memory with others, or with themselves."""
-    arrays = []
-    for one in chosen:
-        if one.implementation == KERNEL:
-            name, param, grad = one.prepared.name, one.prepared.leaf.param, one.prepared.leaf.grad
-            arrays += [Written(name, param), Written(f"the gradient of {name}", grad, is_written=False)]
-            state = optimizer.state.get(param, {})
-            arrays += [
-                Written(f"the state {key!r} of {name}", state[key]) for key in one.prepared.arrays if key in state
-            ]
-    if arrays:
-        check_overlap([*arrays, *batch.written()])
+class Stepper:
+    """Steps an optimizer's parameters, or one of them, and keeps from one step to the next what can be repeated.
+
+    Args:
+        only: the place of the one parameter that is stepped, wherever others have gradients; None: all are.
+    """
+
+    def __init__(self, only: Place | None = None) -> None:
+        self.groups: list[Group] = []  # as the last step found them
+        self._only = only
+        self._repeats: dict[Implementation, Repeat] = {}
+        self._others: list[Place] = []  # the parameters that are in none of them
+
+    def step(self, owner: Owner, groups: list[Group]) -> None:
+        """Steps every parameter that has a gradient; everything is checked before anything is changed.
+
+        Args:
+            owner: the optimizer.
+            groups: its param groups, as they are now.
+        """
+        repeats = self._repeats if self._hold(groups, owner.state) else {}
+        others = self._others if repeats else self._places(groups)
+        chosen: Chosen = {}
+        if places := [(g, i) for g, i in others if groups[g].params[i].grad is not None]:
+            kept = (leaf for repeat in repeats.values() for leaf in repeat.leaves())
+            chosen = prepare(owner, groups, places, kept, alone=self._only is not None)
+        renewed = {}
+        for implementation in REGISTRY.values():
+            before = repeats.get(implementation)
+            if leaves := chosen.get(implementation):
+                repeat = implementation.step([*before.leaves(), *leaves] if before else leaves)
+                if repeat is not None:
+                    renewed[implementation] = repeat
+            elif before is not None:
+                before.step()
+        self.groups, self._repeats, self._others = groups, {**repeats, **renewed}, others
+        if renewed:
+            held = {leaf.place for repeat in renewed.values() for leaf in repeat.leaves()}
+            self._others = [place for place in others if place not in held]
+
+    def _hold(self, groups: list[Group], state: Mapping[Tensor, Any]) -> bool:
+        """Whether what was stepped before can be repeated, and the other parameters are those that they were."""
+        if not identical([group.params for group in groups], [group.params for group in self.groups]):
+            return False
+        return all(repeat.holds(groups, state) for repeat in self._repeats.values())
+
+    def _places(self, groups: list[Group]) -> list[Place]:
+        if self._only is not None:
+            return [self._only]
+        return [(g, i) for g, group in enumerate(groups) for i in range(len(group.params))]
 
 
-def described(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> list[Described]:
-    """Those of the leaves that kernels step."""
-    return [
-        Described(
-            one.prepared.place, one.prepared.name, one.found, leaf.chain, leaf.param, leaf.state, leaf.grad.stride()
-        )
-        for one, leaf in zip(chosen, leaves, strict=True)
-        if one.implementation == KERNEL
-    ]
+def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) -> dict[Tensor, Products]:
+    """The same step of some parameters, one after the other, with the inner products of their metrics."""
+    products = {}
+    for implementation, leaves in prepare(owner, groups, places).items():
+        step_one = (DEFINITION if implementation.together else implementation).step
+        for leaf in leaves:
+            before, grad = leaf.param.clone(), leaf.grad
+            step_one([leaf])
+            products[leaf.param] = metrics.record(before, leaf.param, grad, leaf.state)
+    return products
 
 
-def parts_of(chosen: Sequence[Chosen], leaves: Sequence[Leaf]) -> list[sharded.Part]:
-    """This process's parts of those of the leaves that are sharded."""
-    return [
-        sharded.part(leaf, one.found) for one, leaf in zip(chosen, leaves, strict=True) if one.implementation == SHARDED
-    ]
-
-
-def step_without_kernels(chosen: Sequence[Chosen], leaves: Sequence[Leaf], parts: Sequence[sharded.Part]) -> None:
-    """Steps the leaves that other implementations serve, `parts` being those of the sharded ones."""
-    rates: dict[int, Any] = {}
-    to_compile = []
-    for (_, implementation, found), leaf in zip(chosen, leaves, strict=True):
-        if implementation == TILES:
-            tiles.step_leaf(leaf, found)
-        elif implementation == COMPILED and compilable(leaf):
-            lr = rates.setdefault(id(leaf.lr), learning_rate(leaf.lr, compiling=True))
-            to_compile.append(leaf._replace(lr=lr))
-        elif implementation not in (KERNEL, SHARDED):
-            step_leaf(leaf)
-    if parts:
-        sharded.step(parts)
-    if to_compile:
-        compiled()(to_compile)
-
-
-@cache
-def compiled() -> Callable[[list[Leaf]], None]:
-    """`step_leaves`, compiled by torch when it is first called."""
-    return torch.compile(step_leaves)
+def step_uncompiled(owner: Owner, groups: list[Group]) -> list[Arguments]:
+    """Steps what cannot be stepped in code that the user compiles; what the definition steps the rest with."""
+    leaves = make_leaves(owner, groups, with_gradient(groups), compiling=True)
+    chosen: Chosen = {SHARDED: [], DEFINITION: []}
+    compilable: list[Leaf] = []
+    for leaf in leaves:
+        if is_sharded(leaf.param):
+            chosen[choose(owner, leaf)].append(leaf)
+        else:
+            (compilable if is_compilable(leaf) else chosen[DEFINITION]).append(leaf)
+    _bring_up_to_date(owner, leaves)
+    for implementation, those in chosen.items():
+        implementation.step(those)
+    return [leaf.arguments for leaf in compilable]

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun import derive
 from fusedbun.chain import Chain, Rounding
 from fusedbun.hyper import NonNegative, Whole, check
 from fusedbun.metrics import Products, measured
-from fusedbun.recipes import Recipe
+from fusedbun.recipe import INITIAL_LR, Recipe
 from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
-from fusedbun.torch.definition import Leaf, compilable, step_leaves
-from fusedbun.torch.kernels import Batch
-from fusedbun.torch.prepare import look, prepare, ready, with_gradient
-from fusedbun.torch.sharding import parts as sharded
+from fusedbun.torch.definition import step_leaves
+from fusedbun.torch.dispatch import Stepper
+from fusedbun.torch.leaf import Arguments, read_groups, with_gradient
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
-from fusedbun.torch.state import follow, name_of_dtype
-
-if TYPE_CHECKING:
-    from fusedbun.torch.release import GradientRelease
+from fusedbun.torch.state import dtype_name, update_state
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
 _OWN = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
+
+
+class Release(Protocol):
+    """Gradient release, as the optimizer sees it (`fusedbun.torch.release.GradientRelease`)."""
+
+    def finish(self) -> dict[Tensor, Products]: ...
+    def forget(self) -> None: ...
+    def remove(self) -> None: ...
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -56,7 +59,7 @@ class TransformOptimizer(torch.optim.Optimizer):
     densifies_sparse_gradients = False
     metric_functions = metrics.FUNCTIONS
     record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
-    gradient_release: GradientRelease | None = None  # what `fusedbun.release_gradients` has attached
+    gradient_release: Release | None = None  # what `fusedbun.release_gradients` has attached
     _saved: loading.Saved | None = None
     _convert = False
 
@@ -75,7 +78,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         dispatch.check_implementation(type(self).__name__, implementation)
         self.recipe = recipe
         self._implementation = implementation
-        self._batch = Batch([], [])
+        self._stepper = Stepper()
         self._products: dict[Tensor, Products] = {}
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
@@ -107,7 +110,7 @@ class TransformOptimizer(torch.optim.Optimizer):
                 name = name_of(group, len(self.param_groups) - 1, index)
                 self._check_parameter(name, param)
                 here = chain_at(chain, self.param_groups, len(self.param_groups) - 1, index)
-                arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
+                arrays = here.arrays(tuple(param.shape), dtype_name(param.dtype))
                 if is_sharded(param):
                     check_placement(type(self).__name__, name, param, arrays)
                     placed[param] = arrays
@@ -117,7 +120,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
         for param, arrays in placed.items():
             if param.requires_grad and not param.is_meta:
-                follow(self.state[param], param, arrays)
+                update_state(self.state[param], param, arrays)
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
         if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
@@ -171,7 +174,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._batch, self._products = Batch([], []), {}
+        self._stepper, self._products = Stepper(), {}
         if self.gradient_release:
             self.gradient_release.forget()
         for group in self.param_groups:
@@ -195,38 +198,28 @@ class TransformOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            step_leaves(self._prepare_compiled())
+            step_leaves(self._step_uncompiled())
         else:
             self._step()
         return loss
 
     def _step(self) -> None:
-        products = self._finish_release()
+        products = self.gradient_release.finish() if self.gradient_release else {}
         if self.record_metrics:
-            groups = look(self, [])
+            groups = read_groups(self, [])
             products |= dispatch.step_recorded(self, groups, with_gradient(groups))
         else:
-            self._batch = dispatch.step(self, look(self, self._batch.groups), self._batch)
+            self._stepper.step(self, read_groups(self, self._stepper.groups))
         self._products = products
 
-    def _finish_release(self) -> dict[Tensor, Products]:
-        """Ends the step of parameters that are stepped in the backward pass; what was recorded of it."""
-        return self.gradient_release.finish() if self.gradient_release else {}
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _prepare_compiled(self) -> list[Leaf]:
-        """The leaves to be stepped in code that the user compiles; what cannot be has been stepped."""
+    def _step_uncompiled(self) -> list[Arguments]:
+        """Steps what is not for code that the user compiles, and returns what is, as the definition takes it."""
         if self.record_metrics:
             self._step()
             return []
-        self._products, groups = self._finish_release(), look(self, [])
-        leaves = [ready(self, p) for p in prepare(self, groups, with_gradient(groups), compiling=True)]
-        in_parts = [sharded.part(x, sharded.plan(x, self.implementation)) for x in leaves if is_sharded(x.param)]
-        if in_parts:
-            sharded.step(in_parts)
-        leaves = [leaf for leaf in leaves if not is_sharded(leaf.param)]
-        step_leaves([leaf for leaf in leaves if not compilable(leaf)])
-        return [leaf for leaf in leaves if compilable(leaf)]
+        self._products = self.gradient_release.finish() if self.gradient_release else {}
+        return dispatch.step_uncompiled(self, read_groups(self, []))
 
     def report_per_parameter_metrics(
         self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
@@ -264,7 +257,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         check(type(self).__name__, _OWN, {name: group[name] for name in _OWN})
         given = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
-            given[derive.INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
+            given[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
         return replace(self.recipe.make(**given), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
 
     def check_lr(self, lr: Any) -> None:
@@ -277,7 +270,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         if self.recipe.fixed_lr and (isinstance(lr, Tensor) or lr != self.recipe.lr):
             raise ValueError(f"{owner}: lr is fixed at {self.recipe.lr:g}, but it is {lr!r}; leave out the scheduler")
 
-    def given(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    def chain_arguments(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What the chains of a group's parameters are made of, and how they are stepped, beside the learning rate."""
         first = (group.get(FIRST_LR, group["lr"]),) if self.recipe.wants_initial_lr else ()
         hyperparameters = (group[name] for name in self._hyperparameters)

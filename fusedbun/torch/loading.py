@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,10 @@ from fusedbun.storage.codes import Stored
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
 from fusedbun.torch.checks import chain_at
+from fusedbun.torch.leaf import Owner
 from fusedbun.torch.sharding.placement import local, places_of, put
-from fusedbun.torch.state import State, compute_dtype, name_of_dtype, stored_dtype, zeros
+from fusedbun.torch.state import State, compute_dtype, dtype_name, stored_dtype, zeros
 from fusedbun.transform import Shape, Slot
-
-if TYPE_CHECKING:
-    from fusedbun.torch.driver import TransformOptimizer
 
 Saved = dict[Tensor, Mapping[str, Tensor]]
 
@@ -39,7 +37,7 @@ def without_rules(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
                 del group[name]
 
 
-def with_own(optimizer: TransformOptimizer, state_dict: dict[str, Any], convert: bool) -> dict[str, Any]:
+def with_own(optimizer: Owner, state_dict: dict[str, Any], convert: bool) -> dict[str, Any]:
     """A saved dict with what the optimizer's groups keep of their own: rules, and what state is stored in.
 
     Raises:
@@ -78,7 +76,7 @@ def chooses_storage(name: str) -> bool:
     return name.endswith("dtype") or name == "stochastic_rounding"
 
 
-def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any], convert: bool) -> Saved:
+def saved_state(optimizer: Owner, state_dict: Mapping[str, Any], convert: bool) -> Saved:
     """The saved state of each parameter, once all of it is known to fit, as this optimizer stores it.
 
     Args:
@@ -103,7 +101,7 @@ def saved_state(optimizer: TransformOptimizer, state_dict: Mapping[str, Any], co
         for i, (param, index) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
             entries, shape = dict(state_dict["state"].get(index, {})), tuple(param.shape)
             counted = {COUNTER: entries.pop(COUNTER)} if COUNTER in entries else {}
-            dtype = name_of_dtype(param.dtype)
+            dtype = dtype_name(param.dtype)
             before, now = chain_at(was, ours, g, i), chain_at(chain, ours, g, i)
             found, wanted = before.arrays(shape, dtype), now.arrays(shape, dtype)
             for key, value in entries.items():
@@ -148,7 +146,7 @@ def _check(owner: str, index: Any, key: str, value: Any, stored: Stored, shape: 
     dtype = stored_dtype(stored)
     if value.dtype != dtype and not (convert and value.is_floating_point() and dtype.is_floating_point):
         raise ValueError(
-            f"{owner}: the saved {key!r} of parameter {index} is {name_of_dtype(value.dtype)}, but it is stored in "
+            f"{owner}: the saved {key!r} of parameter {index} is {dtype_name(value.dtype)}, but it is stored in "
             f"{stored.dtype}; to have it converted, load_state_dict(…, convert=True)"
         )
 
@@ -164,7 +162,7 @@ def _check_parts(owner: str, index: Any, slots: Mapping[str, Slot], dtype: str, 
 
 def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, Tensor]) -> State:
     """The state as it is stored now, from how it was; of a DTensor each process converts its part."""
-    dtype, name, shape = compute_dtype(param.dtype), name_of_dtype(param.dtype), tuple(param.shape)
+    dtype, name, shape = compute_dtype(param.dtype), dtype_name(param.dtype), tuple(param.shape)
     like, places = local(param.detach()), places_of(param)
     was, will = (Storage(xp, chain.rounding, like, name, places) for chain in (before, now))
     slots, found = now.slots(shape), before.arrays(shape, name)
@@ -172,7 +170,7 @@ def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, T
     parts = {key: local(x) for key, x in state.items()}
     kept = {}
     for key, value in entries.items():
-        as_saved = found[key]._replace(dtype=name_of_dtype(value.dtype))
+        as_saved = found[key]._replace(dtype=dtype_name(value.dtype))
         kept[key] = local(put(zeros(as_saved, param), value))
     for key, slot in before.slots(shape).items():
         if key in slots and key in kept and like.numel():
@@ -182,13 +180,13 @@ def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, T
     return state
 
 
-def restore(optimizer: TransformOptimizer, saved: Saved) -> None:
+def restore(optimizer: Owner, saved: Saved) -> None:
     """Puts copies of the saved state in place, each laid out as its slot's start: device, dtype and strides."""
     for g, group in enumerate(optimizer.param_groups):
         chain = optimizer.chain(group)
         for i, param in enumerate(group["params"]):
             if param in optimizer.state:
                 here = chain_at(chain, optimizer.param_groups, g, i)
-                arrays = here.arrays(tuple(param.shape), name_of_dtype(param.dtype))
+                arrays = here.arrays(tuple(param.shape), dtype_name(param.dtype))
                 state: State = {key: put(zeros(arrays[key], param), value) for key, value in saved[param].items()}
                 optimizer.state[param] = state

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedbun import metrics
 from fusedbun.torch import namespace as xp
+from fusedbun.torch.sharding.placement import local
 from fusedbun.torch.state import State, compute_dtype
 
 FUNCTIONS = metrics.functions(xp)
@@ -29,15 +30,9 @@ def record(before: Tensor, param: Tensor, grad: Tensor, state: State) -> metrics
     for key, stored in state.items():
         if key.endswith(".moment"):
             vectors["moment"] = stored
-    local = {name: shard(vector).to(dtype) for name, vector in vectors.items()}
-    local["update"] = shard(before).to(dtype) - local["param"]
-    return metrics.inner_products(xp, local)
-
-
-def shard(x: Tensor) -> Tensor:
-    """This process's part of a tensor that is spread over several, and any other tensor itself."""
-    part: Tensor = x.to_local() if hasattr(x, "to_local") else x  # a DTensor, whose class is slow to import
-    return part
+    vectors = {name: local(vector).to(dtype) for name, vector in vectors.items()}
+    vectors["update"] = local(before).to(dtype) - vectors["param"]
+    return metrics.inner_products(xp, vectors)
 
 
 def to_products(reported: dict[str, Any]) -> dict[str, Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, abs, expm1, floor, log, sqrt
+from torch import Tensor
 
+from fusedbun.operations import functions_of
 from fusedbun.storage import codes
+from fusedbun.transform import Array
 
 Number = Tensor | float
 
-__all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
-__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "from_pairs", "index", "real", "single"]
-__all__ += ["to_blocks", "to_pairs", "whole"]
+globals().update(functions_of(torch))
+from_blocks, to_pairs = codes.from_blocks, codes.to_pairs
 
 
 def astype(x: Tensor, dtype: torch.dtype, /) -> Tensor:
@@ -92,24 +93,12 @@ def block_max(words: Tensor, /) -> Tensor:
     return words.amax(-1, keepdim=True)
 
 
-def to_blocks(x: Tensor, /) -> Tensor:
-    found: Tensor = codes.to_blocks(x, lambda rows, n: torch.nn.functional.pad(rows, (0, n)))
-    return found
+def to_blocks(x: Tensor, /) -> Array:
+    return codes.to_blocks(x, lambda rows, n: torch.nn.functional.pad(rows, (0, n)))
 
 
-def from_blocks(x: Tensor, shape: tuple[int, ...], /) -> Tensor:
-    found: Tensor = codes.from_blocks(x, shape)
-    return found
-
-
-def to_pairs(x: Tensor, /) -> Tensor:
-    found: Tensor = codes.to_pairs(x)
-    return found
-
-
-def from_pairs(stored: Tensor, /) -> Tensor:
-    found: Tensor = codes.from_pairs(whole(stored), torch.cat)
-    return found
+def from_pairs(stored: Tensor, /) -> Array:
+    return codes.from_pairs(whole(stored), torch.cat)
 
 
 def _tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:

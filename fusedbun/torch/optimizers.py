@@ -1,19 +1,19 @@
-"""The torch classes, one for each recipe, and the optimizer that takes any chain."""
+"""The torch classes, one for each recipe and made from it, and the optimizer that takes any chain."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun import derive, recipes
 from fusedbun.chain import Chain
-from fusedbun.recipes import RECIPES, Recipe
-from fusedbun.torch.definition import Leaf, step_leaf
+from fusedbun.recipe import KEYWORD, POSITIONAL, Recipe
+from fusedbun.recipes import RECIPES, decoupled_lionw
+from fusedbun.torch.definition import step_leaf
 from fusedbun.torch.driver import TransformOptimizer
 from fusedbun.transform import Transform
 
@@ -63,31 +63,17 @@ def initializer(recipe: Recipe) -> Callable[..., None]:
         TransformOptimizer.__init__(self, params, lr, recipe, given, **own)
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
-    before = [inspect.Parameter(name, derive.POSITIONAL) for name in ("self", "params")]
+    before = [inspect.Parameter(name, POSITIONAL) for name in ("self", "params")]
     if not recipe.fixed_lr:
-        before.append(inspect.Parameter("lr", derive.POSITIONAL, default=default))
-    after = [inspect.Parameter(name, derive.KEYWORD, default=value) for name, value in _OWN.items()]
-    spelled_out = derive.signature(recipe.make, before, after)
+        before.append(inspect.Parameter("lr", POSITIONAL, default=default))
+    after = [inspect.Parameter(name, KEYWORD, default=value) for name, value in _OWN.items()]
+    spelled_out = recipe.signature(before, after)
     __init__.__signature__ = spelled_out  # type: ignore[attr-defined]
-    __init__.__doc__ = derive.documentation(recipe.make, _ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
+    __init__.__doc__ = recipe.documentation(_ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
     return __init__
 
 
-class Fusedbun(TransformOptimizer):
-    __init__ = initializer(RECIPES["fusedbun"])
-    __doc__ = __init__.__doc__
-
-
-class SM3(TransformOptimizer):
-    __init__ = initializer(RECIPES["sm3"])
-    __doc__ = __init__.__doc__
-
-
-class ScaledOptum(TransformOptimizer):
-    __init__ = initializer(RECIPES["scaled_optum"])
-    __doc__ = __init__.__doc__
-    densifies_sparse_gradients = True
-
+class _WithMemory(TransformOptimizer):
     def get_memory_mb(self, params: Iterable[Tensor] | None = None) -> float:
         """The memory of parameters in MiB; there is no other, for the optimizer has no state.
 
@@ -99,10 +85,7 @@ class ScaledOptum(TransformOptimizer):
         return sum(p.numel() * p.element_size() for p in params) / 2**20
 
 
-class TernaryVote(TransformOptimizer):
-    __init__ = initializer(RECIPES["ternary_vote"])
-    __doc__ = __init__.__doc__
-
+class _OfTernaryWeights(TransformOptimizer):
     def _check_parameter(self, name: str, param: Tensor) -> None:
         super()._check_parameter(name, param)
         if not bool(((param == 0) | (param.abs() == 1)).all()):
@@ -112,25 +95,7 @@ class TernaryVote(TransformOptimizer):
             )
 
 
-class MupAdam(TransformOptimizer):
-    __init__ = initializer(RECIPES["mup_adam"])
-    __doc__ = __init__.__doc__
-
-
-class MupAdamW(TransformOptimizer):
-    __init__ = initializer(RECIPES["mup_adamw"])
-    __doc__ = __init__.__doc__
-
-
-class MupSGD(TransformOptimizer):
-    __init__ = initializer(RECIPES["mup_sgd"])
-    __doc__ = __init__.__doc__
-
-
-class DecoupledLionW(TransformOptimizer):
-    __init__ = initializer(RECIPES["decoupled_lionw"])
-    __doc__ = __init__.__doc__
-
+class _WithLionW(TransformOptimizer):
     @staticmethod
     @torch.no_grad()
     def lionw(
@@ -144,12 +109,24 @@ class DecoupledLionW(TransformOptimizer):
         beta2: float,
     ) -> None:
         """One step in place: of the parameter `p`, and of its running mean `exp_avg`."""
-        chain = recipes.decoupled_lionw((beta1, beta2), wd, initial_lr=initial_lr)
-        step_leaf(Leaf(chain, lr, False, p, grad, {"scale_by_lion.moment": exp_avg}))
+        chain = decoupled_lionw((beta1, beta2), wd, initial_lr=initial_lr)
+        step_leaf(chain, lr, False, p, grad, {"scale_by_lion.moment": exp_avg})
 
 
-FusionOptimizer = Fusedbun
-SignSGD = ScaledOptum
+# What a class has of its own.
+_BASES = {"ScaledOptum": _WithMemory, "TernaryVote": _OfTernaryWeights, "DecoupledLionW": _WithLionW}
+
+
+def class_of(recipe: Recipe) -> type[TransformOptimizer]:
+    """The torch class of a recipe."""
+    __init__ = initializer(recipe)
+    body = {
+        "__module__": __name__,
+        "__doc__": __init__.__doc__,
+        "__init__": __init__,
+        "densifies_sparse_gradients": recipe.densifies_sparse_gradients,
+    }
+    return type(recipe.torch_class, (_BASES.get(recipe.torch_class, TransformOptimizer),), body)
 
 
 class ChainOptimizer(TransformOptimizer):
@@ -202,3 +179,33 @@ class ChainOptimizer(TransformOptimizer):
             seed=seed,
             implementation=implementation,
         )
+
+
+if TYPE_CHECKING:  # type checkers run nothing, so what is made below has to be declared to them
+
+    class _Made(TransformOptimizer):
+        def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None: ...
+
+    class Fusedbun(_Made): ...
+
+    class SM3(_Made): ...
+
+    class ScaledOptum(_Made, _WithMemory): ...
+
+    class TernaryVote(_Made): ...
+
+    class MupAdam(_Made): ...
+
+    class MupAdamW(_Made): ...
+
+    class MupSGD(_Made): ...
+
+    class DecoupledLionW(_Made, _WithLionW): ...
+
+    FusionOptimizer = Fusedbun
+    SignSGD = ScaledOptum
+else:
+    CLASSES = {recipe.torch_class: class_of(recipe) for recipe in RECIPES.values()}
+    CLASSES |= {alias: CLASSES[recipe.torch_class] for recipe in RECIPES.values() for alias in recipe.aliases}
+    globals().update(CLASSES)
+    __all__ = ["ChainOptimizer", *CLASSES]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fusedbun.torch.leaf import Leaf
 
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # for NumPy has no bfloat16
 
@@ -18,6 +20,26 @@ class Written(NamedTuple):
     name: str
     tensor: Tensor
     is_written: bool = True
+
+
+def check_memory(new: Iterable[Leaf], kept: Iterable[Leaf]) -> None:
+    """Raises a ValueError where leaves that are stepped at once share memory, or have something twice in one place.
+
+    Args:
+        new: the leaves to check.
+        kept: others that are stepped with them, and were checked before.
+    """
+    if arrays := [array for leaf in new for array in _arrays(leaf)]:
+        check_overlap([*arrays, *(array for leaf in kept for array in _arrays(leaf))])
+
+
+def _arrays(leaf: Leaf) -> Iterator[Written]:
+    yield Written(leaf.name, leaf.param)
+    if leaf.grad is not None:
+        yield Written(f"the gradient of {leaf.name}", leaf.grad, is_written=False)
+    for key, x in leaf.state.items():
+        if key in leaf.arrays:
+            yield Written(f"the state {key!r} of {leaf.name}", x)
 
 
 def check_overlap(arrays: Sequence[Written]) -> None:

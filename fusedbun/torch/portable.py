@@ -16,14 +16,14 @@ from torch import Tensor
 from fusedbun.chain import Chain
 from fusedbun.hyper import hints
 from fusedbun.portable import entries
-from fusedbun.portable.entries import UNKNOWN, Group, Parameter, Saved, portable
+from fusedbun.portable.entries import UNKNOWN, Group, Parameter, portable
 from fusedbun.portable.file import Numbers
-from fusedbun.portable.match import Match, Names, Pair, compare_groups, matched, pairs, refuse
+from fusedbun.portable.match import Loading, Names
 from fusedbun.torch.checks import chain_at, check_state
 from fusedbun.torch.driver import FIRST_LR, TransformOptimizer
 from fusedbun.torch.loading import chooses_storage
 from fusedbun.torch.sharding.placement import is_sharded, put
-from fusedbun.torch.state import State, name_of_dtype, zeros
+from fusedbun.torch.state import State, dtype_name, zeros
 from fusedbun.transform import Slot
 
 NamedParameters = Iterable[tuple[str, Tensor]]
@@ -36,6 +36,10 @@ class Place(NamedTuple):
     param: Tensor
     group: int
     at: int
+
+    def parameter(self, slots: Mapping[str, Slot] | None = None) -> Parameter:
+        """It as the file has it, with these slots."""
+        return Parameter(self.name, tuple(self.param.shape), dtype_name(self.param.dtype), self.group, slots)
 
 
 def save_state(
@@ -61,22 +65,16 @@ def save_state(
     """
     places = _places("save_state", optimizer, names)
     groups = [_group(optimizer, group, optimizer.chain(group)) for group in optimizer.param_groups]
-    kept: dict[str, tuple[Tensor, State]] = {}
-    parameters = []
-    for place in places:
-        slots, state = _kept(optimizer, place)
-        shape, dtype = tuple(place.param.shape), name_of_dtype(place.param.dtype)
-        parameters.append(Parameter(place.name, shape, dtype, place.group, slots))
-        kept[place.name] = place.param, state
+    parameters = [_kept(optimizer, place) for place in places]
+    tensors = {place.name: place.param for place in places}
 
     def content(parameter: Parameter, key: str) -> Numbers:
-        param, state = kept[parameter.name]
+        param = tensors[parameter.name]
+        state: State = optimizer.state.get(param, {})
         return _numbers(state[key] if key in state else zeros(parameter.arrays()[key], param))
 
-    if any(is_sharded(place.param) for place in places):
-        _write_from_all(Path(path), groups, parameters, content)
-    else:
-        entries.write(Path(path), groups, parameters, content)
+    write = _write_from_all if any(map(is_sharded, tensors.values())) else entries.write
+    write(Path(path), groups, parameters, content)
 
 
 def load_state(
@@ -110,22 +108,35 @@ def load_state(
         ValueError: the file is damaged or none of fusedbun's, or something does not fit: all of it is listed by name.
         OSError: the file cannot be read.
     """
-    owner, places = type(optimizer).__name__, _places("load_state", optimizer, names)
+    places = _places("load_state", optimizer, names)
     with entries.saved(Path(path)) as file:
-        problems: list[str] = []
-        found = pairs(file, [place.name for place in places], mapping, partial, problems)
+        loading = Loading(file, [place.name for place in places], mapping, partial)
         taken = [
-            _taken(optimizer, group, _groups_of(file, g, places, found), problems)
+            _taken(
+                optimizer, group, loading.groups(place.name for place in places if place.group == g), loading.problems
+            )
             for g, group in enumerate(optimizer.param_groups)
         ]
-        matches = _matches(optimizer, file, taken, places, found, problems)
-        refuse(file.path, owner, problems)
+        merged = [old if new is None else new for old, new in zip(optimizer.param_groups, taken, strict=True)]
+        chains = [optimizer.chain(group) for group in merged]
+        groups = [
+            None if new is None else _group(optimizer, new, chain) for new, chain in zip(taken, chains, strict=True)
+        ]
+        of_names = {place.name: place for place in places}
+
+        def choices(parameter: Parameter) -> list[dict[str, Slot]]:
+            place = of_names[parameter.name]
+            return _choices(chain_at(chains[place.group], merged, place.group, place.at), parameter)
+
+        matches = loading.matches([place.parameter() for place in places], groups, choices)
+        loading.refuse(type(optimizer).__name__)
         state: defaultdict[Tensor, Any] = defaultdict(dict, optimizer.state)
-        for place in places:
-            if match := matches.get(place.name):
-                state.pop(place.param, None)
-                if match.slots is not None:
-                    state[place.param] = _loaded(place.param, match, file)
+        for name, match in matches.items():
+            param = of_names[name].param
+            state.pop(param, None)
+            if match.slots is not None:
+                stored = of_names[name].parameter(match.slots).arrays()
+                state[param] = {key: put(zeros(stored[key], param), _tensor(x)) for key, x in match.arrays(file)}
     optimizer.__setstate__({"state": state, "param_groups": taken})
 
 
@@ -136,11 +147,11 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
             f"{owner}: optimizer must be one of fusedbun's, such as fusedbun.SM3, but it is a "
             f"{type(optimizer).__name__}"
         )
-    given = None if names is None else {param: name for name, param in names}
+    by_param = None if names is None else {param: name for name, param in names}
     found = []
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
-            name = given.get(param) if given is not None else (group.get("param_names") or {i: None})[i]
+            name = by_param.get(param) if by_param is not None else (group.get("param_names") or {i: None})[i]
             if name is None:
                 raise ValueError(
                     f"{owner}: state is kept by name, but parameter {i} of group {g}, of shape {tuple(param.shape)}, "
@@ -167,26 +178,25 @@ def _recipe(optimizer: TransformOptimizer) -> str | None:
     return None if isinstance(getattr(make, "__self__", None), Chain) else make.__name__
 
 
-def _kept(optimizer: TransformOptimizer, place: Place) -> tuple[dict[str, Slot] | None, State]:
-    """The slots that a parameter has, None where it was not stepped yet, and its arrays."""
-    group, param = optimizer.param_groups[place.group], place.param
-    chain = chain_at(optimizer.chain(group), optimizer.param_groups, place.group, place.at)
-    state: State = optimizer.state.get(param, {})
-    shape, dtype = tuple(param.shape), name_of_dtype(param.dtype)
-    choices = _choices(chain, shape, dtype)
-    if not state and choices[0]:
-        return None, {}
-    arrays = [Parameter("", shape, dtype, 0, slots).arrays() for slots in choices]
-    chosen = next((i for i, declared in enumerate(arrays) if declared.keys() == state.keys()), 0)
-    check_state(chain, f"parameter {place.name!r}", param, state, arrays[chosen])
-    return choices[chosen], state
+def _kept(optimizer: TransformOptimizer, place: Place) -> Parameter:
+    """A parameter with the slots that it has; None where it was not stepped yet."""
+    chain = chain_at(
+        optimizer.chain(optimizer.param_groups[place.group]), optimizer.param_groups, place.group, place.at
+    )
+    state: State = optimizer.state.get(place.param, {})
+    choices = [place.parameter(slots) for slots in _choices(chain, place.parameter())]
+    if not state and choices[0].slots:
+        return place.parameter()
+    chosen = next((choice for choice in choices if choice.arrays().keys() == state.keys()), choices[0])
+    check_state(chain, f"parameter {place.name!r}", place.param, state, chosen.arrays())
+    return chosen
 
 
-def _choices(chain: Chain, shape: tuple[int, ...], dtype: str) -> list[dict[str, Slot]]:
+def _choices(chain: Chain, parameter: Parameter) -> list[dict[str, Slot]]:
     """What may be kept for a parameter: for dense gradients, or, where the chain takes them, for sparse ones."""
-    found = [entries.slots_of(chain, shape, dtype)]
+    found = [entries.slots_of(chain, parameter.shape, parameter.dtype)]
     with suppress(TypeError, ValueError):  # of what needs every row
-        found.append(entries.slots_of(chain.for_rows(), shape, dtype))
+        found.append(entries.slots_of(chain.for_rows(), parameter.shape, parameter.dtype))
     return found
 
 
@@ -211,7 +221,8 @@ def _write_from_all(
     """Writes the file in the first process, while all of them gather what is in it."""
     import torch.distributed as dist
 
-    arrays, done = entries.listed(parameters), 0
+    arrays = entries.listed(parameters)
+    waiting = iter(arrays)
     error: Exception | None = None
     named: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(named, [f"{parameter.name} {key}" for parameter, key, _ in arrays])
@@ -222,8 +233,7 @@ def _write_from_all(
         )
 
     def gathered(parameter: Parameter, key: str) -> Numbers:
-        nonlocal done
-        done += 1
+        next(waiting)
         return content(parameter, key)
 
     if dist.get_rank() == 0:
@@ -231,7 +241,7 @@ def _write_from_all(
             entries.write(path, groups, parameters, gathered)
         except Exception as caught:
             error = caught
-    for parameter, key, _ in arrays[done:]:  # the others wait for every one of them, whatever became of the file
+    for parameter, key, _ in waiting:  # the others wait for every one of them, whatever became of the file
         content(parameter, key)
     outcome = [f"{type(error).__name__}: {error}" if error else None]
     dist.broadcast_object_list(outcome, src=0)
@@ -241,34 +251,33 @@ def _write_from_all(
         raise OSError(f"the first process could not write {path}: {outcome[0]}")
 
 
-def _groups_of(file: Saved, g: int, places: list[Place], found: Mapping[str, Pair]) -> list[Group]:
-    """The groups that the parameters of a param group had in the file."""
-    indices = {found[p.name].saved.group: None for p in places if p.group == g and p.name in found}
-    return [file.groups[index] for index in indices]
-
-
 def _taken(
     optimizer: TransformOptimizer, group: Mapping[str, Any], saved: list[Group], problems: list[str]
 ) -> dict[str, Any] | None:
-    """The param group with the saved hyper-parameters; None, and problems more, where it cannot take them."""
-    names = ", ".join(map(repr, group.get("param_names", ())[:3])) or f"{len(group['params'])} parameters"
+    """The param group with saved hyper-parameters; None, and problems more, where it cannot take them."""
+    declared, recipe = _declared(optimizer, group), _recipe(optimizer)
+    taking = [
+        name
+        for name in optimizer._hyperparameters
+        if not chooses_storage(name)
+        and not entries.differs_by_parameter(declared.get(name))
+        and portable(group[name]) is not UNKNOWN
+    ]
     wrong = []
-    declared = _declared(optimizer, group)
     new: dict[str, Any] = {}
     for one in saved:
-        if one.recipe != _recipe(optimizer):
-            wrong.append(f"the recipe in the file is {one.recipe!r:.100}, but here {_recipe(optimizer)!r}")
+        if one.recipe != recipe:
+            wrong.append(f"the recipe in the file is {one.recipe!r:.100}, but here {recipe!r}")
             continue
-        own = {"lr": one.lr, "maximize": one.maximize, "seed": one.seed, FIRST_LR: one.initial_lr}
-        values = {name: value for name, value in own.items() if value is not None}
-        for name in optimizer._hyperparameters:
-            is_own = chooses_storage(name) or entries.differs_by_parameter(declared.get(name))
-            if name in one.arguments and not is_own and portable(group[name]) is not UNKNOWN:
-                values[name] = one.arguments[name]
-        for name, value in values.items():
-            if name in new and new[name] != value:
-                wrong.append(f"{name} of these parameters is {new[name]!r:.100} and {value!r:.100} in the file")
-            new[name] = value
+        values = {"lr": one.lr, "maximize": one.maximize, "seed": one.seed, FIRST_LR: one.initial_lr}
+        values = {name: value for name, value in values.items() if value is not None}
+        values |= {name: one.arguments[name] for name in taking if name in one.arguments}
+        wrong += [
+            f"{name} of these parameters is {new[name]!r:.100} and {value!r:.100} in the file"
+            for name, value in values.items()
+            if name in new and new[name] != value
+        ]
+        new |= values
     if isinstance(group["lr"], Tensor) and "lr" in new:
         new["lr"] = torch.full_like(group["lr"], new["lr"])
     merged = {**group, **new}
@@ -277,6 +286,7 @@ def _taken(
             optimizer.chain(merged)
         except (TypeError, ValueError, OverflowError) as error:
             wrong.append(f"a saved hyper-parameter is not valid: {error}")
+    names = ", ".join(map(repr, group.get("param_names", ())[:3])) or f"{len(group['params'])} parameters"
     problems += [f"{text} (param group of {names})" for text in dict.fromkeys(wrong)]
     return None if wrong else merged
 
@@ -287,39 +297,3 @@ def _declared(optimizer: TransformOptimizer, group: Mapping[str, Any]) -> dict[s
         return hints(optimizer.recipe.make)
     kinds: dict[str, Any] = {t.name: type(t) for t in optimizer.chain(group)}
     return {f"{title}.{name}": hint for title, kind in kinds.items() for name, hint in hints(kind).items()}
-
-
-def _matches(
-    optimizer: TransformOptimizer,
-    file: Saved,
-    taken: list[dict[str, Any] | None],
-    places: list[Place],
-    found: Mapping[str, Pair],
-    problems: list[str],
-) -> dict[str, Match]:
-    """What each parameter takes of the file, by its name; those of groups that take nothing are left out."""
-    groups = [own if new is None else new for own, new in zip(optimizer.param_groups, taken, strict=True)]
-    chains = [optimizer.chain(group) for group in groups]
-    here = [_group(optimizer, group, chain) for group, chain in zip(groups, chains, strict=True)]
-    together: dict[tuple[int, int], list[str]] = {}
-    for place in places:
-        if place.name in found and taken[place.group] is not None:
-            together.setdefault((found[place.name].saved.group, place.group), []).append(place.name)
-    alike = {both: compare_groups(file.groups[both[0]], here[both[1]], of, problems) for both, of in together.items()}
-    matches = {}
-    for place in places:
-        pair = found.get(place.name)
-        if pair is None or not alike.get((pair.saved.group, place.group)):
-            continue
-        chain = chain_at(chains[place.group], groups, place.group, place.at)
-        shape, dtype = tuple(place.param.shape), name_of_dtype(place.param.dtype)
-        match = matched(pair, shape, dtype, _choices(chain, shape, dtype), problems)
-        if match is not None:
-            matches[place.name] = match
-    return matches
-
-
-def _loaded(param: Tensor, match: Match, file: Saved) -> State:
-    """The state of a parameter, laid out and placed as its slots' starts are."""
-    arrays = Parameter("", tuple(param.shape), name_of_dtype(param.dtype), 0, match.slots).arrays()
-    return {key: put(zeros(arrays[key], param), _tensor(numbers)) for key, numbers in match.arrays(file)}

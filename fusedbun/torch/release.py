@@ -17,9 +17,9 @@ from torch.nn.utils import clip_grad
 from fusedbun.hyper import Positive, Whole, check
 from fusedbun.metrics import Products
 from fusedbun.torch import dispatch, sparse
+from fusedbun.torch.dispatch import Stepper
 from fusedbun.torch.driver import TransformOptimizer
-from fusedbun.torch.kernels import Batch
-from fusedbun.torch.prepare import Group, Place, look, same, settled
+from fusedbun.torch.leaf import Group, Place, fixed_values, identical, read_groups
 
 OWNER = "release_gradients"
 ARGUMENTS = {"accumulate": Annotated[int, Whole(1)], "clip_norm": Positive | None}
@@ -106,10 +106,12 @@ def release_gradients(
             f"{OWNER}: optimizer must be one of fusedbun's, such as fusedbun.SM3, but it is a "
             f"{type(optimizer).__name__}, which cannot step one parameter at a time"
         )
-    if optimizer.implementation == dispatch.COMPILED:
+    name = optimizer.implementation
+    if name is not None and (together := dispatch.REGISTRY[name].together):
+        *others, last = [other for other in dispatch.IMPLEMENTATIONS if not dispatch.REGISTRY[other].together]
         raise ValueError(
-            f"{OWNER}: the {type(optimizer).__name__} has implementation='compiled', which compiles the step of all "
-            f"parameters together; leave implementation out, or take 'kernel', 'tiles' or 'definition'"
+            f"{OWNER}: the {type(optimizer).__name__} has implementation={name!r}, which {together}; leave "
+            f"implementation out, or take {', '.join(map(repr, others))} or {last!r}"
         )
     _check_local(model)
     places = {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
@@ -121,7 +123,9 @@ def release_gradients(
         )
     _check_free(optimizer, names)
     _refuse_clipping_by_global_norm()
-    return GradientRelease(optimizer, {p: _Leaf(name, places[p]) for p, name in names.items()}, accumulate, clip_norm)
+    return GradientRelease(
+        optimizer, {p: _Released(name, places[p]) for p, name in names.items()}, accumulate, clip_norm
+    )
 
 
 class GradientRelease:
@@ -137,13 +141,13 @@ class GradientRelease:
     """
 
     def __init__(
-        self, optimizer: TransformOptimizer, leaves: dict[Tensor, _Leaf], accumulate: int, clip_norm: float | None
+        self, optimizer: TransformOptimizer, leaves: dict[Tensor, _Released], accumulate: int, clip_norm: float | None
     ) -> None:
         self.accumulate = accumulate
         self.clip_norm = clip_norm
         self._leaves = leaves
         self._groups: list[Group] = []
-        self._settled: dict[int, tuple[Any, ...]] = {}  # what the param groups held when they were looked at
+        self._values: dict[int, tuple[Any, ...]] = {}  # what the param groups held when they were read
         self._products: dict[Tensor, Products] = {}
         # Weak references, both: Python does not find cycles that lead through a hook, and would never free them.
         self._optimizer = ref(optimizer)
@@ -197,9 +201,9 @@ class GradientRelease:
 
     def forget(self) -> None:
         """Lets go of the state that parameters were stepped with, for it has been replaced."""
-        self._groups, self._settled = [], {}
+        self._groups, self._values = [], {}
         for leaf in self._leaves.values():
-            leaf.batch = None
+            leaf.stepper = None
 
     def complete(self, param: Tensor) -> None:
         """Takes up a parameter's gradient, which a backward pass has just completed."""
@@ -228,42 +232,43 @@ class GradientRelease:
                 raise
 
     @torch.no_grad()
-    def _step(self, optimizer: TransformOptimizer, param: Tensor, leaf: _Leaf) -> None:
+    def _step(self, optimizer: TransformOptimizer, param: Tensor, leaf: _Released) -> None:
         """Steps a parameter and frees its gradient."""
         place = leaf.find(optimizer, param)
-        groups = self._look(optimizer, place[0])
+        groups = self._read_groups(optimizer, place[0])
         if self.clip_norm is not None:
             assert param.grad is not None
             param.grad = clipped(param.grad, self.clip_norm)
         if optimizer.record_metrics:
             self._products |= dispatch.step_recorded(optimizer, groups, [place])
         else:
-            leaf.batch = dispatch.step(optimizer, groups, leaf.batch or Batch(groups, [], place))
+            leaf.stepper = leaf.stepper or Stepper(place)
+            leaf.stepper.step(optimizer, groups)
         param.grad = None
 
-    def _look(self, optimizer: TransformOptimizer, g: int) -> list[Group]:
+    def _read_groups(self, optimizer: TransformOptimizer, g: int) -> list[Group]:
         """The param groups, of which one is as it is now. Many parameters of one group come one after the other."""
         entries = optimizer.param_groups[g]
-        if len(self._groups) != len(optimizer.param_groups) or not same(entries.values(), self._settled.get(g, ())):
-            self._groups = look(optimizer, self._groups, g)
-            self._settled[g] = settled(entries) or ()
+        if len(self._groups) != len(optimizer.param_groups) or not identical(entries.values(), self._values.get(g, ())):
+            self._groups = read_groups(optimizer, self._groups, g)
+            self._values[g] = fixed_values(entries)
         return self._groups
 
 
 @dataclass(eq=False)
-class _Leaf:
+class _Released:
     """A parameter that is stepped in the backward pass.
 
     Args:
         name: its name in the model.
         place: its place among the optimizer's param groups.
-        batch: what its kernel stepped last, for the next step to compare with.
+        stepper: what steps it; None before its first step, and where what it has kept is out of date.
         passes: how many backward passes of this step have reached it.
     """
 
     name: str
     place: Place
-    batch: Batch | None = None
+    stepper: Stepper | None = None
     passes: int = 0
 
     def find(self, optimizer: TransformOptimizer, param: Tensor) -> Place:
@@ -275,7 +280,7 @@ class _Leaf:
         for g, group in enumerate(groups):
             for i, other in enumerate(group["params"]):
                 if other is param:
-                    self.place, self.batch = (g, i), None
+                    self.place, self.stepper = (g, i), None
                     return self.place
         raise RuntimeError(
             f"gradient release: {self.name!r} is no longer among the optimizer's parameters; end the release with "

@@ -14,8 +14,8 @@ from fusedbun.torch.sharding.placement import is_sharded, zeros_like_parts
 State = dict[str, Tensor]  # by `<transformation>.<slot>` and what its code appends (`fusedbun.storage.codes`)
 
 
-def follow(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> State:
-    """Makes `state` hold exactly these arrays: new ones start at zero, stale ones are freed."""
+def update_state(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> State:
+    """Makes `state` hold exactly these arrays, and returns it: new ones start at zero, others are freed."""
     for key in state.keys() - arrays.keys():
         del state[key]
     for key, stored in arrays.items():
@@ -40,12 +40,12 @@ def stored_dtype(stored: Stored) -> torch.dtype:
     return dtype
 
 
-def name_of_dtype(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name, without torch's in front."""
     return str(dtype).removeprefix("torch.")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a parameter of this dtype is stepped in."""
-    computed: torch.dtype = getattr(torch, codes.computed_in(name_of_dtype(dtype)))
+    computed: torch.dtype = getattr(torch, codes.computed_in(dtype_name(dtype)))
     return computed

@@ -1,37 +1,44 @@
-"""Leaves that are stepped block by block with eager torch, on any device: what serves where there is no kernel."""
+"""A step tile by tile with eager torch, on any device: what serves where there is no kernel."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from fusedbun.chain import PARAM
+from fusedbun.compiler import tiles
 from fusedbun.compiler.cpp.native import structure
-from fusedbun.compiler.tiles import Blocks, plan
 from fusedbun.compiler.trace import GRAD, evaluate, hyperparameters
 from fusedbun.torch import namespace
-from fusedbun.torch.definition import Leaf
-from fusedbun.torch.state import compute_dtype, name_of_dtype
+from fusedbun.torch.implementation import Implementation
+from fusedbun.torch.leaf import Leaf
+from fusedbun.torch.state import compute_dtype, dtype_name
 
-_BLOCKS: dict[Any, Blocks] = {}  # by what decides the plan
-
-
-def find(leaf: Leaf) -> Blocks:
-    """The plan of a dense leaf; raises an UnplannableError where there is none."""
-    shape, strides = tuple(leaf.param.shape), leaf.param.stride()
-    dtype = name_of_dtype(leaf.param.dtype)
-    key = (structure(leaf.chain), shape, strides, leaf.maximize, dtype)
-    if key not in _BLOCKS:
-        _BLOCKS[key] = Blocks(plan(leaf.chain, shape, strides, leaf.maximize, dtype), namespace)
-    return _BLOCKS[key]
+_PREPARED: dict[Any, tiles.Tiles] = {}  # by what decides the schedule
 
 
-def step_leaf(leaf: Leaf, blocks: Blocks) -> None:
-    """One step of one parameter."""
-    program = blocks.schedule.program
-    values = hyperparameters(program, leaf.chain, leaf.lr)
-    xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else math
-    scalars = evaluate(program.scalars, values, xp)
-    blocks.run(scalars, {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}, compute_dtype(leaf.param.dtype))
+class Tiles(Implementation):
+    """The schedule of the kernel, run tile by tile with eager torch."""
+
+    name = "tiles"
+
+    def refusal(self, leaf: Leaf) -> None:
+        """Serves all dense tensors."""
+
+    def prepare(self, leaf: Leaf) -> tiles.Tiles:
+        """The schedule of a dense leaf, ready to be run."""
+        shape, strides, maximize = tuple(leaf.param.shape), leaf.param.stride(), leaf.group.maximize
+        dtype = dtype_name(leaf.param.dtype)
+        key = (structure(leaf.chain), shape, strides, maximize, dtype)
+        if key not in _PREPARED:
+            _PREPARED[key] = tiles.Tiles(tiles.schedule_for(leaf.chain, shape, strides, maximize, dtype), namespace)
+        return _PREPARED[key]
+
+    def step(self, leaves: Sequence[Leaf]) -> None:
+        """Steps the leaves one after the other."""
+        for leaf in leaves:
+            program = leaf.prepared.schedule.program
+            values = hyperparameters(program, leaf.chain, leaf.lr)
+            xp: Any = namespace
+            arrays = {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}
+            leaf.prepared.run(evaluate(program.scalars, values, xp), arrays, compute_dtype(leaf.param.dtype))

@@ -1,4 +1,4 @@
-"""A leaf and its state in NumPy, and one step of it: by the definition, by a plan in blocks, and by a kernel."""
+"""A leaf and its state in NumPy, and one step of it: by the definition, in tiles, and by a kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from fusedbun import namespace as in_numpy
 from fusedbun.chain import Chain, step
 from fusedbun.compiler.cpp import native
-from fusedbun.compiler.tiles import ELEMENTS, Blocks, plan
+from fusedbun.compiler.tiles import ELEMENTS, Tiles, schedule_for
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Shape
@@ -84,13 +84,13 @@ def by_definition(chain: Chain, arrays: Arrays, xp: Any = in_numpy, lr: float = 
 
 
 @np.errstate(all="ignore")
-def by_blocks(chain: Chain, arrays: Arrays, elements: int = ELEMENTS) -> Arrays:
+def by_tiles(chain: Chain, arrays: Arrays, elements: int = ELEMENTS) -> Arrays:
     """The same, of a copy of the arrays with their strides."""
     after = {name: array.copy(order="K") for name, array in arrays.items()}
     param = after["param"]
-    schedule = plan(chain, param.shape, param.strides, dtype=param.dtype.name, elements=elements)
+    schedule = schedule_for(chain, param.shape, param.strides, dtype=param.dtype.name, elements=elements)
     scalars = evaluate(schedule.program.scalars, hyperparameters(schedule.program, chain, LR))
-    Blocks(schedule, in_numpy).run(scalars, after, computed(param.dtype), elements)
+    Tiles(schedule, in_numpy).run(scalars, after, computed(param.dtype), elements)
     del after["grad"]
     return after
 
@@ -130,7 +130,7 @@ def by_kernel(chain: Chain, arrays: Arrays, threads: int = 1) -> Arrays:
 
 def has_sums(chain: Chain, ndim: int) -> bool:
     """Whether a step adds up elements, which blocks do in another order."""
-    schedule = plan(chain, (1,) * ndim, (1,) * ndim)
+    schedule = schedule_for(chain, (1,) * ndim, (1,) * ndim)
     return any(v.detail == "sum" for v in schedule.program.graph.values)
 
 

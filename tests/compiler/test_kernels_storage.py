@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from leaves import Precise, by_blocks, by_definition, by_kernel, leaf
+from leaves import Precise, by_definition, by_kernel, by_tiles, leaf
 from leaves import assert_same as assert_same_numbers
+from sweeps import long
 from test_kernels import adds_up as chain_adds_up
 from test_kernels import check, gradient
 
@@ -30,6 +31,7 @@ CHAINS = {
     "vote": recipes.ternary_vote(2),
 }
 SHAPES = [(), (1,), (1000,), (70_001,), (37, 45), (8, 16), (130, 257), (64, 512), (700, 3), (33_003, 1), (2, 33_001)]
+SHORT = ("sm3 int8-bfloat16-stochastic", "fusedbun int4-float32", "sm3 bfloat16-float16")
 SHAPES += [(3, 4, 5), (8, 3, 3, 3), (130, 20, 3, 1)]
 
 
@@ -47,7 +49,8 @@ def settings():
         for dtype in ("bfloat16", "float32", "float16"):
             for stochastic in (False, True) if dtype == "bfloat16" else (False,):
                 changed = replace(transforms, rounding=Rounding(stochastic, seed=7, name="layer.weight"))
-                yield pytest.param(changed, dtype, id=f"{name}-{dtype}{'-stochastic' * stochastic}")
+                title = f"{name}-{dtype}{'-stochastic' * stochastic}"
+                yield pytest.param(changed, dtype, id=title, marks=() if title in SHORT else long)
 
 
 @pytest.mark.parametrize(("transforms", "dtype"), [*settings()])
@@ -87,7 +90,7 @@ def test_blocks_round_and_code_as_the_definition(transforms, dtype):
         if shape != (70_001,):  # too many blocks
             arrays = leaf(transforms, shape, dtype)
             want = by_definition(transforms, arrays, Precise())
-            assert_same(by_blocks(transforms, arrays, 200), want)
+            assert_same(by_tiles(transforms, arrays, 200), want)
 
 
 @pytest.mark.parametrize("name", ["sm3 int8", "sm3 int4", "lion int8"])

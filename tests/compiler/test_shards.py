@@ -15,7 +15,7 @@ from fusedbun import chain, recipes
 from fusedbun import namespace as in_numpy
 from fusedbun.compiler.schedule import WIDE
 from fusedbun.compiler.shards import phases
-from fusedbun.compiler.tiles import Blocks, plan, scheduled
+from fusedbun.compiler.tiles import Tiles, schedule_for, schedule_of
 from fusedbun.compiler.trace import FIRST, SIZE, evaluate, hyperparameters, trace, used
 from fusedbun.transform import Slot, Transform
 from fusedbun.transforms import Decay, Momentum, SM3Accumulate
@@ -51,9 +51,9 @@ def in_parts(transforms, arrays, cuts):
     along = [axis for axis, parts in enumerate(cuts) if parts > 1]
     arrays = {name: x.copy() for name, x in arrays.items()}
     parts = {at: Part(arrays, shape, [edges[i][k] for i, k in enumerate(at)]) for at in product(*map(range, cuts))}
-    program = plan(transforms, shape, np.empty(shape).strides, dtype=dtype.name).program
+    program = schedule_for(transforms, shape, np.empty(shape).strides, dtype=dtype.name).program
     for phase in phases(program, frozenset(along)):
-        runner = Blocks(scheduled(phase.program), in_numpy)
+        runner = Tiles(schedule_of(phase.program), in_numpy)
         for part in parts.values():
             for name in phase.program.arrays.keys() - part.arrays.keys():
                 part.arrays[name] = np.full(phase.program.arrays[name].shape(part.shape), np.nan, computed(dtype))

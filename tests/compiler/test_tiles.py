@@ -1,4 +1,4 @@
-"""The plan in blocks, with NumPy and with torch: the definition's numbers, in place, without a copy of a leaf."""
+"""The step in tiles, with NumPy and with torch: the definition's numbers, in place, without a copy of a leaf."""
 
 import tracemalloc
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SHAPES, by_case
-from leaves import LR, assert_near, assert_same, by_blocks, by_definition, has_sums, leaf
+from leaves import LR, assert_near, assert_same, by_definition, by_tiles, has_sums, leaf
 from random_chains import COUNT, random_problem
 from rules import rule, stateful
 
@@ -14,10 +14,10 @@ from fusedbun import Slot, chain, recipes
 from fusedbun import namespace as in_numpy
 from fusedbun.chain import step
 from fusedbun.compiler import UnplannableError
-from fusedbun.compiler.tiles import ELEMENTS, Blocks, plan
+from fusedbun.compiler.tiles import ELEMENTS, Tiles, schedule_for
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.torch import namespace
-from fusedbun.torch.state import compute_dtype, name_of_dtype
+from fusedbun.torch.state import compute_dtype, dtype_name
 from fusedbun.transforms import Momentum, ScaleByAdam
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
@@ -35,18 +35,18 @@ def test_gives_the_definitions_numbers(case, name):
     transforms, arrays = for_case(case, name)
     want = by_definition(transforms, arrays)
     for elements in [20_000] if name == "tall" else [1, 7, 50]:
-        assert_near(by_blocks(transforms, arrays, elements), want, TOLERANCE["float64"])
+        assert_near(by_tiles(transforms, arrays, elements), want, TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("name", ["vector", "matrix", "convolution"])
 @pytest.mark.parametrize(**by_case)
 def test_gives_the_definitions_bits_where_nothing_is_added_up(case, name):
-    """Also in any number of blocks, and where the gradient is not finite."""
+    """Also in any number of tiles, and where the gradient is not finite."""
     transforms, arrays = for_case(case, name, "float32")
     arrays["grad"].flat[[2, 9]] = np.nan, -np.inf
     want = by_definition(transforms, arrays)
     for elements in (1, 20, ELEMENTS):
-        got = by_blocks(transforms, arrays, elements)
+        got = by_tiles(transforms, arrays, elements)
         if has_sums(transforms, len(SHAPES[name])):
             assert_near(got, want, TOLERANCE["float32"])
         else:
@@ -60,7 +60,7 @@ def test_chains_composed_at_random(seed):
     for name, array in arrays.items():
         if shape and array.shape == shape:  # laid out in memory by `order`
             arrays[name] = np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
-    assert_near(by_blocks(transforms, arrays, elements), by_definition(transforms, arrays), TOLERANCE["float64"])
+    assert_near(by_tiles(transforms, arrays, elements), by_definition(transforms, arrays), TOLERANCE["float64"])
 
 
 def test_the_random_chains_reach_everything():
@@ -74,20 +74,20 @@ def test_the_random_chains_reach_everything():
 
 def test_repeats_its_bits():
     arrays = leaf(RECOMMENDED, (50, 40), "float32")
-    assert_same(by_blocks(RECOMMENDED, arrays, 100), by_blocks(RECOMMENDED, arrays, 100))
+    assert_same(by_tiles(RECOMMENDED, arrays, 100), by_tiles(RECOMMENDED, arrays, 100))
 
 
 def test_long_sums_stay_accurate():
-    """A hundred thousand blocks of ones: one by one, float32 would lose count."""
+    """A hundred thousand tiles of ones: one by one, float32 would lose count."""
     mean = rule(lambda xp, u: u - xp.mean(u, axis=(0,), keepdims=True))
     arrays = {"param": np.zeros((100_000, 1), np.float32), "grad": np.full((100_000, 1), 0.1, np.float32)}
-    assert np.abs(by_blocks(mean, arrays, 1)["param"]).max() < 1e-7
+    assert np.abs(by_tiles(mean, arrays, 1)["param"]).max() < 1e-7
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4, 2)])
 def test_an_empty_leaf_is_left_as_it_is(shape):
     arrays = leaf(RECOMMENDED, shape)
-    after = by_blocks(RECOMMENDED, arrays)
+    after = by_tiles(RECOMMENDED, arrays)
     for name, array in after.items():
         np.testing.assert_array_equal(array, arrays[name])
 
@@ -100,13 +100,13 @@ def test_an_empty_leaf_is_left_as_it_is(shape):
         ((50, 40), (40, 1), (0, 1)),
         ((50, 40), (1, 50), (1, 0)),
         ((8, 3, 4, 4), (48, 1, 12, 3), (0, 2, 3, 1)),
-        ((3, 1000), (1000, 1), (1, 0)),  # a row is longer than a block
+        ((3, 1000), (1000, 1), (1, 0)),  # a row is longer than a tile
         ((2, 50, 40), (2000, 40, 1), (1, 0, 2)),
-        ((500, 600), (600, 1), (1, 0)),  # along every axis one index is more than a block
+        ((500, 600), (600, 1), (1, 0)),  # along every axis one index is more than a tile
     ],
 )
 def test_rows_are_taken_where_they_are_far_apart_in_memory_and_fit(shape, strides, order):
-    made = plan(chain(Momentum()), shape, strides, elements=100)
+    made = schedule_for(chain(Momentum()), shape, strides, elements=100)
     assert made.program.graph.order == (order or (0,))
     assert made.blocks == ("rows" if len(shape) > 1 else "columns")
 
@@ -115,10 +115,10 @@ def test_rows_are_taken_as_the_rules_ask():
     def centred(*axes):
         return rule(lambda xp, u: sum(u - xp.mean(u, axis=axis, keepdims=True) for axis in axes))
 
-    assert plan(centred((0,)), (4, 50, 40), (1, 4, 200), elements=100).program.graph.order == (0, 2, 1)
-    assert plan(centred((1,)), (4, 50, 40), (2000, 40, 1), elements=100).program.graph.order == (1, 0, 2)
+    assert schedule_for(centred((0,)), (4, 50, 40), (1, 4, 200), elements=100).program.graph.order == (0, 2, 1)
+    assert schedule_for(centred((1,)), (4, 50, 40), (2000, 40, 1), elements=100).program.graph.order == (1, 0, 2)
     with pytest.raises(UnplannableError, match="over some, but not all"):
-        plan(centred((0,), (1,)), (4, 50, 40), (2000, 40, 1))
+        schedule_for(centred((0,), (1,)), (4, 50, 40), (2000, 40, 1))
 
 
 def test_a_part_of_the_columns_meets_the_rows():
@@ -129,15 +129,15 @@ def test_a_part_of_the_columns_meets_the_rows():
 
     transforms = rule(update)
     arrays = leaf(transforms, (3, 4, 5))
-    assert_near(by_blocks(transforms, arrays, 20), by_definition(transforms, arrays), TOLERANCE["float64"])
+    assert_near(by_tiles(transforms, arrays, 20), by_definition(transforms, arrays), TOLERANCE["float64"])
 
 
-def test_numbers_alone_may_make_a_block():
+def test_numbers_alone_may_make_a_tile():
     where = rule(lambda xp, u: xp.where(u > 0, 1.0, 0.5) * u)
     arrays = leaf(where, (6, 4))
     want = by_definition(where, arrays)
-    assert_same(by_blocks(where, arrays, 8), want)
-    assert_same(plain(torch_blocks(where, in_torch(arrays, torch.float64), 8)), want)
+    assert_same(by_tiles(where, arrays, 8), want)
+    assert_same(plain(torch_tiles(where, in_torch(arrays, torch.float64), 8)), want)
 
 
 def test_slots_may_take_over_what_other_slots_were():
@@ -148,7 +148,7 @@ def test_slots_may_take_over_what_other_slots_were():
 
     transforms = stateful(slots, update)
     arrays = leaf(transforms, (6, 4))
-    assert_same(by_blocks(transforms, arrays, 8), by_definition(transforms, arrays))
+    assert_same(by_tiles(transforms, arrays, 8), by_definition(transforms, arrays))
 
 
 def test_a_slot_is_read_whole_before_its_rows_are_written():
@@ -159,7 +159,7 @@ def test_a_slot_is_read_whole_before_its_rows_are_written():
 
     transforms = stateful({"row": Slot((0,)), "one": Slot(())}, update)
     arrays = leaf(transforms, (6, 4))
-    assert_near(by_blocks(transforms, arrays, 8), by_definition(transforms, arrays), TOLERANCE["float64"])
+    assert_near(by_tiles(transforms, arrays, 8), by_definition(transforms, arrays), TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -168,15 +168,15 @@ def test_a_slot_is_read_whole_before_its_rows_are_written():
     [recipes.sm3(), RECOMMENDED, recipes.decoupled_lionw(initial_lr=0.1), chain(ScaleByAdam(amsgrad=True))],
     ids=["sm3", "fusedbun", "lion", "amsgrad"],
 )
-def test_holds_a_few_blocks_and_vectors(transforms, dtype):
+def test_holds_a_few_tiles_and_vectors(transforms, dtype):
     shape, elements = (4000, 1000), 16_000
     arrays = leaf(transforms, shape, "float32")
     arrays |= {name: arrays[name].astype(dtype) for name in ("param", "grad")}
-    made = plan(transforms, shape, arrays["param"].strides, elements=elements)
-    blocks = Blocks(made, in_numpy)
+    made = schedule_for(transforms, shape, arrays["param"].strides, elements=elements)
+    tiles = Tiles(made, in_numpy)
     scalars = evaluate(made.program.scalars, hyperparameters(made.program, transforms, LR))
     tracemalloc.start()
-    blocks.run(scalars, arrays, np.dtype("float32"), elements)
+    tiles.run(scalars, arrays, np.dtype("float32"), elements)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 * 4 * elements + 0.01 * arrays["param"].nbytes
@@ -198,12 +198,14 @@ def torch_definition(transforms, tensors):
     return {"param": param.to(tensors["param"].dtype), **state}
 
 
-def torch_blocks(transforms, tensors, elements):
-    """A step in blocks, in place."""
+def torch_tiles(transforms, tensors, elements):
+    """A step in tiles, in place."""
     param = tensors["param"]
-    made = plan(transforms, tuple(param.shape), param.stride(), dtype=name_of_dtype(param.dtype), elements=elements)
+    made = schedule_for(
+        transforms, tuple(param.shape), param.stride(), dtype=dtype_name(param.dtype), elements=elements
+    )
     scalars = evaluate(made.program.scalars, hyperparameters(made.program, transforms, LR))
-    Blocks(made, namespace).run(scalars, tensors, compute_dtype(param.dtype), elements)
+    Tiles(made, namespace).run(scalars, tensors, compute_dtype(param.dtype), elements)
     return {name: tensor for name, tensor in tensors.items() if name != "grad"}
 
 
@@ -218,7 +220,7 @@ def test_in_torch_and_rounded_once(case, dtype):
         transforms, arrays = for_case(case, name)
         tensors = in_torch(arrays, dtype)
         want = plain(torch_definition(transforms, tensors))
-        got = plain(torch_blocks(transforms, tensors, 40))
+        got = plain(torch_tiles(transforms, tensors, 40))
         if not has_sums(transforms, len(SHAPES[name])):
             assert_same(got, want)
         else:
@@ -247,7 +249,7 @@ def test_any_layout_in_torch(layout, of_gradient):
         tensors = in_torch(leaf(transforms, (6, 4, 3, 5)), torch.float64)
         want = plain(torch_definition(transforms, tensors))
         tensors["param"], tensors["grad"] = layout(tensors["param"]), of_gradient(tensors["grad"])
-        assert_near(plain(torch_blocks(transforms, tensors, 30)), want, TOLERANCE["float64"])
+        assert_near(plain(torch_tiles(transforms, tensors, 30)), want, TOLERANCE["float64"])
 
 
 def test_writes_to_its_own_elements_alone():
@@ -257,7 +259,7 @@ def test_writes_to_its_own_elements_alone():
     tensors["param"] = whole[::2, 1::2]
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     gradient = tensors["grad"].clone()
-    torch_blocks(RECOMMENDED, tensors, 8)
+    torch_tiles(RECOMMENDED, tensors, 8)
     assert places == {name: tensor.data_ptr() for name, tensor in tensors.items()}
     assert torch.equal(tensors["grad"], gradient)
     untouched = torch.ones_like(whole, dtype=torch.bool)
@@ -269,9 +271,9 @@ def test_writes_to_its_own_elements_alone():
 def test_a_learning_rate_may_be_a_tensor():
     tensors = in_torch(leaf(RECOMMENDED, (6, 4)), torch.float32)
     want = plain(torch_definition(RECOMMENDED, tensors))
-    made = plan(RECOMMENDED, (6, 4), (4, 1))
+    made = schedule_for(RECOMMENDED, (6, 4), (4, 1))
     lr = torch.tensor(LR, dtype=torch.float64)
     scalars = evaluate(made.program.scalars, hyperparameters(made.program, RECOMMENDED, lr), namespace)
-    Blocks(made, namespace).run(scalars, tensors, torch.float32)
+    Tiles(made, namespace).run(scalars, tensors, torch.float32)
     del tensors["grad"]
     assert_near(plain(tensors), want, TOLERANCE["float32"])

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import sweep
 
 import fusedbun_jax as fj
 
@@ -106,10 +107,10 @@ FACTORIES = {
 }
 
 
-def over(names: Any) -> pytest.MarkDecorator:
-    """Runs a test with each of these factories."""
-    names = list(names)
-    return pytest.mark.parametrize("factory", [FACTORIES[name] for name in names], ids=names)
+def over(names: Any, short: Any = FACTORIES) -> pytest.MarkDecorator:
+    """Runs a test with each of these factories, in `make test` with those alone that are also among the `short`."""
+    names, few = list(names), [FACTORIES[name] for name in short]
+    return sweep("factory", [FACTORIES[name] for name in names], short=lambda factory: factory in few, ids=names)
 
 
 every_factory = over(FACTORIES)
@@ -118,6 +119,10 @@ descending = over(name for name, f in FACTORIES.items() if not f.ternary)
 # one with axis accumulators, one with a counter beside full-size buffers, one with integer state: for expensive tests
 representative = over(["recommended", "mup_adamw", "ternary_vote"])
 representative_descending = over(["recommended", "sm3-momentum", "mup_adamw"])
+# For what takes a second or so with each
+FEW = ("recommended", "sm3", "mup_adamw", "ternary_vote")
+sweep_of_factories = over(FACTORIES, FEW)
+sweep_of_descending = over((name for name, f in FACTORIES.items() if not f.ternary), FEW)
 fusedbun_factories = over(name for name, f in FACTORIES.items() if f.make is fj.fusedbun)
 
 SHAPES = {"bias": (4,), "kernel": (3, 4)}

@@ -1,6 +1,7 @@
 """Moments stored in fewer bits: the same numbers and the same noise as the definition in NumPy."""
 
 import inspect
+from functools import cache, partial
 
 import chex
 import flax.serialization
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from factories import described, run
 from numpy_steps import SHAPES, arrays, assert_near, assert_same_bits, by_definition, rounding, stepper, tree
+from sweeps import only, sweep
 
 import fusedbun_jax as fj
 from fusedbun import namespace as in_numpy
@@ -23,6 +25,7 @@ from fusedbun.transforms import Momentum
 from fusedbun_jax import namespace
 
 DTYPES = ("float32", "bfloat16", "int8", "int4", "param", None)
+each_dtype = sweep("dtype", DTYPES, short=only("int8"))
 # Powers of two, and gradients of few bits: however XLA contracts a product and a sum, no bit changes.
 EXACT = {"betas": (0.5, 0.25), "mup": lambda path, param: "bias"}
 SGD = {"momentum": 0.5, "dampening": 0.5, "mup": EXACT["mup"]}
@@ -42,7 +45,9 @@ OPTIMIZERS = {
     "decoupled_lionw": ({"weight_decay": 1e-4}, {"betas": (0.5, 0.25), "weight_decay": 0.0}, True),
 }
 SETTINGS = [(name, dtype) for name in OPTIMIZERS for dtype in DTYPES if (name, dtype) != ("decoupled_lionw", "int4")]
-every_dtype_of_moments = pytest.mark.parametrize(("name", "dtype"), SETTINGS)
+# Every optimizer and every dtype once
+DIAGONAL = tuple(zip(OPTIMIZERS, ("int4", "int8", "float32", "bfloat16", "param", None), strict=True))
+every_dtype_of_moments = sweep(("name", "dtype"), SETTINGS, short=only(*DIAGONAL))
 
 
 def made(name, dtype, exact=False, stochastic=False, seed=3):
@@ -88,19 +93,19 @@ def test_update_does_what_the_definition_does_in_numpy(name, dtype):
     check_steps(name, dtype, "update", tree("float32", 1), False, True)
 
 
-@every_dtype_of_moments
+@sweep(("name", "dtype"), SETTINGS, short=only(*DIAGONAL[:2]))
 def test_so_it_is_with_bfloat16_parameters_rounded_stochastically(name, dtype):
     for how, exact in (("kernel", False), ("update", True), ("definition", True)):
         check_steps(name, dtype, how, tree("bfloat16", 1), True, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_float16_parameters(dtype):
     """In whose dtype a moment is rounded to the nearest."""
     check_steps("sm3", dtype, "kernel", tree("float16", 1), False, False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_double_precision(dtype, x64):
     """There are no kernels for noise in it, so there the definition steps it."""
     check_steps("sm3", dtype, "update", tree("float64", 1), False, True)
@@ -113,7 +118,7 @@ def test_double_precision(dtype, x64):
             tx.step(params, tx.init(params), params, implementation="kernel")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_64_bit_types_change_no_bit(dtype):
     _, _, tx = made("sm3", dtype, stochastic=True)
     params = tree("bfloat16", 1)
@@ -143,7 +148,13 @@ def in_both(function, *operands):
     for is_on in (False, True):
         with jax.enable_x64(is_on):
             yield jax.tree.map(np.asarray, function(namespace, *map(jnp.asarray, operands)))
-            yield jax.tree.map(np.asarray, jax.jit(lambda *x: function(namespace, *x))(*operands))
+            yield jax.tree.map(np.asarray, compiled(function)(*operands))
+
+
+@cache
+def compiled(function):
+    """The function over JAX's namespace, jitted: the same one for the same function, which is traced once."""
+    return jax.jit(partial(function, namespace))
 
 
 def assert_equal_in_both(function, *operands):
@@ -153,7 +164,7 @@ def assert_equal_in_both(function, *operands):
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.tobytes(), y.tobytes()), got, want)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (70,), (5, 33), (3, 4, 5), (2, 3, 2, 3)])
+@sweep("shape", [(), (1,), (70,), (5, 33), (3, 4, 5), (2, 3, 2, 3)], short=only((5, 33)))
 def test_noise(shape):
     def noise(xp, like, step):
         return words.noise(words.start(7, "layer.weight", 5), step, xp.index(like, range(like.ndim)))
@@ -173,22 +184,21 @@ def test_rounding_to_bfloat16():
 
 
 @pytest.mark.parametrize("code", codes.BITS)
-@pytest.mark.parametrize("shape", [(3, 1), (4, 32), (5, 75), (2, 3, 45)])
+@sweep("shape", [(3, 1), (4, 32), (5, 75), (2, 3, 45)], short=only((5, 75)))
 def test_codes_and_what_they_stand_for(code, shape):
+    def coded(xp, x, n):
+        words_, exponents = words.encode(xp, xp.to_blocks(x), xp.to_blocks(n), codes.BITS[code])
+        stored = xp.to_pairs(words_) if code == "block4" else xp.from_blocks(words_, x.shape)
+        stored = stored.astype("uint8" if code == "block4" else "int8")
+        parts = {"": stored, codes.EXPONENTS: exponents.astype("uint8")}
+        decoded = codes.decode(xp, code, parts, x.shape, "float32")
+        return parts, xp.bits(xp.where(decoded == decoded, decoded, 0.0)), xp.real(xp.whole(decoded == decoded))
+
     for seed in range(4):
         x = numbers(2**9, seed)[: int(np.prod(shape))].reshape(shape)
         with np.errstate(all="ignore"):
             x = x * np.float32(10.0 ** (10 * seed - 20)) if seed % 2 else np.random.default_rng(seed).permuted(x)
         n = np.random.default_rng(seed).integers(0, 2**16, shape).astype(np.int32)
-
-        def coded(xp, x, n):
-            words_, exponents = words.encode(xp, xp.to_blocks(x), xp.to_blocks(n), codes.BITS[code])
-            stored = xp.to_pairs(words_) if code == "block4" else xp.from_blocks(words_, x.shape)
-            stored = stored.astype("uint8" if code == "block4" else "int8")
-            parts = {"": stored, codes.EXPONENTS: exponents.astype("uint8")}
-            decoded = codes.decode(xp, code, parts, x.shape, "float32")
-            return parts, xp.bits(xp.where(decoded == decoded, decoded, 0.0)), xp.real(xp.whole(decoded == decoded))
-
         assert_equal_in_both(coded, x, n)
 
 
@@ -221,7 +231,7 @@ def test_a_step_keeps_every_dtype_and_shape(name, dtype):
         assert described(jax.eval_shape(stepper(tx, how), params, state, params)) == described((params, state))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_saved_and_restored_it_goes_on_bit_for_bit(dtype, tmp_path):
     _, _, tx = made("fusedbun", dtype, stochastic=True)
     params, state = run(tx, tree("bfloat16", 1), 2)
@@ -260,7 +270,7 @@ def test_donated_state_is_changed_in_place():
 # ---- single transformations
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@sweep("dtype", ["float32", "bfloat16", "int8", "int4"], short=only("int4"))
 def test_a_lifted_transformation_among_optaxs_own(dtype):
     """With the parameters or without; `lift`'s seed decides the noise."""
     params, grads = tree("float32", 1), tree("float32", 2)
@@ -324,7 +334,7 @@ def test_the_way_through_a_coded_moment_is_differentiable():
 # ---- other users
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_metrics_are_of_the_numbers_that_codes_stand_for(dtype):
     params, grads = tree("bfloat16", 1), tree("bfloat16", 2)
     tx = fj.with_metrics(fj.sm3(0.1, 0.9, momentum_dtype=dtype, stochastic_rounding=True))

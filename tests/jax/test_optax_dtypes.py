@@ -8,7 +8,6 @@ import optax
 import pytest
 from factories import (
     FACTORIES,
-    descending,
     described,
     every_factory,
     gradients,
@@ -17,7 +16,9 @@ from factories import (
     representative_descending,
     run,
     stepper,
+    sweep_of_descending,
 )
+from sweeps import only, sweep
 
 from fusedbun_jax import fusedbun, momentum, round_to_params
 
@@ -62,7 +63,7 @@ def test_no_type_is_promoted_implicitly(factory, dtype, injected, x64):
 
 
 @pytest.mark.parametrize("number", [np.float64, np.float32, np.asarray, jnp.float64], ids=["f64", "f32", "0-d", "jax"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@sweep("dtype", ["float32", "bfloat16"], short=only("bfloat16"))
 def test_the_type_of_a_hyperparameter_reaches_neither_state_nor_updates(number, dtype, x64):
     numbers = {"learning_rate": 0.125, "momentum_beta": 0.5, "beta_decay": 0.75, "Lambda": 0.25, "clip_rms": 0.5}
     params = parameters(dtype)
@@ -78,7 +79,7 @@ def test_a_zero_of_numpys_has_no_momentum_either():
     run(fusedbun(0.1, momentum_beta=np.float64(0)), parameters(), 1)
 
 
-@descending
+@sweep_of_descending
 def test_a_step_is_rounded_once(factory):
     check_that_a_step_is_rounded_once(factory, "bfloat16")
 

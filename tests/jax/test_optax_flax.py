@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from factories import RECOMMENDED, gradients, representative_descending, run, stepper
+from factories import RECOMMENDED, gradients, over, run, stepper
 from flax import nnx
 from flax.training.train_state import TrainState
 
@@ -32,7 +32,7 @@ def nnx_loss(model):
     return jnp.mean((model(X) - Y) ** 2)
 
 
-@representative_descending
+@over(["recommended", "sm3-momentum", "mup_adamw"], ["recommended"])
 def test_nnx_trains(factory):
     model = Network(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, factory(factory.learning_rate / 5), wrt=nnx.Param)
@@ -65,7 +65,7 @@ def test_nnx_equals_plain_optax():
     chex.assert_trees_all_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), params, rtol=1e-6)
 
 
-@representative_descending
+@over(["recommended", "sm3-momentum", "mup_adamw"], ["recommended"])
 def test_linen_trains(factory):
     class Linen(nn.Module):
         @nn.compact

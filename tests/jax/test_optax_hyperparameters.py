@@ -10,7 +10,6 @@ import pytest
 from factories import (
     FACTORIES,
     RECOMMENDED,
-    descending,
     described,
     every_factory,
     fusedbun_factories,
@@ -20,6 +19,8 @@ from factories import (
     run,
     static_args,
     stepper,
+    sweep_of_descending,
+    sweep_of_factories,
 )
 
 from fusedbun_jax import fusedbun
@@ -43,7 +44,7 @@ def numbers(make):
     return [n for n in inspect.signature(make).parameters if n not in (*static_args(make), *NOT_SCHEDULED)]
 
 
-@descending
+@sweep_of_descending
 def test_a_scheduled_learning_rate_equals_constants_step_by_step(factory, x64):
     schedule, params = SCHEDULES["learning_rate"], parameters(jnp.float64)
     expected, state = params, factory().init(params)
@@ -52,14 +53,14 @@ def test_a_scheduled_learning_rate_equals_constants_step_by_step(factory, x64):
     chex.assert_trees_all_close(run(factory(schedule), params, 2)[0], expected, rtol=1e-12)
 
 
-@descending
+@sweep_of_descending
 def test_a_learning_rate_may_be_an_array(factory):
     expected = run(factory(), parameters(), 1)
     got = run(factory(jnp.float32(factory.learning_rate)), parameters(), 1)
     chex.assert_trees_all_close(got, expected, rtol=1e-6)
 
 
-@every_factory
+@sweep_of_factories
 def test_injected_constants_equal_those_given_by_hand(factory, x64):
     params = factory.parameters(jnp.float64)
     tx = factory.injected()
@@ -77,7 +78,7 @@ def test_injected_constants_equal_those_given_by_hand(factory, x64):
     assert factory.ternary or optax.tree.get(state, "learning_rate") == factory.learning_rate
 
 
-@every_factory
+@sweep_of_factories
 def test_scheduled_numbers_equal_those_given_by_hand(factory, x64):
     """All of an optimizer's numbers change with every step."""
     schedules = {name: SCHEDULES[name] for name in numbers(factory.make)}
@@ -114,7 +115,7 @@ def test_traced_numbers_equal_known_ones(factory, x64):
     chex.assert_trees_all_close((got, state), expected, rtol=1e-12)
 
 
-@descending
+@sweep_of_descending
 def test_injected_numbers_can_be_set_between_steps(factory):
     params, tx = parameters(), factory.injected(0.1)
     state = optax.tree.set(tx.init(params), learning_rate=jnp.float32(0.0))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from factories import FACTORIES, described, every_factory, gradients, jitted, over, parameters, run, stepper
+from factories import FACTORIES, described, gradients, jitted, over, parameters, run, stepper, sweep_of_factories
 from flax import nnx
 
 import fusedbun
@@ -44,7 +44,7 @@ def by_numpy(name, before, after, grad, moment=None):
     return {f"{metric}/{name}": value for metric, value in found.items()}
 
 
-@every_factory
+@sweep_of_factories
 def test_metrics_equal_plain_numpy(factory, x64):
     """To 1e-12, after each of three steps; the updates are those without metrics."""
     tx, params = with_metrics(factory()), factory.parameters(jnp.float64)

@@ -5,7 +5,7 @@ import flax.serialization
 import jax
 import optax
 import orbax.checkpoint as ocp
-from factories import described, every_factory, representative, run
+from factories import described, representative, run, sweep_of_factories
 
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
 
@@ -17,7 +17,7 @@ def check_that_it_goes_on(tx, params, state, restored):
     chex.assert_trees_all_equal(run(tx, restored[0], range(2, 4), restored[1]), (params, state))
 
 
-@every_factory
+@sweep_of_factories
 def test_flax_serialization(factory):
     check_flax_serialization(factory, "float32")
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from factories import every_factory, gradients, jitted
+from factories import gradients, jitted, sweep_of_factories
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from sweeps import only, sweep
 
 FOUR_DEVICES = """
 import chex, jax, numpy as np
 from factories import FACTORIES, gradients, jitted, run, stepper
 from fusedbun_jax import with_metrics
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import sys
 
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -29,7 +32,7 @@ plain = gradients({name: jax.ShapeDtypeStruct(shape, "float32") for name, shape 
 def place(tree):
     return {name: jax.device_put(tree[name], NamedSharding(mesh, specs[name])) for name in tree}
 
-for name in ("recommended", "sm3-momentum", "mup_sgd", "ternary_vote"):
+for name in sys.argv[1:]:
     tx = with_metrics(FACTORIES[name]())
     step = jitted(tx)
     placed = place(plain)
@@ -56,7 +59,7 @@ for name in ("recommended", "sm3-momentum", "mup_sgd", "ternary_vote"):
 """
 
 
-@every_factory
+@sweep_of_factories
 def test_the_parameters_sharding_is_kept(factory):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -69,7 +72,8 @@ def test_the_parameters_sharding_is_kept(factory):
         assert p.sharding.is_equivalent_to(sharding, p.ndim)
 
 
-def test_four_devices_compute_what_one_does_and_compile_once():
+@sweep("name", ["recommended", "sm3-momentum", "mup_sgd", "ternary_vote"], short=only("sm3-momentum"))
+def test_four_devices_compute_what_one_does_and_compile_once(name):
     """Parameters, state and metrics; no array of the state changes its place after the first step."""
     here = str(Path(__file__).parent)
     flags = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
@@ -80,7 +84,7 @@ def test_four_devices_compute_what_one_does_and_compile_once():
         "PYTHONPATH": os.pathsep.join([here, *sys.path]),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(FOUR_DEVICES)],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(FOUR_DEVICES), name],
         env=environment,
         capture_output=True,
         text=True,

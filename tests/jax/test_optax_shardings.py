@@ -14,6 +14,7 @@ import pytest
 from factories import FACTORIES, every_factory
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sweeps import only, sweep
 
 import fusedbun_jax as fj
 from fusedbun_jax import state_shardings
@@ -301,11 +302,16 @@ MEANS = ["fusedbun", "recommended", "clipped-lagged", "flax"]  # their statistic
 EXACT = [name for name in FACTORIES if name not in MEANS]  # maxima, or one element at a time
 
 
-@pytest.mark.slow
-def test_without_means_eight_devices_compute_the_bits_of_one():
+@sweep(
+    "names",
+    [["sm3-momentum"], [name for name in EXACT if name != "sm3-momentum"]],
+    short=only(["sm3-momentum"]),
+    ids=len,
+)
+def test_without_means_eight_devices_compute_the_bits_of_one(names):
     """Parameters, statistics, codes and noise, after 20 steps on a line and on a grid, where nothing is contracted."""
     variants = PLAIN + CODED + ROUNDED + BOTH
-    on_eight_devices(VALUES.format(names=EXACT, variants=variants, check="assert not found"), NO_FMA)
+    on_eight_devices(VALUES.format(names=names, variants=variants, check="assert not found"), NO_FMA)
 
 
 @pytest.mark.long
@@ -328,12 +334,14 @@ def test_with_means_eight_devices_compute_the_values_of_one():
 RESTORED = """
 import pathlib, sys
 import orbax.checkpoint as ocp
-folder = pathlib.Path(sys.argv[1])
+folder, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
 for name, settings, dtype in (
     ("recommended", {}, "float32"),
     ("sm3-momentum", {"momentum_dtype": "int4", "stochastic_rounding": True}, "bfloat16"),
     ("mup_adamw", {}, "float32"),
 ):
+    if name not in names:
+        continue
     tx, start = FACTORIES[name](**settings), arrays(0, dtype)
     shapes = {leaf: jax.ShapeDtypeStruct(x.shape, x.dtype) for leaf, x in start.items()}
     params, state = trained(tx, start, range(5), LINE)
@@ -359,10 +367,10 @@ for name, settings, dtype in (
 """
 
 
-@pytest.mark.slow
-def test_a_checkpoint_is_restored_onto_other_meshes_and_goes_on(tmp_path):
+@sweep("names", [["sm3-momentum"], ["recommended", "mup_adamw"]], short=only(["sm3-momentum"]), ids=len)
+def test_a_checkpoint_is_restored_onto_other_meshes_and_goes_on(names, tmp_path):
     """From a line of 8 devices to it again, to a grid, to one device: bits, places, and the steps that follow."""
-    on_eight_devices(RESTORED, NO_FMA, str(tmp_path))
+    on_eight_devices(RESTORED, NO_FMA, str(tmp_path), *names)
 
 
 REPLICATED = """

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, expected, problem
+from cases import CASES, FEW, expected, problem
 from factories import FACTORIES, described, gradients, over, parameters, run, stepper
 from flax import linen, nnx
+from sweeps import sweep
 
 import fusedbun_jax as fj
 from fusedbun import Signal, Slot, Transform, chain, recipes
@@ -61,7 +62,7 @@ def check_case(case, dtype, leaves):
     assert {k: e for k, e in error.items() if not e <= TOLERANCE[dtype]} == {}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.cancels], ids=str)
+@sweep("case", [case for case in CASES if not case.cancels], short=lambda case: case.name in FEW, ids=str)
 def test_every_case_by_kernel_and_by_update_in_turn(case):
     check_case(case, "float32", LEAVES)
 
@@ -93,7 +94,7 @@ def test_where_a_chain_adds_nothing_up_every_bit_is_the_definitions(case):
         slots = {key: np.asarray(x, np.float32) for key, x in slots.items()}
 
 
-@over(["recommended", "sm3", "ternary_vote"])
+@over(["recommended", "sm3", "ternary_vote"], ["recommended"])
 @pytest.mark.parametrize("dtype", MIXED)
 def test_parameters_of_16_bits(factory, dtype):
     tx, params = factory(), factory.parameters(dtype)
@@ -118,7 +119,7 @@ def test_a_gradient_of_fewer_bits_is_widened_and_one_of_more_bits_goes_to_the_de
 # ---- learning rates and hyper-parameters
 
 
-@over(["recommended", "mup_adamw"])
+@over(["recommended", "mup_adamw"], ["recommended"])
 def test_a_schedule_advances(factory):
     tx = factory(fj.sm3_schedule(0.1, 3, 8))
     params = factory.parameters()
@@ -281,7 +282,7 @@ def test_under_vmap_it_is_the_definition():
         jax.vmap(lambda p, g: one(p, g, "kernel"))(params, grads)
 
 
-@over(["recommended", "ternary_vote"])
+@over(["recommended", "ternary_vote"], ["ternary_vote"])
 def test_derivatives_are_those_of_the_definition(factory):
     params = factory.parameters()
     tx = factory()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+from sweeps import long
+
 TRAIN = """
 import jax, jax.numpy as jnp, numpy as np, optax, hashlib, sys
 import fusedbun_jax as fj
@@ -37,6 +39,7 @@ def python(code, **environment):
     return done.stdout.strip().splitlines()
 
 
+@long
 def test_the_bits_do_not_depend_on_the_threads():
     code = TRAIN + 'print(hashlib.sha256(b"".join(x.tobytes() for x in trained(20, "kernel").values())).hexdigest())'
     one = python(code, XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
@@ -64,6 +67,7 @@ print(hashlib.sha256(b"".join(x.tobytes() for x in after.values())).hexdigest())
     assert first[1] == second[1]
 
 
+@long
 def test_several_devices_run_the_definition():
     python(
         TRAIN

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 import torch
-from factories import described, every_factory, gradients, jitted, run
+from factories import described, gradients, jitted, run, sweep_of_factories
 from numpy_steps import arrays, assert_same_bits, by_definition, rounding, stepper, tree
+from sweeps import long, only, sweep
 
 import fusedbun
 import fusedbun_jax as fj
@@ -89,7 +90,7 @@ def test_infinities_nan_and_zeros():
     np.testing.assert_array_equal(np.signbit(after[[6, 7]]), [True, False])
 
 
-@every_factory
+@sweep_of_factories
 def test_every_optimizer_rounds_to_a_neighbour_of_the_exact_step(factory):
     """By `update` and by `step`; the state is that of a run without it, and the counters."""
     params = factory.parameters(jnp.bfloat16)
@@ -264,6 +265,7 @@ def test_state_of_an_optimizer_without_it():
 # ---- among JAX's and optax's own
 
 
+@long
 def test_wrappers_of_optaxs():
     params = tree("bfloat16", 1)
     tx = fj.fusedbun(0.1, momentum_dtype="int8", stochastic_rounding=True)
@@ -292,6 +294,7 @@ def test_its_derivative_is_that_of_a_plain_cast():
     np.testing.assert_allclose(*slopes, rtol=0.01)
 
 
+@long
 def test_under_vmap_and_inside_a_loop():
     tx = fj.sm3(0.1, momentum=0.9, momentum_dtype="int8", stochastic_rounding=True)
     params = tree("bfloat16", 1)
@@ -321,6 +324,7 @@ def assert_near_bits(got, want):
 
 
 FOUR_DEVICES = """
+import sys
 import jax, jax.numpy as jnp, numpy as np, chex
 import fusedbun_jax as fj
 from numpy_steps import stepper, tree
@@ -334,7 +338,7 @@ exponents = {"both": P("a", "b"), "rows": P("a"), "columns": P(None, "b"), "cut"
 def place(tree):
     return {name: jax.device_put(tree[name], NamedSharding(mesh, specs[name])) for name in tree}
 
-for dtype in ("int8", "int4", "bfloat16"):
+for dtype in sys.argv[1:]:
     tx = fj.sm3(0.125, momentum=0.5, momentum_dtype=dtype, stochastic_rounding=True)
     plain = tree("bfloat16", 1, shapes)
     placed = place(plain)
@@ -353,11 +357,12 @@ for dtype in ("int8", "int4", "bfloat16"):
 """
 
 
-def test_four_devices_round_as_one_does():
+@sweep("dtype", ["int8", "int4", "bfloat16"], short=only("int8"))
+def test_four_devices_round_as_one_does(dtype):
     flags = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(FOUR_DEVICES)],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(FOUR_DEVICES), dtype],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,
         text=True,

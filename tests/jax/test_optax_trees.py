@@ -11,7 +11,6 @@ import optax
 import pytest
 from factories import (
     FACTORIES,
-    descending,
     described,
     every_factory,
     gradients,
@@ -19,6 +18,8 @@ from factories import (
     representative,
     representative_descending,
     run,
+    sweep_of_descending,
+    sweep_of_factories,
 )
 from flax.core import FrozenDict
 
@@ -83,7 +84,7 @@ def test_empty_trees(factory):
         assert jax.tree.structure((updates, after)) == jax.tree.structure((empty, state))
 
 
-@every_factory
+@sweep_of_factories
 def test_leaves_of_any_rank_and_without_elements(factory):
     """Beside one another in one tree, in which each is stepped as if it were alone."""
     params = {str(shape): jnp.full(shape, 1.0, jnp.float32) for shape in LEAVES + NO_ELEMENTS}
@@ -130,7 +131,7 @@ def test_numbers_are_arrays_without_axes():
     assert described(state) == described(array_state)
 
 
-@descending
+@sweep_of_descending
 def test_what_is_not_finite_stays_in_its_leaf_and_shows_there(factory):
     """Where only signs count an infinity is a sign like any other, and only NaN shows."""
     params = {"a": kernel(), "b": kernel() + 1}

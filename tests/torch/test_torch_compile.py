@@ -3,9 +3,8 @@
 import pytest
 import torch
 from makers import MAKERS, assert_same, copies, parameters, run, set_gradients
+from sweeps import long, only, sweep
 from torch._dynamo.utils import counters
-
-pytestmark = pytest.mark.slow  # each graph takes seconds to compile
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +29,11 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("make", [MAKERS[name] for name in COMPILED], ids=COMPILED)
-def test_a_compiled_step_is_the_eager_step_in_one_graph(make):
+@sweep("name", COMPILED, short=only("mup-adam"))  # each graph takes seconds to compile
+def test_a_compiled_step_is_the_eager_step_in_one_graph(name):
     """With a float as learning rate and with a tensor, each set anew at every step; 0-d parameters included."""
     params = parameters((), (5,), (4, 3), (2, 3, 4), dtype=torch.float64)
-    optimizer, eager = make(params, lr=0.1), make(copies(params), lr=0.1)
+    optimizer, eager = MAKERS[name](params, lr=0.1), MAKERS[name](copies(params), lr=0.1)
     step, others = torch.compile(optimizer.step), eager.param_groups[0]["params"]
     rates = [0.1, 0.05, 0.2, 0.0, 0.1, 0.15]
     for index, rate in enumerate(rates):
@@ -65,6 +64,7 @@ def test_a_compiled_step_is_the_eager_step_in_one_graph(make):
     assert_same([p.detach() for p in params], before)
 
 
+@long
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions of torch may have mended it")
 def test_why_0d_parameters_are_stepped_eagerly():
     """Compiled, torch 2.13 drops in-place changes of 0-d float64 tensors on the CPU: its own Adam does not move one."""

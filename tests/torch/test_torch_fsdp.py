@@ -19,8 +19,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from fusedbun import SM3, DecoupledLionW, Fusedbun, TernaryVote
 
-pytestmark = pytest.mark.slow
-
 WIDTH = 64
 MAKERS_HERE = {
     "sm3": partial(SM3, momentum=0.9, implementation="tiles"),
@@ -90,7 +88,8 @@ def train_sharded(rank, sizes):
     return found
 
 
-@pytest.mark.parametrize("sizes", [(2,), pytest.param((4,), marks=pytest.mark.long), (2, 2)], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
 def test_a_network_trains_under_fsdp_as_it_does_alone(sizes, tmp_path):
     found = run_in_processes(sizes[0] * (sizes[1] if len(sizes) > 1 else 1), train_sharded, tmp_path, sizes)
     for name in found[0]:
@@ -208,6 +207,7 @@ def load_first(rank, folder):
     return numbers(model, optimizer)
 
 
+@pytest.mark.long
 def test_a_process_that_dies_in_a_save_leaves_the_checkpoint_before_it(tmp_path):
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         run_in_processes(2, die_in_a_save, tmp_path, str(tmp_path))

@@ -12,8 +12,20 @@ import pytest
 import torch
 from cases import CASES, SHAPES, problem
 from makers import MAKERS, SM3_CHAIN, assert_same, assert_same_run, parameters, run, set_gradients, unchanged
+from sweeps import only, sweep
 from torch._dynamo.utils import counters
-from twins import FAST, assert_near, assert_near_run, each_fast, each_make, everything, is_exact, twins
+from twins import (
+    FAST,
+    STEPPED,
+    assert_near,
+    assert_near_run,
+    each_fast,
+    each_make,
+    everything,
+    is_exact,
+    sweep_of_makes,
+    twins,
+)
 
 from fusedbun import SM3, ChainOptimizer, DecoupledLionW, Fusedbun, ScaledOptum, Signal, Slot, Transform
 from fusedbun.compiler.cpp import build, native
@@ -89,7 +101,7 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("of_gradient", GRADIENTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@each_make
+@sweep_of_makes
 def test_layouts(make, layout, of_gradient):
     """Of a parameter and of its gradients, the one whatever the other is."""
     (plain,) = parameters((3, 4, 5, 2))
@@ -109,7 +121,7 @@ def test_layouts(make, layout, of_gradient):
 
 @each_fast
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@each_make
+@sweep_of_makes
 def test_dtypes(make, dtype, implementation):
     """Almost every number of a smaller dtype is the same; the rest are its neighbours."""
     optimizer, wanted = twins(make, parameters(*SHAPES.values(), dtype=dtype), implementation)
@@ -394,13 +406,12 @@ def test_the_best_of_each_device():
     assert dispatch.ELSEWHERE == ("tiles", "definition")
 
 
-@pytest.mark.slow
-@each_make
-def test_compiled(make):
+@sweep("name", STEPPED, short=only("scaled-optum"))  # each graph takes seconds to compile
+def test_compiled(name):
     """By torch, when that was asked for: one graph, however the learning rate moves."""
     torch.compiler.reset()
     counters.clear()
-    optimizer, wanted = twins(make, parameters((), (5,), (4, 3), dtype=torch.float64), "compiled")
+    optimizer, wanted = twins(MAKERS[name], parameters((), (5,), (4, 3), dtype=torch.float64), "compiled")
     for step, rate in enumerate((0.1, 0.2, 0.05)):
         for o in (optimizer, wanted):
             o.param_groups[0]["lr"] = rate

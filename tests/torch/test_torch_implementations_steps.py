@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from makers import MAKERS, copies, parameters, run, set_gradients
-from twins import assert_near_run, each_make, twins
+from twins import assert_near_run, sweep_of_makes, twins
 
 from fusedbun import Fusedbun, MupAdamW
 from fusedbun.compiler.cpp import native
@@ -136,7 +136,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@each_make
+@sweep_of_makes
 def test_a_change_between_steps_is_seen(make, change):
     """At once, and when it is taken back by the next gradients."""
     optimizers = twins(make, parameters((), (5,), (4, 3), (2, 3, 4), (3, 3)))
@@ -156,6 +156,20 @@ def test_parameters_get_their_first_gradients_one_by_one():
         params = optimizer.param_groups[0]["params"]
         for step in range(4):
             set_gradients(params[: step + 1], step)
+            optimizer.step()
+    assert_near_run(*optimizers)
+
+
+def test_hyper_parameters_that_changed_before_another_parameter_joins():
+    """Those that were stepped before keep to the new ones."""
+    optimizers = twins(Fusedbun, parameters((4, 3), (5,)), Lambda=0.1)
+    for optimizer in optimizers:
+        params = optimizer.param_groups[0]["params"]
+        set_gradients(params[:1], 0)
+        optimizer.step()
+        optimizer.param_groups[0]["Lambda"] = 0.5
+        for step in (1, 2, 3):
+            set_gradients(params[:step], step)
             optimizer.step()
     assert_near_run(*optimizers)
 

@@ -272,7 +272,7 @@ def in_a_process(rank, folder):
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_with_shards_find_what_one_finds(tmp_path):
     """Parameters cut into rows by hand, and as DTensors; one leaves nothing to the second process."""
     torch.multiprocessing.spawn(in_a_process, (tmp_path,), nprocs=2)

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from makers import SM3_CHAIN, assert_same, assert_same_run, copies, gradient, parameters, run, states, unchanged
+from sweeps import sweep
 from test_torch_ternary_vote import ternary
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
@@ -205,6 +206,12 @@ each_named_class = pytest.mark.parametrize("info", INFOS[:-1], ids=lambda info: 
 each_input = pytest.mark.parametrize(
     ("info", "options", "state"), INPUTS, ids=[f"{i.cls.__name__}-{'-'.join(o) or 'defaults'}" for i, o, _ in INPUTS]
 )
+sweep_of_inputs = sweep(  # many of their kernels do not come with the package, and take a second to compile
+    ("info", "options", "state"),
+    INPUTS,
+    short=lambda info, options, state: options == info.inputs[0][0],
+    ids=[f"{i.cls.__name__}-{'-'.join(o) or 'defaults'}" for i, o, _ in INPUTS],
+)
 each_error = pytest.mark.parametrize(
     ("info", "options", "error", "message"), ERRORS, ids=[f"{i.cls.__name__}-{next(iter(o))}" for i, o, _, _ in ERRORS]
 )
@@ -283,7 +290,7 @@ def test_an_unknown_argument_is_told_the_known_ones(info):
 # Steps
 
 
-@each_input
+@sweep_of_inputs
 def test_goes_in_the_right_direction(info, options, state):
     """The loss of a bowl falls, and its opposite's climbs with maximize=True."""
     for maximize in (False, True):
@@ -337,7 +344,7 @@ def conversion_of(saved):
     return pytest.warns(UserWarning, match="is converted") if floating else nullcontext()
 
 
-@each_input
+@sweep_of_inputs
 def test_the_declared_dtypes_win_when_loading_across_precisions(info, options, state):
     """float64 state into float32 and bfloat16 parameters, and back."""
     double = info(info.params(*SHAPES, dtype=torch.float64), **options)

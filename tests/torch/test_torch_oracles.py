@@ -13,6 +13,7 @@ import torch
 import unit_scaling as uu
 from lion_pytorch import Lion
 from makers import gradient, parameters
+from sweeps import only, sweep
 from torch.optim.lr_scheduler import LambdaLR
 from unit_scaling.parameter import has_parameter_data
 
@@ -169,7 +170,7 @@ every_one_of_unit_scaling = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("independent", [True, False])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@sweep("weight_decay", [0.0, 0.01], short=only(0.01))
 @every_one_of_unit_scaling
 def test_mup_equals_unit_scaling(ours, theirs, options, weight_decay, independent):
     """Under a schedule, which the decay follows in either mode."""

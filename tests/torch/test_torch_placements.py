@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from makers import gradient, parameters
 from processes import placed, run_in_processes
+from sweeps import only, sweep
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -172,7 +173,7 @@ def not_a_number(rank):
     mesh = init_device_mesh("cpu", (2,))
     for name in ("max", "min"):
         x = torch.tensor([torch.nan, 1.0, 2.0, -3.0] if rank else [1.0, torch.nan, -5.0, 7.0])
-        sharded_steps._combine(sharded_steps.Batch((mesh.get_group(0),), name, x))
+        sharded_steps._combine(sharded_steps.Collective((mesh.get_group(0),), name, x))
         wanted = [torch.nan, torch.nan, *([2.0, 7.0] if name == "max" else [-5.0, -3.0])]
         torch.testing.assert_close(x, torch.tensor(wanted), equal_nan=True)
 
@@ -259,7 +260,6 @@ def data_parallel(rank):
         assert torch.equal(p, q)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("function", [plain_and_sharded, converted, data_parallel, not_a_number, no_rows])
+@sweep("function", [plain_and_sharded, converted, data_parallel, not_a_number, no_rows], short=only(data_parallel))
 def test_two_processes_do_what_one_does(function, tmp_path):
     run_in_processes(2, function, tmp_path)

@@ -51,7 +51,7 @@ def in_processes(rank, folder):
     return [whole(p.detach()) for p in copies], error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sharded_state_is_saved_and_loaded(tmp_path):
     params, optimizer = begun(torch.clone, range(3))
     fusedbun.save_state(optimizer, tmp_path / "whole")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from makers import assert_same, assert_same_run, every_optimizer, recommended, unchanged
 from released import SETTINGS, WIDTH, Network, clip_each, grads, loss_of, pair, released, train, with_rate
+from sweeps import sweep
 from test_torch_checkpoint import through_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -21,7 +22,7 @@ from fusedbun.torch import dispatch
 # The same numbers
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@sweep("name", SETTINGS, short=lambda name: name not in ("fusedbun bfloat16 bfloat16", "mup-adamw bfloat16"))
 def test_twenty_steps_are_the_ordinary_ones(name):
     """Under a schedule; the parameters' names decide the noise of rounding."""
     make, dtype = SETTINGS[name]

@@ -14,8 +14,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fusedbun import SM3, DecoupledLionW, Fusedbun, MupAdamW, TernaryVote
 from fusedbun.torch.sharding import placement
 
-pytestmark = pytest.mark.slow
-
 # Some leave a process with less than another, or with nothing; of those for codes every block stays whole.
 SHAPES = ((), (5,), (7, 6), (1, 33), (6, 4, 3, 3))
 IN_BLOCKS = ((), (9,), (7, 128), (2, 256), (5, 4, 32))
@@ -103,6 +101,16 @@ def everything(rank, count, cases):
     return failures
 
 
+def few():
+    """A maximum and a mean, without codes and with them, by tiles; and a kernel."""
+    for name in ("sm3-momentum", "fusedbun-recommended"):
+        yield name, partial(MAKERS[name], implementation="tiles"), SHAPES, torch.float32, name in EXACT
+    for name in ("sm3 int8", "fusedbun int4 rounded"):
+        make = partial(FEWER_BITS[name], implementation="tiles")
+        yield name, make, IN_BLOCKS, torch.bfloat16, name in EXACT_IN_FEWER_BITS
+    yield "sm3-momentum", MAKERS["sm3-momentum"], ((7, 6),), torch.float32, True
+
+
 def in_blocks():
     for name, make in {**MAKERS, "ternary-vote": partial(TernaryVote, threshold=2)}.items():
         for dtype in (torch.float32, torch.float64):
@@ -132,10 +140,12 @@ def every_kernel():
 @pytest.mark.parametrize(
     ("count", "cases"),
     [
-        *((2, cases) for cases in (in_blocks, in_fewer_bits_in_blocks, in_kernels)),
-        (4, in_kernels),
-        *(pytest.param(4, cases, marks=pytest.mark.long) for cases in (in_blocks, in_fewer_bits_in_blocks)),
-        *(pytest.param(count, every_kernel, marks=pytest.mark.long) for count in CUTS),
+        (2, few),
+        *(
+            pytest.param(count, cases, marks=pytest.mark.long)
+            for count in CUTS
+            for cases in (in_blocks, in_fewer_bits_in_blocks, in_kernels, every_kernel)
+        ),
     ],
 )
 def test_several_processes_do_what_one_does(count, cases, tmp_path):
@@ -184,7 +194,8 @@ def what_is_sent(rank, count):
     return found
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("count", CUTS)
 def test_only_vectors_are_sent_in_a_number_of_calls_that_no_parameter_adds_to(count, tmp_path):
     along_axes = 4 * (64 + 32 + 40 + 16 + 8 + 3 + 3)
     (found, *_) = run_in_processes(count, what_is_sent, tmp_path, count)

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from sweeps import only, sweep
 
 import fusedbun
 from fusedbun import ChainOptimizer
@@ -94,7 +95,7 @@ def numpy_steps(optimizer, params, steps):
     return found
 
 
-@pytest.mark.parametrize("momentum_dtype", MOMENTS)
+@sweep("momentum_dtype", MOMENTS, short=only("int8"))
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [(n, i) for n in EXACT for i in IMPLEMENTATIONS if i == "kernel" or (i != "compiled" and n != "SM3")],
@@ -116,7 +117,7 @@ def test_gives_numpys_bits(name, implementation, momentum_dtype):
             np.testing.assert_array_equal(x.float().numpy(), np.float32(state[key]), err_msg=key)
 
 
-@pytest.mark.parametrize("momentum_dtype", ["bfloat16", "int8", "int4"])
+@sweep("momentum_dtype", ["bfloat16", "int8", "int4"], short=only("int4"))
 def test_compiled_it_is_the_same_but_for_multiplying_and_adding_at_once(momentum_dtype):
     """A compiler may round `a*b + c` once: then a moment's last bit differs, and now and then a rounding."""
     cls, given = EXACT["SM3"]
@@ -128,8 +129,11 @@ def test_compiled_it_is_the_same_but_for_multiplying_and_adding_at_once(momentum
         assert torch.count_nonzero(param != reference) <= max(1, 0.01 * param.numel())
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, *MOMENTS])
-@pytest.mark.parametrize("name", EVERY)
+@sweep(
+    ("name", "momentum_dtype"),
+    [(name, dtype) for name in EVERY for dtype in (None, *MOMENTS)],
+    short=lambda name, dtype: dtype == {"SM3": "int8", "Fusedbun": "int4", "MupAdamW": None}.get(name, "param"),
+)
 def test_a_resumed_run_goes_on_to_the_bit(name, momentum_dtype):
     cls, given = EVERY[name]
     if name == "ScaledOptum" or (name, momentum_dtype) == ("DecoupledLionW", "int4"):
@@ -244,7 +248,11 @@ def test_int8_is_too_coarse_for_a_second_moment():
         fusedbun.MupAdamW(parameters(), **TYPED, second_moment_dtype="int8")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, np.dtype("float32"), "bfloat16", torch.int8])
+@sweep(
+    "dtype",
+    [torch.bfloat16, np.dtype("float32"), "bfloat16", torch.int8],
+    short=lambda dtype: dtype in (torch.bfloat16, "bfloat16"),
+)
 def test_dtypes_as_frameworks_write_them(dtype):
     optimizer = fusedbun.DecoupledLionW(parameters(), momentum_dtype=dtype)
     run(optimizer, 1)
@@ -309,7 +317,7 @@ class TestLoading:
         assert not other.state
 
     @pytest.mark.parametrize("before", [None, "bfloat16", "int8", "int4"])
-    @pytest.mark.parametrize("now", [None, "bfloat16", "int8", "int4"])
+    @sweep("now", [None, "bfloat16", "int8", "int4"], short=only("int8"))
     def test_is_converted_when_asked_for(self, before, now):
         saved = self.saved(momentum_dtype=before)
         other = fusedbun.Fusedbun(copy.deepcopy(saved.param_groups[0]["params"]), 0.5, momentum_dtype=now)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from makers import (
     EVERY_SHAPE,
+    MAKERS,
     SHAPES,
     assert_same,
     assert_same_run,
@@ -18,6 +19,7 @@ from makers import (
     run,
     set_gradients,
 )
+from sweeps import only, sweep
 
 from fusedbun import ChainOptimizer, DecoupledLionW, Fusedbun, ScaledOptum
 from fusedbun.transforms import Momentum, SM3Accumulate
@@ -28,8 +30,9 @@ LOW = [torch.bfloat16, torch.float16]
 # Shapes and strides
 
 
-@every_optimizer
-def test_every_number_of_axes_is_stepped(make):
+@sweep("name", MAKERS, short=only("fusedbun-recommended", "sm3-momentum", "mup-adam"))
+def test_every_number_of_axes_is_stepped(name):
+    make = MAKERS[name]
     params = parameters(*EVERY_SHAPE)
     optimizer = make(params, lr=0.1)
     for step in range(3):
@@ -217,7 +220,7 @@ def test_state_takes_the_bytes_that_its_slots_declare(make, dtype):
     assert bytes_of(optimizer) == declared_bytes(optimizer)
 
 
-@pytest.mark.parametrize("use_rms", [False, True])
+@sweep("use_rms", [False, True], short=only(False))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fusedbun_keeps_one_vector_per_axis_and_with_momentum_one_array(dtype, use_rms):
     shapes, vectors = [(40, 30), (6, 5, 4), (7,), ()], 40 + 30 + 6 + 5 + 4 + 7 + 1

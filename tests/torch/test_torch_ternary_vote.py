@@ -11,6 +11,7 @@ import pickle
 import pytest
 import torch
 from makers import SHAPES, assert_same, assert_same_run, copies, gradient, parameters, run, states, unchanged
+from sweeps import only, sweep
 from test_torch_checkpoint import through_file
 
 from fusedbun import ScaledOptum, TernaryVote
@@ -36,7 +37,7 @@ def votes(optimizer, param):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("threshold", [1, 3, 127])
+@sweep("threshold", [1, 3, 127], short=only(3))
 def test_is_its_formula(threshold, dtype):
     """In whole numbers, so to the last bit."""
     params = ternary(*SHAPES, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from makers import MAKERS, copies
+from sweeps import sweep
 
 from fusedbun.compiler.graph import Span
 from fusedbun.compiler.trace import trace, used
@@ -15,6 +16,9 @@ each_fast = pytest.mark.parametrize("implementation", FAST)
 # Several passes over memory; sums over all of a parameter; elementwise steps, without state and with a counter
 STEPPED = ("fusedbun-recommended", "fusedbun-clipped-lagged", "sm3-momentum", "scaled-optum", "mup-adamw")
 each_make = pytest.mark.parametrize("make", [MAKERS[name] for name in STEPPED], ids=STEPPED)
+# For what needs kernels that do not come with the package: each takes a second to compile
+FEW = [MAKERS["fusedbun-recommended"], MAKERS["mup-adamw"]]
+sweep_of_makes = sweep("make", [MAKERS[name] for name in STEPPED], short=lambda make: make in FEW, ids=STEPPED)
 
 
 def is_exact(chain, ndim):

@@ -2,7 +2,7 @@
 
 A library's name is made of its code and of the flags that it is compiled with, so that it is never stale, and it is
 put in its place in one move, so that processes that compile the same at once do not disturb one another. Of the kernels
-that come with the package many share a library, a bundle (`plan.family`); in it each has a function of such a name.
+that come with the package many share a library, a bundle (`family`); in it each has a function of such a name.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def describe(leaf: Description, words: list[int]) -> list[int]:
     place = at + 4 * count + len(sizes)
     scattered: list[int] = []
     for array, step, is_full in zip(leaf.arrays, steps, full, strict=True):
-        if is_full and not _follow(sizes, step, array.width):
+        if is_full and not _is_contiguous(sizes, step, array.width):
             words.append(place + len(scattered))
             scattered += step
         else:
@@ -240,7 +240,7 @@ def describe(leaf: Description, words: list[int]) -> list[int]:
     return [at, at + count, at + 2 * count, at + 3 * count, at + 4 * count, 0, count, len(sizes), rows, columns]
 
 
-def _follow(sizes: list[int], step: list[int], width: int) -> bool:
+def _is_contiguous(sizes: list[int], step: list[int], width: int) -> bool:
     """Whether elements follow one another in the order of the axes."""
     for size, bytes_between in zip(reversed(sizes), reversed(step), strict=True):
         if size != 1 and bytes_between != width:
@@ -253,6 +253,6 @@ def _row_stride(sizes: list[int], step: list[int], width: int) -> int:
     """The bytes from one row to the next, or `SCATTERED` where a row's elements do not follow one another."""
     if len(sizes) == 1:
         return sizes[0] * width if step[0] == width or sizes[0] == 1 else SCATTERED
-    if not _follow(sizes[1:], step[1:], width):
+    if not _is_contiguous(sizes[1:], step[1:], width):
         return SCATTERED
     return step[0] if sizes[0] != 1 else math.prod(sizes[1:]) * width

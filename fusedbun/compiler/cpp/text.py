@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from fusedbun.chain import PARAM
-from fusedbun.compiler.graph import ARITHMETIC, BITWISE, COMPARISONS, Span, Value
+from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD, Program
+from fusedbun.operations import OPERATIONS
 
 STORED = {  # by dtype
     "float32": "float",
@@ -19,15 +20,6 @@ STORED = {  # by dtype
     "int32": "int32_t",
 }
 PAIR = "Pair"  # two codes of 4 bits
-FUNCTION = {
-    "abs": "absolute",
-    "sqrt": "root",
-    "sign": "sign",
-    "expm1": "expm1_of",
-    "log": "log_of",
-    "floor": "floor_of",
-}
-CONVERSION = {"bits": "bits_of", "whole": "whole", "from_bits": "from_bits", "real": "real"}
 REDUCE = {"sum": "Sum", "max": "Max", "min": "Min"}
 
 
@@ -122,17 +114,7 @@ def expression(v: Value, name: Callable[[Value], str], kind: Kind) -> str:
     args = [name(a) for a in v.args]
     if _is_masked_shift(v):
         return args[0]  # words have no sign here, so nothing is left to mask
-    if sign := ARITHMETIC.get(v.op) or COMPARISONS.get(v.op) or BITWISE.get(v.op):
-        return f"{args[0]} {sign} {args[1]}"
-    if v.op in CONVERSION:
-        return f"{CONVERSION[v.op]}<{kind_of(v, kind)}>({args[0]})"
-    if v.op == "neg":
-        return f"-{args[0]}"
-    if v.op == "where":  # a single number among its operands is repeated in every lane
-        return f"select<{kind_of(v, kind)}>({', '.join(args)})"
-    if v.op in ("minimum", "maximum"):
-        return f"{v.op}<{kind_of(v, kind)}>({', '.join(args)})"
-    return f"{FUNCTION[v.op]}({args[0]})"
+    return OPERATIONS[v.op].cpp.format(*args, V=kind_of(v, kind))
 
 
 def _is_masked_shift(v: Value) -> bool:

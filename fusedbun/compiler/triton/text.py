@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fusedbun.chain import PARAM
-from fusedbun.compiler.graph import ARITHMETIC, BITWISE, COMPARISONS, Graph, Span, Value
+from fusedbun.compiler.graph import Graph, Span, Value
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD, Program
+from fusedbun.operations import OPERATIONS
 from fusedbun.storage.codes import computed_in
 from fusedbun.storage.noise import BLOCK, word
 
@@ -19,21 +20,6 @@ LETTER = {Span.HOST: "s", Span.SCALAR: "s", Span.COLUMN: "c", Span.ROW: "r", Spa
 START = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 COMBINE = {"max": "maximum", "min": "minimum"}
 NUMBER, WORD = "T", "tl.int32"  # what is computed in
-SIGNS = {**ARITHMETIC, **COMPARISONS, **BITWISE}
-OF_ONE = {  # operations on one operand
-    "neg": "-{}",
-    "abs": "tl.abs({})",
-    "sign": "sign({})",
-    "floor": "tl.floor({})",
-    "sqrt": "sqrt({}, T)",
-    "log": "log({}, T)",
-    "expm1": "expm1({}, T)",
-    "expand": "{}",
-    "real": "{}.to(T)",
-    "whole": f"{{}}.to({WORD})",
-    "from_bits": "{}.to(T, bitcast=True)",
-    "bits": f"{{}}.to({WORD}, bitcast=True)",
-}
 HELPERS = {
     "minimum": """
 def minimum(a, b):
@@ -168,13 +154,7 @@ def is_inexact(v: Value) -> bool:
 
 def expression(v: Value, args: list[str]) -> str:
     """The Triton for one operation on operands with these names."""
-    if v.op == "div":
-        return f"divide({', '.join(args)}, T)"
-    if v.op in SIGNS:
-        return f"{args[0]} {SIGNS[v.op]} {args[1]}"
-    if v.op in ("minimum", "maximum", "where"):
-        return f"{'tl.' if v.op == 'where' else ''}{v.op}({', '.join(args)})"
-    return OF_ONE[v.op].format(*args)
+    return args[0] if v.op == "expand" else OPERATIONS[v.op].triton.format(*args)
 
 
 def reduced(v: Value, x: str, axis: int | str) -> str:
@@ -188,9 +168,9 @@ def formula(v: Value) -> str:
     if v.op in ("const", "input"):
         return f"{v.detail:g}" if v.op == "const" else str(v.detail)
     args = [formula(a) for a in v.args]
-    if v.op in SIGNS:
+    if sign := OPERATIONS[v.op].sign:
         a, b = (f"({text})" if x.args else text for x, text in zip(v.args, args, strict=True))
-        return f"{a} {SIGNS[v.op]} {b}"
+        return f"{a} {sign} {b}"
     return f"{v.op}({', '.join(args)})"
 
 

@@ -20,8 +20,10 @@ from fusedbun.compiler.triton.text import (
     literal,
     name_of,
 )
+from fusedbun.operations import OPERATIONS
 
-FUNCTIONS = ("div", "minimum", "maximum", "where")  # that would round a number among their operands to float32
+# Operations that are written as calls, which would round a number among their operands to float32.
+CALLS = {operation.name for operation in OPERATIONS.values() if "(" in operation.triton}
 
 
 class Writer:
@@ -167,7 +169,7 @@ class Writer:
 
     def operand(self, v: Value, of: Value) -> str:
         """How an operand of a value is written."""
-        return f"tl.full((), {literal(v)}, T)" if of.op in FUNCTIONS and is_inexact(v) else self.read(v)
+        return f"tl.full((), {literal(v)}, T)" if of.op in CALLS and is_inexact(v) else self.read(v)
 
 
 def nowhere(v: Value) -> tuple[str, str]:

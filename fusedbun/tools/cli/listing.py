@@ -11,20 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fusedbun import derive
-from fusedbun.recipes import RECIPES, Recipe
+from fusedbun.recipe import Recipe
+from fusedbun.recipes import RECIPES
 
 SHAPE = (1024, 1024)  # the parameter whose state is counted: a weight matrix of middling size
-
-# What changes an optimizer's state, beside its defaults.
-_VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "fusedbun": ({"momentum_dtype": "int4"},),
-    "sm3": ({"momentum": 0.9},),
-    "mup_adam": ({"amsgrad": True},),
-    "mup_adamw": ({"amsgrad": True},),
-    "mup_sgd": ({"momentum": 0.9},),
-    "decoupled_lionw": ({"momentum_dtype": "int8"},),
-}
 
 
 def listing(as_json: bool) -> str:
@@ -42,17 +32,17 @@ def bytes_per_parameter(recipe: Recipe, **settings: Any) -> float:
 
 
 def _describe(name: str, recipe: Recipe) -> dict[str, Any]:
-    variants = [{}, *_VARIANTS.get(name, ())]
     return {
         "name": name,
         "torch_class": f"fusedbun.{recipe.torch_class}",
         "optax_factory": f"fusedbun_jax.{name}",
         "state_bytes_per_parameter": [
-            {"settings": settings, "bytes": bytes_per_parameter(recipe, **settings)} for settings in variants
+            {"settings": settings, "bytes": bytes_per_parameter(recipe, **settings)}
+            for settings in ({}, *recipe.listed)
         ],
         "lr": recipe.lr,
         "lr_is_fixed": recipe.fixed_lr,
-        "defaults": derive.defaults(recipe.make),
+        "defaults": recipe.defaults,
         "source": _source(recipe),
     }
 

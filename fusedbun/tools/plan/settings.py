@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from fusedbun import derive
-from fusedbun.chain import Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.recipes import RECIPES
 
 ADAMW = "adamw"
@@ -59,22 +58,17 @@ class Setting:
     @property
     def makes_gradients_dense(self) -> bool:
         """Whether it takes sparse gradients by making them dense, which takes memory."""
-        return self.optimizer == "scaled_optum"
+        return self.optimizer != ADAMW and RECIPES[self.optimizer].densifies_sparse_gradients
 
     def chain(self, stochastic_rounding: bool) -> Chain:
         """The chain of one of fusedbun's optimizers."""
         recipe = RECIPES[self.optimizer]
-        given = dict(self.hyperparameters)
-        if "mup" in derive.defaults(recipe.make):
-            given.setdefault("mup", _untyped)
-        if recipe.wants_initial_lr:
-            given.setdefault(derive.INITIAL_LR, 1.0)
         try:
-            inspect.signature(recipe.make).bind(**given)
+            inspect.signature(recipe.make).bind(**self.hyperparameters)
         except TypeError as error:
-            allowed = ", ".join(derive.defaults(recipe.make))
-            raise TypeError(f"{self.optimizer}: {error}; its arguments are {allowed}") from None
-        return replace(recipe.make(**given), rounding=Rounding(stochastic_rounding))
+            raise TypeError(f"{self.optimizer}: {error}; its arguments are {', '.join(recipe.defaults)}") from None
+        typed = {"mup": _untyped} if "mup" in recipe.defaults else {}
+        return recipe.chain({**typed, **self.hyperparameters}, 1.0, stochastic_rounding)
 
 
 def _untyped(path: tuple[str, ...], param: Any) -> str:
@@ -95,33 +89,8 @@ def _listed(hyperparameters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
 
 
-def _with_moment(optimizer: str, dtypes: Iterable[str], **others: Any) -> list[Setting]:
-    return [Setting(optimizer, {**others, "momentum_dtype": d}, f"momentum {d}") for d in dtypes]
-
-
-def _adam(optimizer: str) -> list[Setting]:
-    pairs = (("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "bfloat16"))
-    names = "momentum_dtype", "second_moment_dtype"
-    return [
-        Setting(optimizer, dict(zip(names, p, strict=True)), f"moments {', '.join(dict.fromkeys(p))}") for p in pairs
-    ]
-
-
-_RECOMMENDED = {"centralize": True, "use_rms": True, "nesterov": True}
-_EVERY = ("float32", "bfloat16", "int8", "int4")
-
 USUAL = (
-    Setting("sm3", {}, "no momentum"),
-    *_with_moment("sm3", _EVERY, momentum=0.9),
-    Setting("fusedbun", {"centralize": True, "use_rms": True, "momentum_beta": 0.0}, "no momentum"),
-    *_with_moment("fusedbun", _EVERY, **_RECOMMENDED),
-    *_with_moment("decoupled_lionw", ("float32", "bfloat16", "int8")),
-    *_adam("mup_adam"),
-    *_adam("mup_adamw"),
-    Setting("mup_sgd", {}, "no momentum"),
-    *_with_moment("mup_sgd", ("float32", "bfloat16", "int8"), momentum=0.9),
-    Setting("scaled_optum", {}, "no state"),
-    Setting("ternary_vote", {}, "votes int8"),
+    *(Setting(name, settings, label) for name, r in RECIPES.items() for label, settings in r.planned.items()),
     Setting(ADAMW, {"weights": "float32"}, "all in float32"),
     Setting(ADAMW, {"weights": "param"}, "all as the weights"),
 )

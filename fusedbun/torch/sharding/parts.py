@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,136 +20,85 @@ from fusedbun.compiler.cpp import native
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.shards import START, Crossing, Phase, phases
-from fusedbun.compiler.trace import FIRST, GRAD, SIZE, Program, evaluate, hyperparameters, trace
+from fusedbun.compiler.trace import FIRST, GRAD, SIZE, evaluate, hyperparameters, trace
 from fusedbun.torch import namespace
-from fusedbun.torch.definition import Leaf
-from fusedbun.torch.kernels import described_array, is_of_numbers
+from fusedbun.torch.implementation import Implementation
+from fusedbun.torch.kernel import described, is_of_numbers
+from fusedbun.torch.leaf import Leaf
 from fusedbun.torch.openmp import parallel
 from fusedbun.torch.sharding.placement import Cut, cut, local
-from fusedbun.torch.state import compute_dtype, name_of_dtype, stored_dtype
+from fusedbun.torch.state import compute_dtype, dtype_name, stored_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Runner = native.Kernel | tiles.Blocks
+Runner = native.Kernel | tiles.Tiles
+
+_PHASES: dict[Any, tuple[list[Phase], list[Runner]]] = {}  # by what decides them
 
 
-class Plan(NamedTuple):
-    """How a parameter is stepped: how it is cut, the phases of a step, and what runs each."""
-
-    cut: Cut
-    phases: list[Phase]
-    runners: list[Runner]
-
-
-class Part(NamedTuple):
-    """A process's part of a parameter.
+@dataclass(eq=False)
+class Part:
+    """What a process steps of a parameter.
 
     Args:
-        leaf: the parameter.
-        cut: how it is cut.
+        cut: how the parameter is cut.
         shape: of the arrays that are stepped: the part's, with 1 for 0.
-        phases: the phases of its step.
+        phases: the phases of a step.
         runners: what runs each.
-        arrays: the part's arrays by name. Where the part has no elements something else stands in their place.
+        arrays: the part's arrays by name, in a step. Where it has no elements something else stands in their place.
     """
 
-    leaf: Leaf
     cut: Cut
     shape: tuple[int, ...]
     phases: list[Phase]
     runners: list[Runner]
-    arrays: dict[str, Tensor]
+    arrays: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Batch(NamedTuple):
-    """What is combined in one collective: the parts' arrays follow one another in its memory."""
+class Collective(NamedTuple):
+    """What is combined over processes at once: the parts' arrays follow one another in its memory."""
 
     groups: tuple[ProcessGroup, ...]
     function: str
     memory: Tensor
 
 
-def step(parts: Sequence[Part]) -> None:
-    """One step of each of these DTensors; every process has to call it, with all the same parameters."""
-    for t in range(max((len(part.phases) for part in parts), default=0)):
-        working = [part for part in parts if t < len(part.phases)]
-        batches = _batches(working, t)
-        _run([part for part in working if isinstance(part.runners[t], native.Kernel)], t)
-        for part in working:
-            if isinstance(part.runners[t], tiles.Blocks):
-                _run_blocks(part, t)
-            if not math.prod(part.cut.shape):
-                for name, crossing in part.phases[t].crossings.items():
-                    part.arrays[name].fill_(START[crossing.function])
-        for batch in batches:
-            _combine(batch)
-    torch.autograd.graph.increment_version([x for part in parts for x in (part.leaf.param, *part.leaf.state.values())])
+class Sharded(Implementation):
+    """Phases of kernels or tiles on every process's part of a DTensor."""
 
+    name = "sharded"
+    error = "{owner} cannot step {leaf} part by part"
 
-def plan(leaf: Leaf, asked: str | None) -> Plan:
-    """The plan for a DTensor.
+    def refusal(self, leaf: Leaf) -> str | None:
+        """Serves all DTensors, but not all of them with kernels."""
+        if leaf.asked == "kernel" and not _suits_kernels(leaf):
+            return "its device, the dtype of its gradient or a hyper-parameter that is a tensor does not suit it"
+        return None
 
-    Args:
-        leaf: the parameter.
-        asked: the implementation that was asked for; None: kernels where there are some.
+    def prepare(self, leaf: Leaf) -> Part:
+        """The phases of the leaf's step, and what runs them."""
+        at, by_kernel = cut(leaf.param), _suits_kernels(leaf) and leaf.asked in (None, "kernel")
+        # by what all processes have in common, for what crosses must be the same in all of them
+        shape, strides, dtype = tuple(leaf.param.shape), leaf.param.stride(), dtype_name(leaf.param.dtype)
+        order, along = native.memory_order(shape, strides), frozenset(at.groups)
+        key = (native.structure(leaf.chain), order, dtype, leaf.group.maximize, along, by_kernel or shape)
+        if key not in _PHASES:
+            _PHASES[key] = _phases(leaf, order, along, by_kernel)
+        return Part(at, tuple(max(1, n) for n in local(leaf.param).shape), *_PHASES[key])
 
-    Raises:
-        KernelError, UnplannableError: it cannot be stepped.
-    """
-    suits = _suits_kernels(leaf)
-    if asked == "kernel" and not suits:
-        raise KernelError(
-            "its device, the dtype of its gradient or a hyper-parameter that is a tensor does not suit it"
-        )
-    at, by_kernel = cut(leaf.param), suits and asked in (None, "kernel")
-    # by what all processes have in common, for what crosses must be the same in all of them
-    shape, strides, dtype = tuple(leaf.param.shape), leaf.param.stride(), name_of_dtype(leaf.param.dtype)
-    order, along = native.memory_order(shape, strides), frozenset(at.groups)
-    key = (native.structure(leaf.chain), order, dtype, leaf.maximize, along, by_kernel or shape)
-    if key not in _PLANS:
-        _PLANS[key] = _planned(leaf, order, along, by_kernel, asked)
-    return Plan(at, *_PLANS[key])
-
-
-def part(leaf: Leaf, found: Plan) -> Part:
-    """A process's part of a parameter, ready to be stepped; its gradient is brought to where the parameter is."""
-    shape = tuple(max(1, n) for n in local(leaf.param).shape)
-    param: Any = leaf.param
-    grad: Any = leaf.grad
-    if grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    tensors = {PARAM: param, GRAD: grad, **leaf.state}
-    arrays = {name: _filled(local(x)) for name, x in tensors.items()}
-    for phase in found.phases:
-        for name in phase.program.arrays.keys() - arrays.keys() - phase.crossings.keys():
-            stored = phase.program.arrays[name]
-            arrays[name] = torch.empty(stored.shape(shape), dtype=stored_dtype(stored), device=param.device)
-    return Part(leaf, found.cut, shape, found.phases, found.runners, arrays)
-
-
-def _filled(x: Tensor) -> Tensor:
-    """The tensor, or one of the same kind with one index for none."""
-    return x if x.numel() else x.new_zeros([max(1, n) for n in x.shape])
-
-
-_PLANS: dict[Any, tuple[list[Phase], list[Runner]]] = {}  # by what decides them
-
-
-def _planned(
-    leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool, asked: str | None
-) -> tuple[list[Phase], list[Runner]]:
-    param, dtype = leaf.param, name_of_dtype(leaf.param.dtype)
-    if by_kernel:
-        try:
-            steps = phases(trace(leaf.chain, param.ndim, order, leaf.maximize, dtype), cut_along)
-            return steps, [native.compiled(phase.program) for phase in steps]
-        except (KernelError, UnplannableError):
-            if asked:
-                raise
-    whole = tiles.plan(leaf.chain, tuple(param.shape), param.stride(), leaf.maximize, dtype)
-    steps = phases(whole.program, cut_along)
-    return steps, [tiles.Blocks(tiles.scheduled(phase.program), namespace) for phase in steps]
+    def step(self, leaves: Sequence[Leaf]) -> None:
+        """Steps these DTensors; every process has to call it, with all the same parameters."""
+        for leaf in leaves:
+            _take_arrays(leaf)
+        for t in range(max((len(leaf.prepared.phases) for leaf in leaves), default=0)):
+            working = [leaf for leaf in leaves if t < len(leaf.prepared.phases)]
+            collectives = _collectives([leaf.prepared for leaf in working], t)
+            _run_phase(working, t)
+            for collective in collectives:
+                _combine(collective)
+        changed = [x for leaf in leaves for x in (leaf.param, *leaf.state.values())]
+        torch.autograd.graph.increment_version(changed)
 
 
 def _suits_kernels(leaf: Leaf) -> bool:
@@ -160,25 +110,60 @@ def _suits_kernels(leaf: Leaf) -> bool:
     )
 
 
-def _batches(parts: Sequence[Part], t: int) -> list[Batch]:
+def _phases(
+    leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool
+) -> tuple[list[Phase], list[Runner]]:
+    param, maximize, dtype = leaf.param, leaf.group.maximize, dtype_name(leaf.param.dtype)
+    if by_kernel:
+        try:
+            steps = phases(trace(leaf.chain, param.ndim, order, maximize, dtype), cut_along)
+            return steps, [native.compiled(phase.program) for phase in steps]
+        except (KernelError, UnplannableError):
+            if leaf.asked:
+                raise
+    whole = tiles.schedule_for(leaf.chain, tuple(param.shape), param.stride(), maximize, dtype)
+    steps = phases(whole.program, cut_along)
+    return steps, [tiles.Tiles(tiles.schedule_of(phase.program), namespace) for phase in steps]
+
+
+def _take_arrays(leaf: Leaf) -> None:
+    """Takes up the arrays that a step is made on; the gradient is brought to where the parameter is."""
+    part: Part = leaf.prepared
+    param: Any = leaf.param
+    if leaf.grad.placements != param.placements:
+        leaf.grad = leaf.grad.redistribute(param.device_mesh, param.placements)
+    tensors = {PARAM: param, GRAD: leaf.grad, **leaf.state}
+    part.arrays = {name: _filled(local(x)) for name, x in tensors.items()}
+    for phase in part.phases:
+        for name in phase.program.arrays.keys() - part.arrays.keys() - phase.crossings.keys():
+            stored = phase.program.arrays[name]
+            part.arrays[name] = torch.empty(stored.shape(part.shape), dtype=stored_dtype(stored), device=param.device)
+
+
+def _filled(x: Tensor) -> Tensor:
+    """The tensor, or one of the same kind with one index for none."""
+    return x if x.numel() else x.new_zeros([max(1, n) for n in x.shape])
+
+
+def _collectives(parts: Sequence[Part], t: int) -> list[Collective]:
     """Makes the arrays of what crosses after a phase, those that are combined alike in one piece of memory."""
     together: dict[Any, list[tuple[Part, str, Crossing]]] = {}
     for part in parts:
         for name, crossing in part.phases[t].crossings.items():
             groups = tuple(group for axis in sorted(crossing.over) for group in part.cut.groups[axis])
-            key = (groups, crossing.function, crossing.stored.dtype, part.leaf.param.device)
+            key = (groups, crossing.function, crossing.stored.dtype, part.arrays[PARAM].device)
             together.setdefault(key, []).append((part, name, crossing))
-    batches = []
+    found = []
     for (groups, function, _, device), crossings in together.items():
         sizes = [math.prod(crossing.stored.shape(part.shape)) for part, _, crossing in crossings]
         memory = torch.empty(sum(sizes), dtype=stored_dtype(crossings[0][2].stored), device=device)
         for (part, name, crossing), piece in zip(crossings, torch.split(memory, sizes), strict=True):
             part.arrays[name] = piece.view(crossing.stored.shape(part.shape))
-        batches.append(Batch(groups, function, memory))
-    return batches
+        found.append(Collective(groups, function, memory))
+    return found
 
 
-def _combine(batch: Batch) -> None:
+def _combine(collective: Collective) -> None:
     """Combines the parts of all processes.
 
     Of two numbers of which one is NaN a collective's maximum is either. So what is compared is whole numbers in the
@@ -186,15 +171,15 @@ def _combine(batch: Batch) -> None:
     """
     import torch.distributed as dist
 
-    x = batch.memory
-    if batch.function == "min":
+    x, function = collective.memory, collective.function
+    if function == "min":
         x.neg_()
-    sent = x if batch.function == "sum" else _ordered(x)
-    for group in batch.groups:
-        dist.all_reduce(sent, dist.ReduceOp.SUM if batch.function == "sum" else dist.ReduceOp.MAX, group=group)
+    sent = x if function == "sum" else _ordered(x)
+    for group in collective.groups:
+        dist.all_reduce(sent, dist.ReduceOp.SUM if function == "sum" else dist.ReduceOp.MAX, group=group)
     if sent is not x:
         x.copy_(_in_order(sent).view(x.dtype))
-    if batch.function == "min":
+    if function == "min":
         x.neg_()
 
 
@@ -209,47 +194,51 @@ def _in_order(bits: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
-def _run(parts: Sequence[Part], t: int) -> None:
-    """Runs a phase with kernels."""
-    if not parts:
-        return
-    descriptions = []
-    for row, part in enumerate(parts):
-        kernel = part.runners[t]
-        assert isinstance(kernel, native.Kernel)
-        arrays = [described_array(part.arrays[name]) for name in (PARAM, GRAD, *kernel.program.arrays)]
-        descriptions.append(native.Description(kernel, part.shape, arrays, row))
-    leaves = native.Leaves(descriptions, len(parts))
-    leaves.set_gradients([part.arrays[GRAD].data_ptr() for part in parts])
+def _run_phase(leaves: Sequence[Leaf], t: int) -> None:
+    """Runs a phase of each of these leaves: kernels all at once, tiles one leaf after the other."""
     known: dict[tuple[int, int], dict[str, Any]] = {}
-    for row, part in enumerate(parts):
-        leaves.set_numbers(row, _numbers(part, part.phases[t].program, known))
-    leaves.step(torch.get_num_threads(), parallel())
-    written = [part.arrays[name] for part in parts for name in part.phases[t].program.outputs]
-    torch.autograd.graph.increment_version(written)
+    descriptions: list[native.Description] = []
+    with_kernel = [leaf for leaf in leaves if isinstance(leaf.prepared.runners[t], native.Kernel)]
+    for leaf in with_kernel:
+        part: Part = leaf.prepared
+        kernel: Any = part.runners[t]
+        arrays = [described(part.arrays[name]) for name in (PARAM, GRAD, *kernel.program.arrays)]
+        descriptions.append(native.Description(kernel, part.shape, arrays, len(descriptions)))
+    if with_kernel:
+        together = native.Leaves(descriptions, len(descriptions))
+        together.set_gradients([leaf.prepared.arrays[GRAD].data_ptr() for leaf in with_kernel])
+        for row, leaf in enumerate(with_kernel):
+            together.set_numbers(row, _numbers(leaf, t, known))
+        together.step(torch.get_num_threads(), parallel())
+        parts: list[Part] = [leaf.prepared for leaf in with_kernel]
+        written = [part.arrays[name] for part in parts for name in part.phases[t].program.outputs]
+        torch.autograd.graph.increment_version(written)
+    for leaf in leaves:
+        part = leaf.prepared
+        if isinstance(runner := part.runners[t], tiles.Tiles):
+            runner.run(_numbers(leaf, t, known), part.arrays, compute_dtype(leaf.param.dtype))
+        if not math.prod(part.cut.shape):
+            for name, crossing in part.phases[t].crossings.items():
+                part.arrays[name].fill_(START[crossing.function])
 
 
-def _run_blocks(part: Part, t: int) -> None:
-    runner = part.runners[t]
-    assert isinstance(runner, tiles.Blocks)
-    runner.run(_numbers(part, part.phases[t].program, {}), part.arrays, compute_dtype(part.leaf.param.dtype))
-
-
-def _numbers(part: Part, program: Program, known: dict[tuple[int, int], dict[str, Any]]) -> list[Any]:
+def _numbers(leaf: Leaf, t: int, known: dict[tuple[int, int], dict[str, Any]]) -> list[Any]:
     """The numbers that a phase is run with, among them what it has to know of the whole parameter.
 
     Args:
-        part: the part.
-        program: the phase's.
+        leaf: the leaf.
+        t: the phase.
         known: the hyper-parameters that were evaluated already, by chain and program.
     """
-    chain, lr, param = part.leaf.chain, part.leaf.lr, part.leaf.param
-    key = (id(chain), id(program))
+    part: Part = leaf.prepared
+    program = part.phases[t].program
+    key = (id(leaf.chain), id(program))
     if key not in known:
-        known[key] = hyperparameters(program, chain, lr)
+        known[key] = hyperparameters(program, leaf.chain, leaf.lr)
     values = {**known[key]}
-    whole = (param.shape, part.cut.first) if param.ndim else ((1,), (0,))  # one of no axes is traced as one element
+    # one of no axes is traced as one element
+    whole = (leaf.param.shape, part.cut.first) if leaf.param.ndim else ((1,), (0,))
     for axis, (size, first) in enumerate(zip(*whole, strict=True)):
         values |= {SIZE.format(axis): size, FIRST.format(axis): first}
-    xp: Any = namespace if any(isinstance(value, Tensor) for value in values.values()) else math
+    xp: Any = namespace
     return evaluate(program.scalars, values, xp)

@@ -1,0 +1,229 @@
+"""A parameter on its way through a step: read from its param group, checked, and made the record that is stepped.
+
+What has not changed since the last step is not made again: the chain of a group while its hyper-parameters are the
+same objects, and its rate while it is the same number.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from operator import is_
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedbun.chain import Chain
+from fusedbun.hyper import plain
+from fusedbun.storage.codes import Stored
+from fusedbun.torch import sparse
+from fusedbun.torch.checks import chain_at, check_gradient, check_state, name_of
+from fusedbun.torch.sharding.placement import check_placement, is_sharded
+from fusedbun.torch.state import State, dtype_name
+
+Place = tuple[int, int]  # a group's, and a parameter's within it
+Arguments = tuple[Chain, float | Tensor, bool, Tensor, Tensor, State]  # of `fusedbun.torch.definition.step_leaf`
+DENSE = (Tensor, torch.nn.Parameter)  # a subclass may be anything
+MUTABLE = (Tensor, np.ndarray, list)  # hyper-parameters of these types may hold other numbers than they did
+NULL = 0  # the address of a tensor without memory
+
+
+class Owner(Protocol):
+    """An optimizer, as the parts of its driver see it (`fusedbun.torch.driver.TransformOptimizer`)."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    defaults: dict[str, Any]
+    densifies_sparse_gradients: bool
+
+    @property
+    def implementation(self) -> str | None: ...
+    def chain(self, group: Mapping[str, Any]) -> Chain: ...
+    def chain_arguments(self, group: Mapping[str, Any]) -> tuple[Any, ...]: ...
+    def check_lr(self, lr: Any) -> None: ...
+    def warn_once(self, message: str) -> None: ...
+
+
+class Group(NamedTuple):
+    """A param group as a step finds it.
+
+    Args:
+        entries: the group itself.
+        params: its parameters.
+        names: their names, if they have any.
+        arguments: what its chain is made of.
+        chain: what steps it; rules among its hyper-parameters are not yet asked.
+        lr: its learning rate.
+        rate: the learning rate as a number; None where it is on another device.
+        maximize: climb instead of descend.
+    """
+
+    entries: Mapping[str, Any]
+    params: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    arguments: tuple[Any, ...]
+    chain: Chain
+    lr: Any
+    rate: float | None
+    maximize: bool
+
+
+@dataclass(eq=False, slots=True)
+class Leaf:
+    """A parameter on its way through a step, and all that it is stepped with.
+
+    Args:
+        group: its param group.
+        place: its place among the param groups.
+        name: what a message calls it.
+        asked: the implementation that was asked for by name; None: the best that there is.
+        chain: the chain for this parameter.
+        lr: the learning rate.
+        param: the parameter.
+        grad: its gradient, a tensor; None in a leaf that is kept from one step to the next.
+        state: what is kept for it; before it is stepped it is made to hold `arrays`.
+        arrays: the arrays that the chain declares.
+        prepared: what its implementation has prepared for it.
+    """
+
+    group: Group
+    place: Place
+    name: str
+    asked: str | None
+    chain: Chain
+    lr: float | Tensor
+    param: Tensor
+    grad: Any
+    state: State
+    arrays: Mapping[str, Stored]
+    prepared: Any = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the parameter and its gradient are plain arrays of numbers, and not empty ones."""
+        return _is_dense(self.param) and _is_dense(self.param.grad)
+
+    @property
+    def arguments(self) -> Arguments:
+        """What the definition steps it with."""
+        return self.chain, self.lr, self.group.maximize, self.param, self.grad, self.state
+
+
+def _is_dense(x: Any) -> bool:
+    return type(x) in DENSE and x.layout is torch.strided and x.numel() > 0 and x.data_ptr() != NULL
+
+
+def read_groups(owner: Owner, before: list[Group], only: int | None = None) -> list[Group]:
+    """The param groups; a group of which nothing has changed is the object that was read before.
+
+    Args:
+        owner: the optimizer.
+        before: the groups as they were read before.
+        only: the one group to read; the others are taken from `before` as far as they are there. None: all.
+
+    Raises:
+        TypeError, ValueError: a hyper-parameter is not valid.
+    """
+    groups = zip_longest(owner.param_groups, before[: len(owner.param_groups)])
+    return [
+        _read(owner, entries, old) if old is None or only in (None, g) else old
+        for g, (entries, old) in enumerate(groups)
+    ]
+
+
+def fixed_values(entries: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a param group holds: while it holds the same objects it need not be read again.
+
+    Empty where one of its hyper-parameters may be changed in its place, so that it must be read in every step.
+    """
+    values = (value for name, value in entries.items() if name not in ("params", "param_names"))
+    return () if any(map(_may_change, values)) else tuple(entries.values())
+
+
+def identical(values: Collection[Any], others: Collection[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(values) == len(others) and all(map(is_, values, others))
+
+
+def _read(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> Group:
+    lr, arguments = entries["lr"], owner.chain_arguments(entries)
+    params = old.params if old and identical(entries["params"], old.params) else tuple(entries["params"])
+    names = tuple(entries.get("param_names", ()))
+    is_as_before = old is not None and params is old.params and names == old.names
+    if old is None or not (is_as_before and identical(arguments, old.arguments)) or any(map(_may_change, arguments)):
+        return Group(entries, params, names, arguments, owner.chain(entries), lr, _rate(lr), entries["maximize"])
+    if lr is old.lr and not isinstance(lr, MUTABLE):
+        return old if entries is old.entries else old._replace(entries=entries)
+    owner.check_lr(lr)
+    rate = _rate(lr)
+    return old if lr is old.lr and rate == old.rate else old._replace(entries=entries, lr=lr, rate=rate)
+
+
+def _may_change(value: Any) -> bool:
+    return isinstance(value, MUTABLE) or (isinstance(value, tuple) and any(map(_may_change, value)))
+
+
+def _rate(lr: Any) -> float | None:
+    if isinstance(lr, Tensor):
+        return float(lr.item()) if lr.device.type == "cpu" else None
+    return float(plain(lr))
+
+
+def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
+    """The learning rate as a step takes it: a tensor of one element loses its axes, to broadcast to any shape.
+
+    Compiled code gets a tensor, for a graph specialises on a Python float.
+    """
+    if isinstance(lr, Tensor):
+        return lr.reshape(())
+    number: float = plain(lr)
+    return torch.tensor(number, dtype=torch.float64) if compiling else number
+
+
+def with_gradient(groups: Iterable[Group]) -> list[Place]:
+    """Where the parameters are that have a gradient."""
+    return [(g, i) for g, group in enumerate(groups) for i, param in enumerate(group.params) if param.grad is not None]
+
+
+def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place], compiling: bool = False) -> list[Leaf]:
+    """The leaves of parameters that have a gradient, checked; nothing is changed yet.
+
+    Args:
+        owner: the optimizer.
+        groups: its param groups, as they are now.
+        places: where the parameters are.
+        compiling: they are stepped in compiled code.
+
+    Raises:
+        TypeError, ValueError: a gradient or a state does not fit its parameter.
+    """
+    title, rates = type(owner).__name__, [learning_rate(group.lr, compiling) for group in groups]
+    leaves = []
+    without: dict[str, None] = {}
+    for g, i in places:
+        group, name = groups[g], name_of(groups[g].entries, g, i)
+        param = group.params[i]
+        check_gradient(title, name, param)
+        chain, grad = chain_at(group.chain, owner.param_groups, g, i), param.grad
+        assert grad is not None
+        if grad.is_sparse and owner.densifies_sparse_gradients:
+            grad = grad.to_dense()
+        elif grad.is_sparse:
+            chain = sparse.rows_chain(chain, name, grad, title)
+            without |= dict.fromkeys(sparse.left_out(group.chain))
+        arrays = chain.arrays(tuple(param.shape), dtype_name(param.dtype))
+        state = owner.state.get(param, {})
+        check_state(chain, name, param, state, arrays)
+        if is_sharded(param) and state.keys() != arrays.keys():
+            check_placement(title, name, param, arrays)
+        leaves.append(Leaf(group, (g, i), name, owner.implementation, chain, rates[g], param, grad, state, arrays))
+    if without:
+        owner.warn_once(
+            f"{', '.join(without)} is left out for parameters with sparse gradients, for it would go on in rows "
+            f"that no gradient touches"
+        )
+    return leaves

@@ -1,0 +1,131 @@
+"""The leaves of a step, and how their arrays become operands of one primitive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusedbun.chain import Chain
+from fusedbun_jax.definition import arrays_by_state
+from fusedbun_jax.leaf import KeyPath, as_array, computed_in, names, title
+
+
+class IrregularError(Exception):
+    """The definition must take the step, or say what is wrong; the message says why."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter of a step.
+
+    It is made with its arrays (`checked`). `pack` puts `Operand`s in their place, so that the leaf can be hashed and is
+    what JAX keeps of a step when it is traced; `unpack` puts the operands' values there.
+
+    Args:
+        chain: the chain for it.
+        lr: the learning rate.
+        arrays: the parameter, the gradient, and those of the state in the order in which they are declared.
+        names: the names of the state's arrays, for every transformation and for stochastic rounding.
+    """
+
+    chain: Chain
+    lr: Any
+    arrays: tuple[Any, ...]
+    names: tuple[tuple[str, ...], ...]
+
+    @property
+    def param(self) -> Any:
+        return self.arrays[0]
+
+    @property
+    def changed(self) -> tuple[Any, ...]:
+        """The arrays that a step changes: all but the gradient."""
+        return (self.arrays[0], *self.arrays[2:])
+
+    def slots(self, stored: Sequence[Any]) -> list[dict[str, Any]]:
+        """The state's arrays by name, for every transformation and for stochastic rounding."""
+        arrays = iter(stored)
+        return [{name: next(arrays) for name in names} for names in self.names]
+
+
+def checked(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[dict[str, Any]]) -> Leaf:
+    """The leaf at a path, its gradient in the parameter's dtype; an IrregularError where something does not fit."""
+    try:
+        param, grad = as_array(path, "parameter", param), as_array(path, "update", grad)
+        computed = computed_in(path, "parameter", param)
+        computed_in(path, "update", grad)
+        chain = chain.at(names(path), param)
+        chain.arrays(param.shape, param.dtype.name)  # refuses what cannot be rounded so
+        declared = arrays_by_state(chain, param)
+    except (TypeError, ValueError) as error:
+        raise IrregularError(str(error)) from error
+    if grad.shape != param.shape:
+        raise IrregularError(f"a gradient of {title(path)} has another shape")
+    if grad.dtype != param.dtype and param.dtype != computed:
+        raise IrregularError(f"the parameter at {title(path)} has fewer bits than its gradient")
+    for needed, arrays in zip(declared, slots, strict=True):
+        kept = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
+        if kept != {name: (x.shape(param.shape), x.dtype) for name, x in needed.items()}:
+            raise IrregularError(f"the state of {title(path)} is not as it is declared")
+    stored = [arrays[name] for needed, arrays in zip(declared, slots, strict=True) for name in needed]
+    return Leaf(chain, lr, (jnp.asarray(param), grad.astype(param.dtype), *stored), tuple(map(tuple, declared)))
+
+
+class Operand(NamedTuple):
+    """Stands for an array, whose value may not be known yet, by its place among the operands."""
+
+    place: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A number's, for hyper-parameters are checked to be numbers."""
+        return ()
+
+
+def pack(leaves: Sequence[Leaf]) -> tuple[list[Any], tuple[Leaf, ...]]:
+    """The arrays of leaves, each once, and the leaves with `Operand`s for them.
+
+    Raises:
+        IrregularError: a hyper-parameter that is no array cannot be hashed.
+    """
+    operands: list[Any] = []
+    places: dict[int, Operand] = {}
+
+    def operand(value: Any) -> Any:
+        if not isinstance(value, (jax.Array, np.ndarray)):
+            return value
+        if id(value) not in places:
+            places[id(value)] = Operand(len(operands))
+            operands.append(value)
+        return places[id(value)]
+
+    packed = _mapped(operand, leaves)
+    try:
+        hash(packed)
+    except TypeError as error:
+        raise IrregularError(f"a hyper-parameter is no key: {error}") from error
+    return operands, packed
+
+
+def unpack(leaves: Sequence[Leaf], operands: Sequence[Any]) -> tuple[Leaf, ...]:
+    """The leaves with the operands' values."""
+    return _mapped(lambda x: operands[x.place] if isinstance(x, Operand) else x, leaves)
+
+
+def _mapped(function: Callable[[Any], Any], leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
+    """The leaves with a function of every array and hyper-parameter; those that share a chain share one again."""
+    chains = {id(leaf.chain): leaf.chain for leaf in leaves}
+    new = {key: _with_hyperparameters(function, chain) for key, chain in chains.items()}
+    return tuple(Leaf(new[id(x.chain)], function(x.lr), tuple(map(function, x.arrays)), x.names) for x in leaves)
+
+
+def _with_hyperparameters(function: Callable[[Any], Any], chain: Chain) -> Chain:
+    changed = [{name: new for name, x in vars(t).items() if (new := function(x)) is not x} for t in chain]
+    if not any(changed):
+        return chain
+    return Chain(tuple(replace(t, **new) for t, new in zip(chain, changed, strict=True)), chain.rounding)

@@ -35,9 +35,11 @@ def pytest_configure(config):
     folder = config.cache.mkdir(f"header-{build.digest('', registers)}")
     header, wrapper = folder / "vectors.h.gch", folder / "bin" / "c++"
     if not header.exists():
-        made = folder / f"{os.getpid()}.gch"
-        flags = [flag for flag in build._flags(registers) if flag != "-shared"]
-        command = [*compiler, *flags, "-x", "c++-header", str(build.RUNTIME / "vectors.h"), "-o", str(made)]
+        made, source = folder / f"{os.getpid()}.gch", folder / "vectors.h"
+        source.unlink(missing_ok=True)
+        source.symlink_to(build.RUNTIME / "vectors.h")
+        flags = [*build._flags(registers), f"-I{build.RUNTIME}"]
+        command = [*compiler, *flags, "-x", "c++-header", str(source), "-o", str(made)]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             return
         os.replace(made, header)

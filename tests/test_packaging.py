@@ -30,7 +30,7 @@ TYPES = {"float32": TYPES["float32"]}
 STEP = """
 import sys, torch, fusedbun
 from pathlib import Path
-from fusedbun.compiler import build
+from fusedbun.compiler.cpp import build
 
 def stepped(make, implementation):
     torch.manual_seed(0)

@@ -175,7 +175,7 @@ def test_processes_that_compile_the_same_at_once(folder, script):
     ready = folder.parent / "ready"
     ready.mkdir()
     script(f"touch {ready}/$$", f"while [ $(ls {ready} | wc -l) -lt 2 ]; do sleep 0.01; done", f'exec {compiler} "$@"')
-    code = "import sys; from fusedbun.compiler import build; print(build.loaded(sys.argv[1]).number())"
+    code = "import sys; from fusedbun.compiler.cpp import build; print(build.loaded(sys.argv[1]).number())"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code, SOURCE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -200,7 +200,7 @@ def test_the_cache_is_where_it_is_told(monkeypatch, tmp_path):
 WITHOUT_KERNELS = """
 import sys, warnings
 from pathlib import Path
-from fusedbun.compiler import build
+from fusedbun.compiler.cpp import build
 build.BUILT = Path(sys.argv[1])
 import torch, fusedbun
 param = torch.nn.Parameter(torch.ones(6, 4))

@@ -1,7 +1,8 @@
 """What Sphinx does not do by itself: formulas without scripts, text that the code writes, and docstrings as they are.
 
 - Formulas become MathML, which browsers draw.
-- `<!-- family -->` becomes the table of the optimizers, `<!-- help: plan -->` what `fusedbun plan --help` prints.
+- `<!-- family -->` becomes the table of the optimizers, `<!-- help: plan -->` what `fusedbun plan --help` prints, and
+  the directive `optimizers` what `optimizers.py` writes of them.
 - Docstrings are written as people read them in an editor; here they become reStructuredText.
 """
 
@@ -9,19 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 from typing import Any
 from unittest import mock
 
+import optimizers
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxDirective
 
-from fusedbun.recipes import RECIPES
 from fusedbun.tools.cli import main
-from fusedbun.tools.cli.listing import listing
 
 _HELP = re.compile(r"<!-- help: (\w+) -->")
 _SECTION = re.compile(r"^(State|Source): (.*(?:\n +\S.*)*)", re.MULTILINE)
@@ -33,6 +33,7 @@ _HEADS = ("Args:", "Returns:", "Raises:", "Yields:")
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
+    app.add_directive("optimizers", Optimizers)
     app.connect("source-read", write)
     app.connect("autodoc-process-docstring", restructure, priority=400)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -58,26 +59,19 @@ def drawn(latex: str, display: str) -> str:
     return str(found)
 
 
+class Optimizers(SphinxDirective):
+    """Puts in what is written of every optimizer: its argument names a function of `optimizers.py`."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        return self.parse_text_to_nodes(getattr(optimizers, self.arguments[0])())
+
+
 def write(app: Any, page: str, source: list[str]) -> None:
     """Puts in what the code writes."""
-    text = source[0].replace("<!-- family -->", family())
+    text = source[0].replace("<!-- family -->", optimizers.family())
     source[0] = _HELP.sub(lambda found: f"```text\n{help_of(found[1])}\n```", text)
-
-
-def family() -> str:
-    """The table of the optimizers, from their recipes."""
-    lines = ["{.family}", "| torch, JAX | | state, bytes a parameter |", "|---|---|---|"]
-    for optimizer in json.loads(listing(as_json=True))["optimizers"]:
-        name, recipe = optimizer["name"], RECIPES[optimizer["name"]]
-        usual, *others = optimizer["state_bytes_per_parameter"]
-        state = [f"{usual['bytes']:.2f}"]
-        for other in others:
-            given = ", ".join(f"{key}={value!r}" for key, value in other["settings"].items())
-            state.append(f"{other['bytes']:.2f} with `{given}`")
-        says = (recipe.make.__doc__ or "").split("\n", 1)[0]
-        names = f"{{py:class}}`~fusedbun.{recipe.torch_class}` {{py:func}}`~fusedbun_jax.{name}`"
-        lines.append(f"| {names} | {says} | {'; '.join(state)} |")
-    return "\n".join(lines)
 
 
 def help_of(command: str) -> str:

@@ -52,7 +52,7 @@ class MupScale:
             )
 
     def __call__(self, path: tuple[str, ...], param: Any) -> float:
-        kind, depth = self.typed(path, param)
+        kind, depth = self.type_and_depth(path, param)
         if kind is None:
             return 1.0
         depth_scale: float = depth**-0.5
@@ -64,7 +64,7 @@ class MupScale:
             return depth_scale * math.sqrt(self.fan_in(path, param))
         return depth_scale * (int(param.shape[0]) or 1 if param.shape else 1)
 
-    def typed(self, path: tuple[str, ...], param: Any) -> tuple[Type | None, int]:
+    def type_and_depth(self, path: tuple[str, ...], param: Any) -> tuple[Type | None, int]:
         """The parameter's type and depth, once known to be valid."""
         found = look_up(self.types, path, param)
         if found is None:
@@ -126,17 +126,17 @@ def independent(weight_decay: Scalar, initial_lr: Scalar | None, scale: MupScale
             "independent weight decay divides by the initial learning rate, which must lie in (0, inf), but it is "
             f"{initial_lr!r}; begin above 0, or set independent_weight_decay=False"
         )
-    return IndependentDecay(weight_decay, _given(initial_lr), scale)
+    return IndependentDecay(weight_decay, _required(initial_lr), scale)
 
 
 def relative_decay(weight_decay: Scalar, initial_lr: Scalar | None) -> Scalar:
     """`weight_decay / initial_lr`, and 0 where either is."""
     if is_concrete_zero(weight_decay) or is_concrete_zero(initial_lr):
         return 0.0
-    return weight_decay / _given(initial_lr)
+    return weight_decay / _required(initial_lr)
 
 
-def _given(initial_lr: Scalar | None) -> Scalar:
+def _required(initial_lr: Scalar | None) -> Scalar:
     if initial_lr is None:
         raise ValueError(
             "this weight decay is relative to the initial learning rate, which a schedule does not tell: give "

@@ -122,7 +122,7 @@ class Recipe:
         return replace(self.make(**{**initial, **settings}), rounding=Rounding(stochastic_rounding))
 
     def signature(
-        self, before: Sequence[inspect.Parameter], after: Sequence[inspect.Parameter] = ()
+        self, before: Sequence[inspect.Parameter] = (), after: Sequence[inspect.Parameter] = ()
     ) -> inspect.Signature:
         """The hyper-parameters between a driver's own arguments."""
         return inspect.Signature([*before, *self.parameters.values(), *after])
@@ -151,6 +151,16 @@ def recipe(torch_class: str, **entry: Any) -> Callable[[Callable[P, Chain]], Cal
         return make
 
     return enter
+
+
+def bind(owner: str, signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, with their defaults; a TypeError says which arguments there are."""
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{owner} {error}; its arguments are {', '.join(signature.parameters)}") from None
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def described(function: Callable[..., Any]) -> str:

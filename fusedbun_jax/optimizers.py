@@ -13,7 +13,7 @@ import jax
 
 from fusedbun.chain import Rounding
 from fusedbun.hyper import Whole, check
-from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe
+from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe, bind
 from fusedbun.recipes import RECIPES
 from fusedbun_jax import leaf
 from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation, driven
@@ -46,13 +46,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     """The optax factory of a recipe: its arguments behind a learning rate, spelled out in the signature."""
 
     def make(*args: Any, **kwargs: Any) -> SteppingTransformation:
-        try:
-            bound = spelled_out.bind(*args, **kwargs)
-        except TypeError as error:
-            allowed = ", ".join(spelled_out.parameters)
-            raise TypeError(f"{make.__name__}() {error}; its arguments are {allowed}") from None
-        bound.apply_defaults()
-        given = {"learning_rate": recipe.lr, **bound.arguments}
+        given = {"learning_rate": recipe.lr, **bind(f"{make.__name__}()", spelled_out, *args, **kwargs)}
         learning_rate = given.pop("learning_rate")
         if recipe.wants_initial_lr:
             initial = given.pop("initial_learning_rate")

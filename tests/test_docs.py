@@ -4,10 +4,12 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from benchmarks import tables
+from docs import optimizers
 from fusedbun import transforms
 from fusedbun.recipes import RECIPES
 
@@ -25,8 +27,9 @@ TRANSFORMS = [getattr(transforms, name) for name in transforms.__all__]
 @pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.long) if p in LONG else p for p in BLOCKS])
 def test_a_pages_code_runs_from_top_to_bottom(page):
     namespace = {"__name__": "page"}
-    for number, block in enumerate(BLOCKS[page], 1):
-        exec(compile(block, f"docs/{page}, block {number}", "exec"), namespace)
+    with mock.patch.dict(RECIPES):  # where a page enters a recipe of its own
+        for number, block in enumerate(BLOCKS[page], 1):
+            exec(compile(block, f"docs/{page}, block {number}", "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -60,10 +63,13 @@ def variants(transform):
 
 
 def test_the_mathematics_has_the_chains_of_the_recipes():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (`.*`) \|$", TEXTS["mathematics.md"], re.M))
+    assert "```{optimizers} chains\n" in TEXTS["mathematics.md"]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (`.*`) \|$", optimizers.chains(), re.M))
     for recipe in RECIPES.values():
-        stated = re.search(r"^ {8}(\w+(?: → \w+)*)$", recipe.make.__doc__, re.M)[1]
-        assert rows.pop(recipe.torch_class).replace("`", "") == stated
+        stated = rows.pop(recipe.torch_class).replace("`", "").split(" → ")
+        made = [[transform.name for transform in recipe.chain(given, 1.0)] for given in recipe.tested.values()]
+        assert {name for chain in made for name in chain} == set(stated)
+        assert all(chain == [name for name in stated if name in chain] for chain in made)
     assert not rows
 
 
@@ -79,9 +85,11 @@ def test_no_measured_number_is_typed(page):
 def test_the_reference_has_every_optimizer(name):
     assert re.search(
         rf"^\.\. auto(class|function):: {re.escape(name)}$",
-        TEXTS["reference/torch.md"] + TEXTS["reference/jax.md"],
+        optimizers.torch() + optimizers.jax(),
         re.M,
     )
+    page = name.split(".")[0].replace("fusedbun_jax", "jax").replace("fusedbun", "torch")
+    assert f"\n.. optimizers:: {page}\n" in TEXTS[f"reference/{page}.md"]
 
 
 @pytest.mark.parametrize("name", transforms.__all__)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ from numpy.typing import NDArray
 
 import fusedbun
 from benchmarks.pictures.style import BLUE, VERMILION, YELLOW, png
+from fusedbun.recipe import Recipe
+from fusedbun.recipes import RECIPES
 from fusedbun.tools.train.network import cosine
 
 Array = NDArray[np.float64]
@@ -116,9 +119,15 @@ class Contender:
     ternary: bool = False
 
 
+def _made(recipe: Recipe, param: torch.Tensor, lr: float) -> torch.optim.Optimizer:
+    """The torch optimizer of a recipe under its recommended settings."""
+    made: torch.optim.Optimizer = getattr(fusedbun, recipe.torch_class)([param], lr, **recipe.recommended)
+    return made
+
+
 _PLAIN = {"allow_non_unit_scaling_params": True}  # no types and so no scales: u-muP's Adam is Adam here
 _FUSEDBUN = {"Lambda": 0.0, "centralize": True, "use_rms": True}
-CONTENDERS = (
+_OURS = (
     Contender("Fusedbun", lambda p, lr: fusedbun.Fusedbun([p], lr, nesterov=True, **_FUSEDBUN)),
     Contender("Fusedbun, no momentum", lambda p, lr: fusedbun.Fusedbun([p], lr, momentum_beta=0.0, **_FUSEDBUN)),
     Contender("SM3", lambda p, lr: fusedbun.SM3([p], lr)),
@@ -134,6 +143,11 @@ CONTENDERS = (
         THRESHOLDS,
         ternary=True,
     ),
+)
+_TITLES = " ".join(contender.title for contender in _OURS)
+CONTENDERS = (
+    *_OURS,
+    *(Contender(r.torch_class, partial(_made, r)) for r in RECIPES.values() if r.torch_class not in _TITLES),
     Contender("AdamW (torch)", lambda p, lr: torch.optim.AdamW([p], lr, weight_decay=0.0), ours=False),
     Contender("SGD (torch)", lambda p, lr: torch.optim.SGD([p], lr), ours=False),
     Contender("Lion (lion-pytorch)", lambda p, lr: Lion([p], lr), ours=False),

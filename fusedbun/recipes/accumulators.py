@@ -118,6 +118,7 @@ def notice_no_memory(hyperparameters: Settings) -> str | None:
     lr=0.1,
     notice=notice_no_memory,
     recommended={"momentum": 0.9},
+    training_lr=0.1,
     listed=[{"momentum": 0.9}],
     planned={"no momentum": {}, **momentum_in("float32", "bfloat16", "int8", "int4", momentum=0.9)},
     tested={"": {}, "momentum": {"momentum": 0.9, "beta": 0.9}, "of means": {"beta": 0.95, "statistic": "mean"}},

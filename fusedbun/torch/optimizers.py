@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedbun.chain import Chain
-from fusedbun.recipe import KEYWORD, POSITIONAL, Recipe
+from fusedbun.recipe import KEYWORD, POSITIONAL, Recipe, bind
 from fusedbun.recipes import RECIPES, decoupled_lionw
 from fusedbun.torch.definition import step_leaf
 from fusedbun.torch.driver import TransformOptimizer
@@ -50,25 +50,19 @@ def initializer(recipe: Recipe) -> Callable[..., None]:
                     f"{type(self).__name__}: {flag}=True chooses an implementation of torch's own optimizers; "
                     f"this one chooses by itself, so leave it out"
                 )
-        try:
-            bound = spelled_out.bind(self, *args, **kwargs)
-        except TypeError as error:
-            allowed = ", ".join([*spelled_out.parameters][1:])
-            raise TypeError(f"{type(self).__name__}() {error}; its arguments are {allowed}") from None
-        bound.apply_defaults()
-        given = {"lr": recipe.lr, **bound.arguments}
-        del given["self"]
+        given = {"lr": recipe.lr, **bind(f"{type(self).__name__}()", spelled_out, *args, **kwargs)}
         params, lr = given.pop("params"), given.pop("lr")
         own = {name: given.pop(name) for name in _OWN}
         TransformOptimizer.__init__(self, params, lr, recipe, given, **own)
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
-    before = [inspect.Parameter(name, POSITIONAL) for name in ("self", "params")]
+    before = [inspect.Parameter("params", POSITIONAL)]
     if not recipe.fixed_lr:
         before.append(inspect.Parameter("lr", POSITIONAL, default=default))
     after = [inspect.Parameter(name, KEYWORD, default=value) for name, value in _OWN.items()]
     spelled_out = recipe.signature(before, after)
-    __init__.__signature__ = spelled_out  # type: ignore[attr-defined]
+    itself = inspect.Parameter("self", POSITIONAL)
+    __init__.__signature__ = spelled_out.replace(parameters=[itself, *spelled_out.parameters.values()])  # type: ignore[attr-defined]
     __init__.__doc__ = recipe.documentation(_ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
     return __init__
 

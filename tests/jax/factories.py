@@ -1,7 +1,8 @@
 """The optimizers that the optax tests run over, and what those tests share: parameters, gradients, a run.
 
-An optimizer gets all the generic tests by one line in `FACTORIES`. Programs are shared: `Factory.__call__` gives the
-same optimizer for the same settings, and `jitted` the same compiled step for the same optimizer.
+An optimizer gets all the generic tests with its recommended settings, or with those of its lines in `FACTORIES`.
+Programs are shared: `Factory.__call__` gives the same optimizer for the same settings, and `jitted` the same compiled
+step for the same optimizer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 from sweeps import sweep
 
 import fusedbun_jax as fj
+from fusedbun.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def by_rank(path: tuple[str, ...], param: Any) -> tuple[str, int] | str:
     return ("weight", 4) if param.ndim > 1 else "bias"
 
 
-RECOMMENDED: dict[str, Any] = {"centralize": True, "use_rms": True, "nesterov": True}
+RECOMMENDED = RECIPES["fusedbun"].recommended
 WITHOUT_DECAY = {"Lambda": 0.0}
 DECAY: dict[str, Any] = {"weight_decay": 1e-4, "initial_learning_rate": 0.1}
 UNDECAYED = {"weight_decay": 0.0}
@@ -105,6 +107,12 @@ FACTORIES = {
     "mup_sgd": Factory(fj.mup_sgd, {**DECAY, "momentum": 0.9, "dampening": 0.5, "mup": by_rank}, 0.05, UNDECAYED),
     "ternary_vote": Factory(fj.ternary_vote, {"threshold": 1}, 1.0, by_sign=True, ternary=True),
 }
+_LISTED = [factory.make for factory in FACTORIES.values()]
+for name, recipe in RECIPES.items():
+    if (make := getattr(fj, name)) not in _LISTED:
+        types = {"mup": by_rank} if "mup" in recipe.defaults else {}
+        undecayed = {key: value for key, value in UNDECAYED.items() if key in recipe.defaults}
+        FACTORIES[name] = Factory(make, {**recipe.recommended, **types}, undecayed=undecayed, ternary=recipe.fixed_lr)
 
 
 def over(names: Any, short: Any = FACTORIES) -> pytest.MarkDecorator:

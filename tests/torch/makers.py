@@ -1,6 +1,6 @@
 """The optimizers that the torch tests run over, and what those tests share: parameters, gradients, comparison.
 
-An optimizer gets all the generic tests by one line in `MAKERS`.
+An optimizer gets all the generic tests with its recommended settings, or with those of its lines in `MAKERS`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedbun
 from fusedbun import (
     SM3,
     ChainOptimizer,
@@ -24,6 +25,7 @@ from fusedbun import (
     MupSGD,
     ScaledOptum,
 )
+from fusedbun.recipes import RECIPES
 from fusedbun.torch import TransformOptimizer
 from fusedbun.transforms import Momentum, RMSScale, SM3Accumulate
 
@@ -37,7 +39,7 @@ def mup_types(path: tuple[str, ...], param: Any) -> tuple[str, int]:
     return ("weight", 4) if param.ndim > 1 else ("bias", 9)
 
 
-recommended: Maker = partial(Fusedbun, centralize=True, use_rms=True, nesterov=True)
+recommended: Maker = partial(Fusedbun, **RECIPES["fusedbun"].recommended)
 
 # Each is called as make(params, lr=…, …). TernaryVote has no learning rate to give and rounds no weights, so that most
 # of what is said here of numbers does not hold for it: test_torch_ternary_vote.py has its like.
@@ -54,6 +56,13 @@ MAKERS: dict[str, Maker] = {
     "mup-sgd": partial(MupSGD, momentum=0.9, dampening=0.1, weight_decay=1e-4, mup=mup_types),
     "decoupled-lionw": partial(DecoupledLionW, weight_decay=1e-4),
 }
+_LISTED = {getattr(make, "func", make) for make in MAKERS.values()}
+for name, recipe in RECIPES.items():
+    cls = getattr(fusedbun, recipe.torch_class)
+    if cls not in _LISTED and not recipe.fixed_lr:
+        types = {"mup": mup_types} if "mup" in recipe.defaults else {}
+        MAKERS[name] = partial(cls, **recipe.recommended, **types)
+
 STATELESS = {"scaled-optum"}
 WITH_STATE = {name: make for name, make in MAKERS.items() if name not in STATELESS}
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fusedbun.chain import Chain
+from fusedbun.recipe import bind
 from fusedbun.recipes import RECIPES
 
 ADAMW = "adamw"
@@ -63,10 +63,7 @@ class Setting:
     def chain(self, stochastic_rounding: bool) -> Chain:
         """The chain of one of fusedbun's optimizers."""
         recipe = RECIPES[self.optimizer]
-        try:
-            inspect.signature(recipe.make).bind(**self.hyperparameters)
-        except TypeError as error:
-            raise TypeError(f"{self.optimizer}: {error}; its arguments are {', '.join(recipe.defaults)}") from None
+        bind(f"{self.optimizer}:", recipe.signature(), **self.hyperparameters)
         typed = {"mup": _untyped} if "mup" in recipe.defaults else {}
         return recipe.chain({**typed, **self.hyperparameters}, 1.0, stochastic_rounding)
 

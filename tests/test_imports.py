@@ -1,9 +1,14 @@
 """A torch user needs no JAX and a JAX user no torch; what is missing is named with the extra that brings it."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from fusedbun.recipes import RECIPES
+from fusedbun.torch import optimizers
 
 USE_JAX = """
 import jax.numpy as jnp, fusedbun, fusedbun_jax
@@ -64,3 +69,11 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'AdamW'"):
         fusedbun.AdamW  # noqa: B018 - the access is the test
     assert "Fusedbun" in dir(fusedbun)
+
+
+def test_type_checkers_are_told_of_every_class():
+    tree = ast.parse(Path(optimizers.__file__).read_text())
+    (section,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    declared = {node.name for node in section.body if isinstance(node, ast.ClassDef)} - {"_Made"}
+    declared |= {node.targets[0].id for node in section.body if isinstance(node, ast.Assign)}
+    assert declared == {name for recipe in RECIPES.values() for name in recipe.torch_names}

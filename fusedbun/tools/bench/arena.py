@@ -57,8 +57,5 @@ def zeros(shape: Shape) -> Array:
 
 def _filled(shape: Shape, numbers: Array) -> Array:
     array = zeros(shape)
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, numbers.size):
-        end = min(start + numbers.size, flat.size)
-        flat[start:end] = numbers[: end - start]
+    array.reshape(-1)[:] = np.resize(numbers, array.size)
     return array

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fusedbun.tools.shared.machine import peak_during
 from fusedbun.torch import IMPLEMENTATIONS
 
 Params = list[nn.Parameter]
+Rows: TypeAlias = tuple[tuple[str, str, dict[str, Any], int], ...]
 
 REFERENCE = "AdamW, fused"  # of the path `TORCH`: what every other time is divided by
 OURS = "fusedbun.torch"
@@ -49,7 +50,7 @@ class Optimizer(NamedTuple):
 _FUSEDBUN = {"centralize": True, "use_rms": True}
 _ROUNDED = {"stochastic_rounding": True}
 # Name, class, arguments, how often more than once the gradient has to be read.
-_OURS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+_OURS: Rows = (
     ("SM3", "SM3", {}, 0),
     ("SM3, momentum", "SM3", {"momentum": 0.9}, 0),
     ("Fusedbun", "Fusedbun", _FUSEDBUN, 1),
@@ -59,7 +60,7 @@ _OURS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("ScaledOptum", "ScaledOptum", {}, 0),
 )
 # The same on bfloat16 parameters, where the default path alone is measured.
-_OURS_BFLOAT16: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+_OURS_BFLOAT16: Rows = (
     ("SM3, bfloat16", "SM3", {}, 0),
     ("SM3, bfloat16 rounded stochastically", "SM3", _ROUNDED, 0),
     ("Fusedbun, bfloat16, int8", "Fusedbun", {**_FUSEDBUN, "momentum_dtype": "int8"}, 1),
@@ -73,7 +74,7 @@ _OURS_BFLOAT16: tuple[tuple[str, str, dict[str, Any], int], ...] = (
         for d in ("int8", "int4")
     ),
 )
-_OWN: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+_OWN: Rows = (
     (REFERENCE, "AdamW", {"fused": True}, 0),
     ("AdamW, foreach", "AdamW", {"foreach": True}, 0),
     ("AdamW, for-loop", "AdamW", {"foreach": False, "fused": False}, 0),
@@ -128,37 +129,23 @@ class TorchStepper:
 
 def contenders() -> list[Contender]:
     """All of them; those of packages that are not installed too."""
+    found = []
+    for path, choice in [(TORCH_OURS, {}), *((f"{TORCH_OURS} {x}", {"implementation": x}) for x in IMPLEMENTATIONS)]:
+        for name, cls, settings, rereads in _OURS:
+            found.append(_contender(path, name, rereads, Optimizer(OURS, cls, {**settings, **choice})))
+    for name, cls, settings, rereads in _OURS_BFLOAT16:
+        found.append(_contender(TORCH_OURS, name, rereads, Optimizer(OURS, cls, settings, torch.bfloat16)))
+    for name, cls, settings, rereads in _OWN:
+        found.append(_contender(TORCH, name, rereads, Optimizer("torch.optim", cls, settings)))
+    for package, module, cls, rereads in _PACKAGES:
+        optimizer = Optimizer(module, cls, spoils_gradients=cls in _SPOILS_GRADIENTS)
+        found.append(_contender(TORCH_PACKAGES, f"{package} {cls}", rereads, optimizer, package))
+    return found
 
-    def contender(path: str, name: str, rereads: int, *optimizer: Any, **more: Any) -> Contender:
-        return Contender(path, name, partial(TorchStepper, Optimizer(*optimizer)), rereads=rereads, **more)
 
-    paths: dict[str, dict[str, str]] = {TORCH_OURS: {}} | {
-        f"{TORCH_OURS} {name}": {"implementation": name} for name in IMPLEMENTATIONS
-    }
-    bfloat16 = torch.bfloat16
-    return [
-        *(
-            contender(path, name, rereads, OURS, cls, {**settings, **chosen})
-            for path, chosen in paths.items()
-            for name, cls, settings, rereads in _OURS
-        ),
-        *(
-            contender(TORCH_OURS, name, rereads, OURS, cls, settings, bfloat16, itemsize=bfloat16.itemsize)
-            for name, cls, settings, rereads in _OURS_BFLOAT16
-        ),
-        *(contender(TORCH, name, rereads, "torch.optim", cls, settings) for name, cls, settings, rereads in _OWN),
-        *(
-            contender(
-                TORCH_PACKAGES,
-                f"{package} {cls}",
-                rereads,
-                *(module, cls, {}, torch.float32, cls in _SPOILS_GRADIENTS),
-                module=module,
-                package=package,
-            )
-            for package, module, cls, rereads in _PACKAGES
-        ),
-    ]
+def _contender(path: str, name: str, rereads: int, optimizer: Optimizer, package: str | None = None) -> Contender:
+    module = optimizer.module if package else None
+    return Contender(path, name, partial(TorchStepper, optimizer), module, package, rereads, optimizer.dtype.itemsize)
 
 
 @contextmanager

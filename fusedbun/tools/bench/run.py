@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 
 from fusedbun.tools.bench import picture, report
@@ -27,10 +28,9 @@ _ARRAYS = 9  # of the parameters' size that the anchors need: parameters, gradie
 def measure(settings: Settings) -> Results:
     """Measures as the settings say, prints the tables and writes the files; Ctrl-C ends the measuring, not the rest."""
     modules = {name: import_module(f"fusedbun.tools.bench.contenders_{name}") for name in settings.frameworks}
-    reference_path = TORCH if "torch" in modules else OPTAX
-    reference_name = modules["torch" if "torch" in modules else "jax"].REFERENCE
     everyone = [one for module in modules.values() for one in module.contenders()]
-    (reference,) = (one for one in everyone if (one.path, one.name) == (reference_path, reference_name))
+    path, module = (TORCH, modules["torch"]) if "torch" in modules else (OPTAX, modules["jax"])
+    (reference,) = (one for one in everyone if (one.path, one.name) == (path, module.REFERENCE))
     others = select([one for one in everyone if one is not reference], settings.only)
     if not others and settings.only is not None and not settings.only.search(reference.label):
         known = ", ".join(dict.fromkeys(one.path for one in everyone))
@@ -64,7 +64,8 @@ def measure(settings: Settings) -> Results:
             if not results.measured:
                 raise
             results.interrupted = True
-    save(results, numbers, "bars", bars, picture.draw, report.show, _warnings(results))
+    remarks = *_warnings(results), f"numbers: {numbers}", f"bars:    {bars}"
+    save(numbers, results.report(), bars, partial(picture.draw, results), partial(report.show, results), *remarks)
     return results
 
 

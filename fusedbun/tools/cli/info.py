@@ -11,6 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler.cpp import build, native
+from fusedbun.compiler.cpp.family import chain_of
+from fusedbun.compiler.cpp.module import emit
+from fusedbun.recipes import RECIPES
 from fusedbun.tools.shared.command import AS_JSON, Commands, add_command, print_out
 from fusedbun.tools.shared.machine import cpu_model, cpus, versions
 
@@ -59,9 +64,6 @@ def run(as_json: bool) -> int:
 
 def report() -> dict[str, Any]:
     """What is found, for a JSON file."""
-    from fusedbun.compiler.cpp import build, native
-    from fusedbun.recipes import RECIPES
-
     driver = _origin(build.DRIVER.read_text(), 1)
     registers = native.registers() if driver in ("package", "cache") else None
     return {
@@ -79,31 +81,22 @@ def report() -> dict[str, Any]:
 
 def _kernel(name: str, shape: str, registers: int | None) -> dict[str, str]:
     """What steps a parameter of a shape, and why where it is the definition."""
-    from fusedbun.compiler import UnplannableError, trace
-    from fusedbun.compiler.cpp.build import find_compiler
-    from fusedbun.compiler.cpp.family import chain_of
-    from fusedbun.compiler.cpp.module import emit
-
     order = _SHAPES[shape]
     try:
         code = emit(trace(chain_of(name, {}, len(order)), len(order), order))
     except UnplannableError as error:
         return {"from": "definition", "reason": str(error)}
     # where not even the driver is compiled, this machine's registers are not known, and nor are a kernel's flags
-    found = "compile" if registers is None and find_compiler() else _origin(code, registers or 1)
+    found = "compile" if registers is None and build.find_compiler() else _origin(code, registers or 1)
     return {"from": found} | ({"reason": "there is no C++ compiler"} if found == "definition" else {})
 
 
 def _origin(code: str, registers: int) -> str:
-    from fusedbun.compiler.cpp.build import find_compiler, origin
-
-    return origin(code, registers) or ("compile" if find_compiler() else "definition")
+    return build.origin(code, registers) or ("compile" if build.find_compiler() else "definition")
 
 
 def _compiler() -> dict[str, str] | None:
-    from fusedbun.compiler.cpp.build import find_compiler
-
-    command = find_compiler()
+    command = build.find_compiler()
     if command is None:
         return None
     try:
@@ -135,10 +128,8 @@ def _jax() -> dict[str, Any] | None:
         jax = import_module("jax")
     except ModuleNotFoundError:
         return None
-    from fusedbun.compiler.cpp.build import jax_handler
-
     devices = [device.device_kind for device in jax.devices()]
-    handler = jax_handler()
+    handler = build.jax_handler()
     origin = "definition" if handler is None else _origin(handler, 1)
     return {"backend": jax.default_backend(), "devices": devices, "handler": origin}
 

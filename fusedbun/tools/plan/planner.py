@@ -123,8 +123,8 @@ def _checked(name: str, number: Any) -> int:
 def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str, ...]:
     """The names of the parameters that a pattern matches, from the beginning or from behind a dot."""
     found: dict[str, None] = {}
+    names = [tensor.name for tensor in tensors if tensor.role == "trained" and len(tensor.shape) > 1]
     for pattern in patterns:
-        names = [tensor.name for tensor in tensors if tensor.role == "trained" and len(tensor.shape) > 1]
         matching = [name for name in names if any(fnmatch.fnmatchcase(part, pattern) for part in _endings(name))]
         if not matching:
             known = ", ".join(map(repr, names[:4])) + (", …" if len(names) > 4 else "")
@@ -172,10 +172,11 @@ class _Planner:
         needs = {kind: self._needs(setting, chains[rounded[kind]], kind) for kind in self.counts}
         weights = sum(tensor.size for tensor in self.tensors)
         state = sum(count * needs[kind].state for kind, count in self.counts.items())
-        parts = [(self._gradients(needs), self._temporaries(needs)), self._released(needs)]
+        gradients = sum(count * needs[kind].gradient for kind, count in self.counts.items())
+        parts = {False: (gradients, self._temporaries(needs)), True: self._released(needs)}
         return [
-            Estimate(setting, any(rounded.values()), bool(released), self.parameters, weights, gradients, state, most)
-            for released, (gradients, most) in enumerate(parts)
+            Estimate(setting, any(rounded.values()), releases, self.parameters, weights, held, state, most)
+            for releases, (held, most) in parts.items()
         ]
 
     def _needs(self, setting: Setting, chain: Chain, kind: _Kind) -> _Needs:
@@ -198,19 +199,14 @@ class _Planner:
         except UnplannableError:
             return _Needs(size, state, definition=temporaries.definition(chain, shape, dtype))
 
-    def _gradients(self, needs: Mapping[_Kind, _Needs]) -> int:
-        return sum(count * needs[kind].gradient for kind, count in self.counts.items())
-
     def _temporaries(self, needs: Mapping[_Kind, _Needs]) -> int:
         """The most while all parameters are stepped: as many leaves are under way as there are threads."""
-        held = sorted((n.room.held for kind, n in needs.items() for _ in range(self._at_once(kind))), reverse=True)
+        at_once = {kind: min(count, self.threads) for kind, count in self.counts.items()}
+        held = sorted((n.room.held for kind, n in needs.items() for _ in range(at_once[kind])), reverse=True)
         buffers = self.threads * max(n.room.buffer for n in needs.values())
         kernels = sum(held[: self.threads]) + buffers + temporaries.RECORD * self.counts.total()
         densified = sum(count * needs[kind].densified for kind, count in self.counts.items())
         return densified + max(kernels, *(n.definition for n in needs.values()))
-
-    def _at_once(self, kind: _Kind) -> int:
-        return min(self.counts[kind], self.threads)
 
     def _released(self, needs: Mapping[_Kind, _Needs]) -> tuple[int, int]:
         """The largest gradient, and the most while one parameter is stepped."""

@@ -6,21 +6,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from fusedbun.tools.shared.errors import CommandError
-
-
-class Results(Protocol):
-    """What a command measured."""
-
-    def report(self) -> dict[str, Any]:
-        """The results for a JSON file."""
-
-
-R = TypeVar("R", bound=Results)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -58,29 +48,27 @@ def cannot_write(directory: Path, error: OSError) -> CommandError:
 
 
 def save(
-    results: R,
     numbers: Path,
-    title: str,
+    report: Mapping[str, Any],
     picture: Path,
-    draw: Callable[[R], bytes],
+    draw: Callable[[], bytes],
     show: Callable[..., None],
-    remarks: Iterable[str] = (),
+    *remarks: str,
 ) -> None:
-    """Writes the results and their picture, and shows them whether or not they can be written.
+    """Writes numbers and their picture where `--output` says, and shows them whether or not they can be written.
 
     Args:
-        results: what was measured.
-        numbers: the JSON file, in the directory that `--output` names.
-        title: what the picture shows.
+        numbers: the JSON file.
+        report: what is written to it.
         picture: the file of the picture, in the same directory.
         draw: makes the picture.
         show: prints the results, and lines below.
-        remarks: lines to print above those that name the files.
+        remarks: these lines, where the files can be written.
     """
     try:
-        write_json(numbers, results.report())
-        write_atomically(picture, draw(results))
+        write_json(numbers, report)
+        write_atomically(picture, draw())
     except OSError as error:
-        show(results)
+        show()
         raise cannot_write(numbers.parent, error) from None
-    show(results, *remarks, f"numbers: {numbers}", f"{title + ':':8} {picture}")
+    show(*remarks)

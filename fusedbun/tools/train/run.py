@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -42,8 +43,9 @@ def train(settings: Settings) -> Results:
         if not results.runs:
             raise
         results.interrupted = True
-    files = settings.output / "results.json", "curves", settings.output / "curves.png"
-    save(results, *files, picture.draw, report.show)
+    numbers, curves = settings.output / "results.json", settings.output / "curves.png"
+    draw, show = partial(picture.draw, results), partial(report.show, results)
+    save(numbers, results.report(), curves, draw, show, f"numbers: {numbers}", f"curves:  {curves}")
     return results
 
 

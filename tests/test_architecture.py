@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusedbun", "fusedbun_jax")
-MOST_LINES = 17_000
 
 # From below to above: a module imports those of its own row and of rows below. The longest prefix says where a module
 # belongs; what has no row of its own under `fusedbun` is the definition.
@@ -116,18 +115,6 @@ def test_what_stands_side_by_side_does_not_import_one_another(apart):
     assert not sideways, "\n".join(sideways)
 
 
-def test_no_hook_raises_not_implemented():
-    found = {
-        f"{module}.{function.name}"
-        for module, tree in trees().items()
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
-        if isinstance(node, ast.Raise) and node.exc and "NotImplementedError" in ast.unparse(node.exc)
-    }
-    assert found <= {"fusedbun.transform.update"}  # of a user's transformation that defines none
-
-
 # Calls of such names that do not edit generated code: they move a file, make a record, make a name.
 ALLOWED = ("os.replace(", "dataclasses.replace(", r"re.sub('\\W', '_', ")
 
@@ -145,13 +132,3 @@ def test_generated_code_is_printed_and_not_edited(printer):
         and not ast.unparse(node).startswith(ALLOWED)
     ]
     assert not edits, "\n".join(edits)
-
-
-def test_the_packages_stay_small():
-    files = (
-        path
-        for package in PACKAGES
-        for ending in ("py", "cpp", "h", "c")
-        for path in (ROOT / package).rglob(f"*.{ending}")
-    )
-    assert sum(len(path.read_text().splitlines()) for path in files) <= MOST_LINES

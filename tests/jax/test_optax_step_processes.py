@@ -73,7 +73,7 @@ def test_several_devices_run_the_definition():
         TRAIN
         + """
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.cpp.native import KernelError
 assert len(jax.devices()) == 8
 want = trained(3, "kernel")  # on the first of them
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
@@ -112,7 +112,7 @@ import warnings
 """
         + TRAIN
         + """
-from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.cpp.native import KernelError
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     got = trained()
@@ -137,7 +137,7 @@ def test_a_program_for_another_platform_is_the_definition():
     python(
         TRAIN
         + """
-from fusedbun.compiler.native import KernelError
+from fusedbun.compiler.cpp.native import KernelError
 lowered = jax.jit(lambda p: tx.step(p, tx.init(p), p)).trace(params).lower(lowering_platforms=("tpu",))
 assert "fusedbun_step_" not in lowered.as_text()
 assert "fusedbun_step_" in jax.jit(lambda p: tx.step(p, tx.init(p), p)).lower(params).as_text()

@@ -11,20 +11,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from fusedbun.compiler.cpp.passes import INLINED, Way
 from fusedbun.compiler.cpp.text import LANES, PAIR, REDUCE, expression, indented, kind_of
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.schedule import Pass, Sweep
 
-if TYPE_CHECKING:
-    from fusedbun.compiler.cpp.ways import Rows
-
 PLACE = "const auto lanes = lanes_of(r); const Index j = b * BLOCK + r * LANES<T>; (void)lanes; (void)j;"
 
 
-def by_blocks(way: Rows, work: Pass, sweep: Sweep, asked: list[str]) -> Iterator[str]:
+def by_blocks(way: Way, work: Pass, sweep: Sweep, asked: list[str]) -> Iterator[str]:
     """The loop of such a sweep.
 
     Args:

@@ -70,7 +70,7 @@ class Way(ABC):
         lines = [*singles(self.schedule.program, values, self.arrays, self.places).values()]
         lines += self.before(work, self.small_vectors(work), crossing)
         lines += self.around([*self._block(work)])
-        lines += self.behind(crossing)
+        lines += self.behind(t, crossing)
         return [HEAD.format(self.name, t), *indented(lines), "}"]
 
     # ---- what the subclasses write
@@ -83,7 +83,7 @@ class Way(ABC):
     def around(self, block: list[str]) -> list[str]:
         """The loops over the blocks."""
 
-    def behind(self, crossing: list[Value]) -> Iterator[str]:
+    def behind(self, t: int, crossing: list[Value]) -> Iterator[str]:
         """What the function ends with."""
         return iter(())
 

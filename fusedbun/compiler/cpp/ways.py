@@ -116,13 +116,10 @@ class PackedRows(Way):
             "}",
         ]
 
-    def behind(self, crossing: list[Value]) -> Iterator[str]:
+    def behind(self, t: int, crossing: list[Value]) -> Iterator[str]:
         for v in crossing:
             yield f"collapse<{REDUCE[v.detail]}>({self.places.of_partial(v)}, a{v.number}_, n);"
-        yield "if (i < end) pass{t}(w, i, end);"
-
-    def function(self, t: int) -> list[str]:
-        return [line.replace("pass{t}", f"pass{t}") for line in super().function(t)]
+        yield f"if (i < end) pass{t}(w, i, end);"
 
     def pointers(self, arrays: list[str]) -> Iterator[str]:
         for name in arrays:
@@ -206,7 +203,7 @@ class Columns(Way):
             "if (j < end) block(Count<1>{}, First{int(end - j)}, j);",
         ]
 
-    def behind(self, crossing: list[Value]) -> Iterator[str]:
+    def behind(self, t: int, crossing: list[Value]) -> Iterator[str]:
         for v in crossing:
             function, into = REDUCE[v.detail], f"{self.places.of_partial(v)}[i]"
             folded = f"fold<{function}>(Whole::load<T>(a{v.number}_ + i * LANES<T>))"

@@ -12,8 +12,8 @@ from fusedbun.storage import codes
 from fusedbun.transform import Array, Shape
 
 __all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
-__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "from_pairs", "index", "real", "single"]
-__all__ += ["to_blocks", "to_pairs", "whole"]
+__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "index", "pack", "real", "single"]
+__all__ += ["to_blocks", "unpack", "whole"]
 
 
 def single(x: Array, /) -> Array:
@@ -51,9 +51,9 @@ def from_blocks(x: Array, shape: Shape, /) -> Array:
     return codes.from_blocks(x, shape)
 
 
-def to_pairs(x: Array, /) -> Array:
-    return codes.to_pairs(x)
+def pack(words: Array, bits: int, /) -> Array:
+    return codes.pack(words, bits)
 
 
-def from_pairs(stored: Any, /) -> Array:
-    return codes.from_pairs(whole(stored), np.concatenate)
+def unpack(stored: Any, bits: int, /) -> Array:
+    return codes.unpack(whole(stored), bits, np.concatenate)

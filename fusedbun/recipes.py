@@ -16,17 +16,16 @@ from fusedbun.chain import Chain, chain
 from fusedbun.derive import INITIAL_LR
 from fusedbun.hyper import (
     Axis,
-    MomentDtype,
     NonNegative,
     PerParam,
     Positive,
-    SecondMomentDtype,
     UnitInterval,
     Votes,
     checked,
     is_concrete_zero,
 )
 from fusedbun.mup import Constraint, MupScale, Types, independent, relative_decay
+from fusedbun.storage.codes import MomentDtype, SecondMomentDtype
 from fusedbun.transforms import (
     Centralize,
     ClipRMS,

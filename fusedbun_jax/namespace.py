@@ -13,8 +13,8 @@ from fusedbun.storage import codes
 from fusedbun.transform import Array, Shape
 
 __all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
-__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "from_pairs", "index", "real", "single"]
-__all__ += ["to_blocks", "to_pairs", "whole"]
+__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "index", "pack", "real", "single"]
+__all__ += ["to_blocks", "unpack", "whole"]
 
 
 def single(x: Array, /) -> Array:
@@ -52,12 +52,12 @@ def from_blocks(x: Array, shape: Shape, /) -> Array:
     return codes.from_blocks(x, shape)
 
 
-def to_pairs(x: Array, /) -> Array:
-    return codes.to_pairs(x)
+def pack(words: Array, bits: int, /) -> Array:
+    return codes.pack(words, bits)
 
 
-def from_pairs(stored: Array, /) -> Array:
-    return codes.from_pairs(whole(stored), jnp.concatenate)
+def unpack(stored: Array, bits: int, /) -> Array:
+    return codes.unpack(whole(stored), bits, jnp.concatenate)
 
 
 def __getattr__(name: str) -> Any:

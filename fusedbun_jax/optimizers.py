@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import jax
 
 from fusedbun import derive
-from fusedbun.chain import Rounding
 from fusedbun.hyper import Whole, check
 from fusedbun.recipes import RECIPES, Recipe
+from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
 from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation, driven
 

@@ -15,10 +15,10 @@ from cases import CASES
 from sanitized import Job
 
 from fusedbun import recipes
-from fusedbun.chain import Rounding
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.trace import trace
+from fusedbun.storage.rounding import Rounding
 
 pytestmark = pytest.mark.slow
 

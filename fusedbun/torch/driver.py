@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedbun import derive
-from fusedbun.chain import Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.hyper import NonNegative, Whole, check
 from fusedbun.metrics import Products, measured
 from fusedbun.recipes import Recipe
+from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.torch.definition import Leaf, compilable, step_leaves

@@ -113,7 +113,7 @@ def _unsuited(prepared: Prepared, group: Group, state: Mapping[str, Tensor]) -> 
         stored = prepared.arrays[key]
         if (type(x), x.dtype, x.layout, x.is_cpu) != (Tensor, stored_dtype(stored), torch.strided, True):
             return f"its state {key!r} is {x.dtype} on {x.device}"
-        if not (len(stored.axes) == param.ndim and stored.part == "element") and not x.is_contiguous():
+        if not stored.is_full(param.ndim) and not x.is_contiguous():
             return f"its state {key!r} is not contiguous"
     return None
 

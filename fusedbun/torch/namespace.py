@@ -12,8 +12,8 @@ from fusedbun.storage import codes
 Number = Tensor | float
 
 __all__ = ["abs", "astype", "expm1", "log", "max", "maximum", "mean", "min", "minimum", "sign", "sqrt", "sum", "where"]
-__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "from_pairs", "index", "real", "single"]
-__all__ += ["to_blocks", "to_pairs", "whole"]
+__all__ += ["bits", "block_max", "floor", "from_bits", "from_blocks", "index", "pack", "real", "single"]
+__all__ += ["to_blocks", "unpack", "whole"]
 
 
 def astype(x: Tensor, dtype: torch.dtype, /) -> Tensor:
@@ -102,13 +102,13 @@ def from_blocks(x: Tensor, shape: tuple[int, ...], /) -> Tensor:
     return found
 
 
-def to_pairs(x: Tensor, /) -> Tensor:
-    found: Tensor = codes.to_pairs(x)
+def pack(words: Tensor, bits: int, /) -> Tensor:
+    found: Tensor = codes.pack(words, bits)
     return found
 
 
-def from_pairs(stored: Tensor, /) -> Tensor:
-    found: Tensor = codes.from_pairs(whole(stored), torch.cat)
+def unpack(stored: Tensor, bits: int, /) -> Tensor:
+    found: Tensor = codes.unpack(whole(stored), bits, torch.cat)
     return found
 
 

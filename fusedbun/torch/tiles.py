@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedbun.chain import PARAM
 from fusedbun.compiler.cpp.native import structure
 from fusedbun.compiler.tiles import Blocks, plan
 from fusedbun.compiler.trace import GRAD, evaluate, hyperparameters
+from fusedbun.storage.rounding import PARAM
 from fusedbun.torch import namespace
 from fusedbun.torch.definition import Leaf
 from fusedbun.torch.state import compute_dtype, name_of_dtype

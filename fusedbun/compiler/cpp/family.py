@@ -16,12 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fusedbun.chain import Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.build import DRIVER, BuildError, bundle, bundle_prefix, compile_in, jax_handler
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.cpp.native import registers as own_registers
 from fusedbun.compiler.trace import trace
 from fusedbun.recipes import RECIPES
+from fusedbun.storage.rounding import Rounding
 
 Settings = dict[str, Any]
 Order = tuple[int, ...]

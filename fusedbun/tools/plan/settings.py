@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusedbun import derive
-from fusedbun.chain import Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.recipes import RECIPES
+from fusedbun.storage.rounding import Rounding
 
 ADAMW = "adamw"
 _TITLES = {name: recipe.torch_class for name, recipe in RECIPES.items()} | {ADAMW: "torch AdamW"}

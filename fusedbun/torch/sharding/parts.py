@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbun.chain import PARAM
 from fusedbun.compiler import tiles
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.shards import START, Crossing, Phase, phases
 from fusedbun.compiler.trace import FIRST, GRAD, SIZE, Program, evaluate, hyperparameters, trace
+from fusedbun.storage.rounding import PARAM
 from fusedbun.torch import namespace
 from fusedbun.torch.definition import Leaf
 from fusedbun.torch.kernels import described_array, is_of_numbers

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from fusedbun.storage import codes
-from fusedbun.storage import noise as rounding
 from fusedbun.storage.codes import Stored
-from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How a step's results are rounded where they are stored in fewer bits than they are computed in.
-
-    Args:
-        stochastic: round a bfloat16 parameter to either neighbour, without a bias, instead of to the nearest.
-        seed: any integer; with the parameter's name and the number of steps it decides the noise of all rounding.
-        name: the parameter's name; `Chain.at` puts it here.
-        starts: where the noise of arrays begins, by name, as far as it is known already.
-    """
-
-    stochastic: bool = False
-    seed: int = 0
-    name: str = ""
-    starts: tuple[tuple[str, int], ...] = ()
-
-    def start(self, key: str) -> int:
-        """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.storage.noise`)."""
-        for known, start in self.starts:
-            if known == key:
-                return start
-        stream = rounding.PARAM_STREAM if key == PARAM else zlib.crc32(key.encode())
-        return rounding.start(self.seed, self.name, stream)
-
-    def of(self, name: str, keys: Iterable[str]) -> Rounding:
-        """The same for a parameter of this name, where the noise of these arrays begins being looked up at once."""
-        named = replace(self, name=name, starts=())
-        return replace(named, starts=tuple((key, named.start(key)) for key in keys))
-
-
-PARAM = "param"
-COUNTER = "rounding.step"  # the state that stochastic rounding keeps: how many steps came before
+from fusedbun.storage.rounding import COUNTER, PARAM, TO_NEAREST, Rounding
+from fusedbun.storage.storage import Storage
+from fusedbun.transform import Array, Shape, Signal, Slot, State, Transform
 
 
 @dataclass(frozen=True)
@@ -62,7 +28,7 @@ class Chain:
     """
 
     transforms: tuple[Transform, ...]
-    rounding: Rounding = Rounding()
+    rounding: Rounding = TO_NEAREST
 
     def __post_init__(self) -> None:
         before: Transform | None = None
@@ -113,7 +79,7 @@ class Chain:
                     f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
                     f"with an optimizer, that has stochastic_rounding=False"
                 )
-            found[COUNTER] = Stored("int32", ())
+            found[COUNTER] = codes.COUNT
         return found
 
     def at(self, path: tuple[str, ...], param: Any, name: str | None = None) -> Chain:
@@ -136,7 +102,7 @@ class Chain:
 
     def noisy(self, shape: Shape) -> list[str]:
         """The arrays of such a parameter, its own among them, that may be rounded with noise."""
-        slots = [key for key, slot in self.slots(shape).items() if codes.may_be_noisy(slot.code)]
+        slots = [key for key, slot in self.slots(shape).items() if codes.declared(slot).is_noisy]
         return [*([PARAM] if self.rounding.stochastic else []), *slots]
 
     def for_rows(self) -> Chain:
@@ -154,7 +120,7 @@ class Chain:
 
     def with_hyperparameters(self, **values: Any) -> Chain:
         """The same chain with other hyper-parameters, by the names that `hyperparameters` gives."""
-        return Chain(tuple(replace(t, **own(t, values)) for t in self), self.rounding)
+        return Chain(tuple(replace(t, **entries_of(t, values)) for t in self), self.rounding)
 
 
 def chain(*transforms: Transform | None) -> Chain:
@@ -167,35 +133,53 @@ def chain(*transforms: Transform | None) -> Chain:
     return Chain(tuple(t for t in transforms if t is not None))
 
 
-def own(transform: Transform, named: Mapping[str, Any]) -> dict[str, Any]:
+def entries_of(transform: Transform, named: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `named` that are this transformation's, without its name in front."""
     prefix = f"{transform.name}."
     return {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
 
 
-def step(
-    xp: Namespace,
-    transforms: Chain,
-    lr: Any,
-    param: Array,
-    grad: Array,
-    state: State,
-) -> tuple[Array, dict[str, Array]]:
-    """One step for one leaf: the update from the chain, then `p = p - lr*u`.
+def advance(
+    transform: Transform, storage: Storage, signal: Signal, stored: State, param: Array | None
+) -> tuple[Signal, State]:
+    """One transformation of a step: its state decoded, updated, encoded and committed, slot by slot.
 
     Args:
-        xp: the array functions.
-        transforms: the chain.
-        lr: the learning rate.
-        param: the parameter.
-        grad: its gradient, of its shape.
-        state: what `Chain.slots` declares, by the same names.
+        transform: the transformation.
+        storage: how the parameter is stored.
+        signal: what the transformation before it hands on.
+        stored: the state's arrays, by `<transformation>.<slot>` and what its code appends.
+        param: the parameter before the step, in the precision that is computed in.
 
     Returns:
-        The new parameter and the new state. Nothing is written to.
+        What it hands on, and the state's arrays after it.
     """
-    signal, new = Signal(grad), dict(state)
-    for t in transforms:
-        signal, changed = t.update(xp, signal, own(t, state), param)
-        new |= {f"{t.name}.{name}": value for name, value in changed.items()}
-    return param - lr * signal.update, new
+    slots = {f"{transform.name}.{name}": slot for name, slot in transform.slots(tuple(storage.like.shape)).items()}
+    before = {key: storage.decode(key, slot, stored) for key, slot in slots.items()}
+    signal, after = transform.update(storage.xp, signal, entries_of(transform, before), param)
+    for key, slot in slots.items():
+        value = after[key.removeprefix(f"{transform.name}.")]
+        stored = storage.commit(stored, storage.encode(key, slot, value, stored))
+    return signal, stored
+
+
+def step(transforms: Chain, storage: Storage, lr: Any, param: Array, grad: Array, stored: State) -> tuple[Array, State]:
+    """One step of one parameter: the update from the chain, then `p = p - lr*u`, rounded.
+
+    Args:
+        transforms: the chain.
+        storage: how the parameter is stored.
+        lr: the learning rate.
+        param: the parameter, in the precision that is computed in.
+        grad: its gradient, likewise.
+        stored: the state's arrays, by the names of `Chain.arrays`.
+
+    Returns:
+        The new parameter, ready to be cast to its dtype, and the state's arrays after the step.
+    """
+    signal = Signal(grad)
+    del grad  # what the driver made of it is free after the first transformation
+    for transform in transforms:
+        signal, stored = advance(transform, storage, signal, stored, param)
+    param, changed = storage.round(storage.subtract(param, lr * signal.update), stored)
+    return param, storage.commit(stored, changed)

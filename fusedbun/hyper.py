@@ -71,9 +71,6 @@ Axis = Annotated[int, Whole()]  # from the front, or from the back where it is n
 # What may differ between parameters: a value, or a rule (the names that lead to a parameter, the parameter) -> value.
 PerParam = Annotated[T, "or a rule"]
 Votes = Annotated[int, Whole(1, 127)]  # as many as an int8 counts
-# What a moment is stored in: "param" is the parameter's dtype, None float32 (float64 for float64 parameters).
-MomentDtype = Annotated[Any, Dtypes(("param", "float32", "bfloat16", "int8", "int4"))] | None
-SecondMomentDtype = Annotated[Any, Dtypes(("param", "float32", "bfloat16"))] | None
 
 
 @cache

@@ -13,7 +13,7 @@ from fusedbun.transform import Array
 
 globals().update(functions_of(np))
 astype, max, mean, min, sum = np.astype, np.max, np.mean, np.min, np.sum
-from_blocks, to_pairs = codes.from_blocks, codes.to_pairs
+from_blocks, pack = codes.from_blocks, codes.pack
 
 
 def single(x: Array, /) -> Array:
@@ -47,5 +47,5 @@ def to_blocks(x: Array, /) -> Array:
     return codes.to_blocks(x, lambda rows, n: np.pad(rows, ((0, 0), (0, n))))
 
 
-def from_pairs(stored: Any, /) -> Array:
-    return codes.from_pairs(whole(stored), np.concatenate)
+def unpack(stored: Any, bits: int, /) -> Array:
+    return codes.unpack(whole(stored), bits, np.concatenate)

@@ -11,8 +11,9 @@ from functools import cached_property
 from itertools import product
 from typing import Any, ParamSpec
 
-from fusedbun.chain import Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.hyper import UnitInterval, checked, hints, is_structural
+from fusedbun.storage.rounding import Rounding
 
 P = ParamSpec("P")
 Settings = Mapping[str, Any]  # hyper-parameters that are not the defaults

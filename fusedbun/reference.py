@@ -7,9 +7,37 @@ from typing import Any
 
 import numpy as np
 
+from fusedbun import namespace
 from fusedbun.chain import Chain, step
+from fusedbun.storage.rounding import TO_NEAREST
+from fusedbun.storage.storage import Storage
+from fusedbun.transform import Array, Slot, State
 
 Tree = dict[str, np.ndarray[Any, Any]]
+
+
+class Exact(Storage):
+    """Stores what is computed as it is, whatever the slots' codes."""
+
+    def decode(self, key: str, slot: Slot, stored: State) -> Array:
+        return stored[key]
+
+    def encode(self, key: str, slot: Slot, value: Array, stored: State) -> dict[str, Array]:
+        return {key: value}
+
+
+def exact_step(xp: Any, chain: Chain, lr: Any, param: Array, grad: Array, state: State) -> tuple[Array, State]:
+    """One exact step of one parameter with any library of arrays: the new parameter and the new state.
+
+    Args:
+        xp: the functions.
+        chain: the chain.
+        lr: the learning rate.
+        param: the parameter.
+        grad: its gradient.
+        state: what `Chain.slots` declares, by the same names.
+    """
+    return step(chain, Exact(xp, TO_NEAREST, param, "float64"), lr, param, grad, state)
 
 
 class Reference:
@@ -25,7 +53,7 @@ class Reference:
         self.params = {name: np.array(p, np.float64) for name, p in params.items()}
         self.chains = {name: chain.at(tuple(name.split(".")), p) for name, p in self.params.items()}
         self.lr = lr
-        self.state = {
+        self.state: dict[str, State] = {
             name: {key: np.zeros(slot.shape(p.shape)) for key, slot in self.chains[name].slots(p.shape).items()}
             for name, p in self.params.items()
         }
@@ -35,7 +63,9 @@ class Reference:
         for name, grad in grads.items():
             p, g = self.params[name], np.asarray(grad, np.float64)
             if p.size:
-                self.params[name], self.state[name] = step(np, self.chains[name], self.lr, p, g, self.state[name])
+                self.params[name], self.state[name] = exact_step(
+                    namespace, self.chains[name], self.lr, p, g, self.state[name]
+                )
         return self.params
 
     def run(self, steps: Iterable[Tree]) -> Tree:

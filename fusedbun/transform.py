@@ -56,13 +56,6 @@ class Slot:
         """A slot of the parameter's own shape."""
         return Slot(tuple(range(ndim)), code)
 
-    @staticmethod
-    def moment(ndim: int, dtype: str | None) -> Slot:
-        """A slot of the parameter's own shape, in a `hyper.MomentDtype`; "int8" and "int4" for two or more axes."""
-        if dtype in ("int8", "int4"):
-            return Slot.full(ndim, f"block{dtype[3:]}" if ndim > 1 else "compute")
-        return Slot.full(ndim, dtype or "compute")
-
 
 class Signal(NamedTuple):
     """What one transformation hands to the next: the running update and, from an accumulator only, its second moment.

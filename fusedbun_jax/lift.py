@@ -5,22 +5,30 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import Rounding, own
+from fusedbun.chain import advance, entries_of
 from fusedbun.hyper import NonNegative, check
-from fusedbun.storage.storage import Storage
+from fusedbun.storage.rounding import Rounding
 from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.second_moment import WithSecondMoment
-from fusedbun_jax.state import TransformState, arrays_of, check_state, with_derivative_of, zeros
+from fusedbun_jax.state import (
+    Differentiable,
+    Stepped,
+    TransformState,
+    arrays_of,
+    check_state,
+    over_leaves,
+    zeros,
+)
 
 P = ParamSpec("P")
 
@@ -46,14 +54,9 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, TransformState]:
-        tree: Any
-        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
-        if leaves and params is None and transform.reads_param:
+        if params is None and transform.reads_param and jax.tree.leaves(updates):
             raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
-        slots = tree.flatten_up_to(state.slots)
-        owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
-        new = [_update(transform, seed, path, u, s, p) for (path, u), s, p in zip(leaves, slots, owners, strict=True)]
-        return tree.unflatten([u for u, _ in new]), TransformState(tree.unflatten([s for _, s in new]))
+        return over_leaves(partial(_update, transform, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -88,8 +91,8 @@ def _zeros(transform: Transform, path: leaf.KeyPath, param: Any) -> dict[str, ja
 
 
 def _update(
-    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, stored: dict[str, jax.Array], param: Any
-) -> tuple[Any, dict[str, jax.Array]]:
+    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: dict[str, jax.Array]
+) -> Stepped:
     signal = update.signal if isinstance(update, WithSecondMoment) else Signal(update)
     u = leaf.as_array(path, "update", signal.update)
     leaf.computed_in(path, "update", u)
@@ -98,31 +101,19 @@ def _update(
     leaf.check_shape(path, u, owner)
     u = u.astype(dtype)
     if not u.size:
-        return u, stored
+        return Stepped(u, stored)
     here, slots = _at_leaf(transform, path, owner, dtype)
     if param is None and any(slot.code == "param" for slot in slots.values()):
         raise ValueError(
             f"{transform.name} keeps state in the parameters' dtype: call update(updates, state, params) with them"
         )
     check_state(transform.name, path, arrays_of(slots, owner.dtype.name), owner, stored, by_dtype=param is not None)
-    storage = Storage(xp, Rounding(seed=seed, name=leaf.name(path)), u, owner.dtype.name)
+    storage = Differentiable(xp, Rounding(seed=seed, name=leaf.name(path)), u, owner.dtype.name)
     kept = {f"{transform.name}.{name}": jnp.asarray(x) for name, x in stored.items()}
-    declared = {f"{transform.name}.{name}": slot for name, slot in slots.items()}
-    before = {key: storage.decode(key, slot, kept, dtype) for key, slot in declared.items()}
     p = None if param is None else owner.astype(dtype)
-    signal, after = here.update(xp, Signal(u, signal.second_moment), own(transform, before), p)
-    for key, slot in declared.items():
-        kept |= _encoded(storage, key, slot, after[key.removeprefix(f"{transform.name}.")], kept)
-    new = dict(own(transform, kept))
-    return (signal.update if signal.second_moment is None else WithSecondMoment(signal)), new
-
-
-def _encoded(storage: Storage, key: str, slot: Slot, value: Any, kept: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The arrays to store for a slot's new value, each in its dtype."""
-    new = {name: xp.astype(x, kept[name].dtype) for name, x in storage.encode(key, slot, value, kept).items()}
-    if jnp.issubdtype(new[key].dtype, jnp.floating):
-        new[key] = with_derivative_of(value, new[key])
-    return new
+    signal, new = advance(here, storage, Signal(u, signal.second_moment), kept, p)
+    u = signal.update if signal.second_moment is None else WithSecondMoment(signal)
+    return Stepped(u, entries_of(transform, new))
 
 
 def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:

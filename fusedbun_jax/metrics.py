@@ -17,9 +17,6 @@ from fusedbun_jax.state import TransformState
 FUNCTIONS = metrics.functions(xp)
 
 
-_MOMENT = ("moment", f"moment{codes.EXPONENTS}")
-
-
 class MetricsState(NamedTuple):
     """The state of the transformation inside, and the metrics of the last update by `<metric>/<parameter's name>`."""
 
@@ -65,7 +62,7 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
     for transform in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState)):
         if isinstance(transform, TransformState):
             for moment, slots in zip(moments, tree.flatten_up_to(transform.slots), strict=True):
-                moment |= {name: x for name, x in slots.items() if name in _MOMENT} if "moment" in slots else {}
+                moment |= {n.removeprefix("moment"): x for n, x in slots.items() if n.split(".")[0] == "moment"}
     found: dict[str, jax.Array] = {}
     for (path, p), q, g, moment in zip(
         leaves, tree.flatten_up_to(after), tree.flatten_up_to(grads), moments, strict=True
@@ -77,16 +74,7 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
         vectors = {"param": q, "update": p - q, "grad": g}
         if moment:
-            vectors["moment"] = _decoded(moment, p.shape, dtype)
+            vectors["moment"] = codes.recognised(moment, p.shape).decode(xp, moment, p.shape, dtype)
         products = metrics.inner_products(xp, vectors)
         found |= metrics.measured(FUNCTIONS, products, leaf.name(path))
     return found
-
-
-def _decoded(arrays: dict[str, Any], shape: tuple[int, ...], dtype: Any) -> Any:
-    """The numbers that a moment's arrays stand for; how they are stored shows in them."""
-    stored = {name.removeprefix("moment"): x for name, x in arrays.items()}
-    code = stored[""].dtype.name
-    if codes.EXPONENTS in stored:
-        code = {"int8": "block8", "uint8": "block4"}[code]
-    return codes.decode(xp, code, stored, shape, dtype)

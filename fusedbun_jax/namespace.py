@@ -14,7 +14,7 @@ from fusedbun.transform import Array
 
 globals().update(functions_of(jnp))
 astype, max, mean, min, sum = jnp.astype, jnp.max, jnp.mean, jnp.min, jnp.sum
-from_blocks, to_pairs = codes.from_blocks, codes.to_pairs
+from_blocks, pack = codes.from_blocks, codes.pack
 
 
 def single(x: Array, /) -> Array:
@@ -48,8 +48,8 @@ def to_blocks(x: Array, /) -> Array:
     return codes.to_blocks(x, lambda rows, n: jnp.pad(rows, ((0, 0), (0, n))))
 
 
-def from_pairs(stored: Array, /) -> Array:
-    return codes.from_pairs(whole(stored), jnp.concatenate)
+def unpack(stored: Array, bits: int, /) -> Array:
+    return codes.unpack(whole(stored), bits, jnp.concatenate)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import jax
 
-from fusedbun.chain import Rounding
 from fusedbun.hyper import Whole, check
 from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe, bind
 from fusedbun.recipes import RECIPES
+from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
 from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation, driven
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import COUNTER, Rounding
 from fusedbun.hyper import Whole, check
-from fusedbun.storage.codes import Stored
+from fusedbun.storage.codes import COUNT
+from fusedbun.storage.rounding import COUNTER, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
-from fusedbun_jax.state import TransformState, check_state, with_derivative_of, zeros
+from fusedbun_jax.state import Stepped, TransformState, check_state, over_leaves, with_derivative_of, zeros
 
 SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
 NAME, STEP = COUNTER.split(".")
-ARRAYS = {STEP: Stored("int32", ())}
+ARRAYS = {STEP: COUNT}
 
 
 def round_to_params() -> optax.GradientTransformationExtraArgs:
@@ -70,11 +71,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
                 f"stochastic rounding counts the steps of each parameter in its state, but that is {state!r}; "
                 f"it belongs to an optimizer without it, so make one with init"
             )
-        tree: Any
-        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
-        kept, owners = tree.flatten_up_to(state.slots), tree.flatten_up_to(params)
-        new = [_rounded(seed, path, u, p, k) for (path, u), p, k in zip(leaves, owners, kept, strict=True)]
-        return tree.unflatten([u for u, _ in new]), TransformState(tree.unflatten([s for _, s in new]))
+        return over_leaves(partial(_rounded, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -96,13 +93,12 @@ def _bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     return param
 
 
-def _rounded(seed: int, path: leaf.KeyPath, update: Any, param: Any, kept: dict[str, jax.Array]) -> Any:
-    """A leaf's update and its state."""
+def _rounded(seed: int, path: leaf.KeyPath, update: Any, param: Any, kept: dict[str, jax.Array]) -> Stepped:
     param, update = _bfloat16(path, param), leaf.as_array(path, "update", update)
     leaf.check_shape(path, update, param)
     update = update.astype(jnp.float32)
     if not update.size:
-        return update, kept
+        return Stepped(update, kept)
     check_state(NAME, path, ARRAYS, param, kept, by_dtype=True)
     p = param.astype(jnp.float32)
     storage = Storage(xp, Rounding(True, seed, leaf.name(path)), p, "bfloat16")
@@ -111,7 +107,7 @@ def _rounded(seed: int, path: leaf.KeyPath, update: Any, param: Any, kept: dict[
     exact = p + jnp.where(update == update, update, jnp.nan)
     q, after = storage.round(exact, {COUNTER: jnp.asarray(kept[STEP])})
     stepped = jnp.where(q == p, -0.0, q - p)  # an infinite parameter stays what it is, and so does -0
-    return with_derivative_of(update, stepped), {STEP: after[COUNTER]}
+    return Stepped(with_derivative_of(update, stepped), {STEP: after[COUNTER]})
 
 
 def _round_to(update: Any, param: Any) -> Any:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fusedbun.storage import codes
-from fusedbun.storage.codes import Stored
-from fusedbun.storage.noise import BLOCK
-from fusedbun.transform import Shape, Slot
+from fusedbun.storage.codes import BLOCK, Stored
+from fusedbun.storage.storage import Storage
+from fusedbun.transform import Shape, Slot, State
 from fusedbun_jax import leaf
+from fusedbun_jax import namespace as xp
 
 
 class TransformState(NamedTuple):
@@ -27,6 +29,28 @@ class TransformState(NamedTuple):
     slots: Any
 
 
+class Stepped(NamedTuple):
+    """A leaf's update and the new arrays of its state."""
+
+    update: Any
+    arrays: dict[str, jax.Array]
+
+
+def over_leaves(
+    step: Callable[[leaf.KeyPath, Any, Any, dict[str, jax.Array]], Stepped],
+    updates: optax.Updates,
+    state: TransformState,
+    params: optax.Params | None,
+) -> tuple[optax.Updates, TransformState]:
+    """The updates and the state that `step(path, update, parameter or None, arrays)` gives leaf by leaf."""
+    tree: Any
+    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
+    kept = tree.flatten_up_to(state.slots)
+    new = [step(path, u, p, k) for (path, u), p, k in zip(leaves, owners, kept, strict=True)]
+    return tree.unflatten([s.update for s in new]), TransformState(tree.unflatten([s.arrays for s in new]))
+
+
 def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
     """The arrays that the slots of a parameter of this dtype are stored in, by slot and what its code appends."""
     return {name + part: x for name, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
@@ -34,7 +58,7 @@ def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
 
 def zeros(stored: Stored, param: Any) -> jax.Array:
     """The array at its start, split over devices along the parameter's axes as the parameter is."""
-    if stored.part == "element" and len(stored.axes) == param.ndim:
+    if stored.is_full(param.ndim):
         return jnp.zeros_like(param, dtype=stored.dtype)  # keeps the parameter's sharding
     return jnp.zeros(stored.shape(param.shape), stored.dtype, device=_sharding(stored, param))
 
@@ -52,7 +76,7 @@ def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
     mesh, spec = sharding.mesh, sharding.spec
     if isinstance(param, jax.core.Tracer) and all(axis is None for axis in spec):
         return None
-    if stored.part != "element":
+    if stored.is_by_blocks:
         return NamedSharding(mesh, PartitionSpec(*spec[:1], *_along_a_row(param.shape, spec[1:], mesh.shape)))
     return NamedSharding(mesh, PartitionSpec(*(axis if i in stored.axes else None for i, axis in enumerate(spec))))
 
@@ -100,3 +124,13 @@ def with_derivative_of(x: Any, value: Any) -> Any:
 
 
 with_derivative_of.defjvp(lambda primals, tangents: (primals[1], tangents[0].astype(primals[1].dtype)))
+
+
+class Differentiable(Storage):
+    """Casts the arrays to their dtypes, where a rounded number has the derivative of what it was rounded from."""
+
+    def encode(self, key: str, slot: Slot, value: Any, stored: State) -> dict[str, jax.Array]:
+        new = {name: xp.astype(x, stored[name].dtype) for name, x in super().encode(key, slot, value, stored).items()}
+        if jnp.issubdtype(new[key].dtype, jnp.floating):
+            new[key] = with_derivative_of(value, new[key])
+        return new

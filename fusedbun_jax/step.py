@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.hyper import check, plain
+from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import primitive
 from fusedbun_jax.definition import transformation
 from fusedbun_jax.lift import Descend, lift

@@ -9,8 +9,8 @@ import pytest
 import fusedbun
 from fusedbun import namespace as in_numpy
 from fusedbun import recipes
-from fusedbun.chain import step
 from fusedbun.hyper import NonNegative
+from fusedbun.reference import exact_step
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
 from fusedbun.transform import Signal, Slot, Transform
@@ -177,7 +177,7 @@ class TestCodes:
         slot = Slot((), "int32")
         assert slot.shape((3, 4)) == (1, 1)
         assert codes.arrays(slot, "bfloat16") == {"": Stored("int32", ())}
-        decoded = codes.decode(in_numpy, "int32", {"": np.full((1, 1), 7, np.int32)}, (3, 4), np.float64)
+        decoded = codes.CODES["int32"].decode(in_numpy, {"": np.full((1, 1), 7, np.int32)}, (3, 4), np.float64)
         assert (decoded.dtype, decoded.item()) == (np.float64, 7)
 
     def test_an_unknown_code(self):
@@ -212,6 +212,6 @@ class TestCodes:
 
 def test_one_step_is_the_update_times_the_learning_rate():
     chain = fusedbun.chain(Decay(0.5))
-    param, state = step(np, chain, 0.1, np.ones(2), np.array([1.0, 2.0]), {})
+    param, state = exact_step(np, chain, 0.1, np.ones(2), np.array([1.0, 2.0]), {})
     np.testing.assert_allclose(param, [1 - 0.1 * 1.5, 1 - 0.1 * 2.5])
     assert state == {}

@@ -19,7 +19,7 @@ from fusedbun import Slot, Transform
 from fusedbun import namespace as in_numpy
 from fusedbun.portable import inverse
 from fusedbun.portable.match import recoded
-from fusedbun.storage import codes
+from fusedbun.storage import codes, noise
 
 SHAPES = {
     "conv.weight": (6, 3, 3, 2),
@@ -181,22 +181,21 @@ def test_an_accumulator_that_is_not_there_is_named(tmp_path):
 
 @given(st.data())
 def test_codes_in_another_layout_are_within_half_a_step(data):
-    code = data.draw(st.sampled_from(["block8", "block4"]))
-    bits = codes.BITS[code]
+    code = codes.CODES[data.draw(st.sampled_from(["block8", "block4"]))]
+    bits = code.bits
     shape = tuple(data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=3)))
     axes = tuple(data.draw(st.permutations(range(len(shape)))))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     x = (rng.standard_normal(shape) * 10.0 ** rng.uniform(-30, 30, shape)).astype(np.float32)
-    stored = {codes.STEP: np.zeros((), np.int32)}
     index = in_numpy.index(x, range(x.ndim))
     with np.errstate(over="ignore"):  # a word's products wrap
-        parts = codes.encode(in_numpy, code, x, stored, 5, index)
-    parts = {key: np.asarray(p).astype(np.int8 if key == "" and bits == 8 else np.uint8) for key, p in parts.items()}
+        parts = code.encode(in_numpy, x, noise.draw(5, np.zeros((), np.int32), index))
+    parts = {key: p.astype(np.int8 if key == "" and bits == 8 else np.uint8) for key, p in parts.items()}
     found = recoded(parts, shape, axes, code)
     assert all(found[key].dtype == parts[key].dtype for key in found)
     new_shape = tuple(shape[axis] for axis in axes)
-    wanted = codes.decode(in_numpy, code, parts, shape, np.float64).transpose(axes)
-    got = codes.decode(in_numpy, code, found, new_shape, np.float64)
+    wanted = code.decode(in_numpy, parts, shape, np.float64).transpose(axes)
+    got = code.decode(in_numpy, found, new_shape, np.float64)
     error = in_numpy.to_blocks(np.abs(got - wanted))
     assert (error <= 0.5 * 2.0 ** (found[codes.EXPONENTS].astype(float) - 125 - bits)).all()
 
@@ -216,8 +215,8 @@ def test_codes_go_to_another_layout_through_the_file(moment, tmp_path):
     code, bits = {"int8": ("block8", 8), "int4": ("block4", 4)}[moment]
     ours = {key.removeprefix("momentum.moment"): x.numpy() for key, x in optimizer.state[param].items() if "mom" in key}
     theirs = {key.removeprefix("moment"): np.asarray(x) for key, x in found.items()}
-    x = codes.decode(in_numpy, code, ours, (40, 70), np.float32)
-    y = codes.decode(in_numpy, code, theirs, (70, 40), np.float32)
+    x = codes.CODES[code].decode(in_numpy, ours, (40, 70), np.float32)
+    y = codes.CODES[code].decode(in_numpy, theirs, (70, 40), np.float32)
     steps = 2.0 ** (theirs[codes.EXPONENTS].astype(float) - 125 - bits)
     assert (in_numpy.to_blocks(np.abs(x.T - y)) <= steps / 2).all()
 

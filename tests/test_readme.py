@@ -10,7 +10,7 @@ import pytest
 from benchmarks import tables
 from benchmarks.tables import memory, results, speed
 from fusedbun.recipes import RECIPES
-from fusedbun.storage.noise import BLOCK
+from fusedbun.storage.codes import BLOCK
 from fusedbun.tools.bench import command as bench
 from fusedbun.tools.bench.settings import Settings
 from fusedbun.tools.cli import main

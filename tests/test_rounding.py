@@ -9,8 +9,8 @@ import torch
 from sweeps import sweep
 
 from fusedbun import namespace as in_numpy
-from fusedbun.storage import codes
-from fusedbun.storage import noise as rounding
+from fusedbun.storage import codes, rounding
+from fusedbun.storage.noise import draw, start
 from fusedbun.torch import namespace as in_torch
 
 WORD = 0xFFFFFFFF
@@ -40,7 +40,7 @@ def noise_one_by_one(shape, seed, name, step, stream):
 def noise(xp, like, seed=42, name="w.0", step=5, stream=0):
     count = xp.whole(like.reshape(-1)[:1] * 0) + step
     index = xp.index(like, range(like.ndim))
-    return rounding.noise(rounding.start(seed, name, stream), count.reshape((1,) * like.ndim), index)
+    return draw(start(seed, name, stream), count.reshape((1,) * like.ndim), index)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -57,7 +57,7 @@ def test_noise_is_as_defined(shape, seed, name, step, stream):
 def test_a_part_has_the_noise_that_it_has_in_the_whole():
     whole, step = noise(in_numpy, np.zeros((60, 90))), np.full((1, 1), 5, np.int32)
     places = np.arange(60, dtype=np.int32)[20:31, None], np.arange(90, dtype=np.int32)[None, 40::3]
-    part = rounding.noise(rounding.start(42, "w.0", 0), step, places)
+    part = draw(start(42, "w.0", 0), step, places)
     np.testing.assert_array_equal(part, whole[20:31, 40::3])
 
 
@@ -120,7 +120,7 @@ def blocks(seed=0, rows=300):
 def test_codes_are_as_defined(bits):
     x = blocks()
     n = noise(in_numpy, x)
-    found, exponents = rounding.encode(in_numpy, x, n, bits)
+    found, exponents = codes.to_words(in_numpy, x, n, bits)
     q = 2 ** (bits - 1) - 1
     for block, noises, coded, (e,) in zip(*(a.reshape(-1, a.shape[-1]) for a in (x, n, found, exponents)), strict=True):
         largest = int((block.view(np.int32) & 0x7FFFFFFF).max()) >> 23
@@ -131,7 +131,7 @@ def test_codes_are_as_defined(bits):
             want = np.clip(np.floor(np.float32(exact)), -q, q)
         np.testing.assert_array_equal(coded, want)
     assert np.abs(found).max() == q
-    decoded = rounding.decode(in_numpy, found, exponents, bits)
+    decoded = codes.from_words(in_numpy, found, exponents, bits)
     np.testing.assert_array_equal(np.isnan(decoded), np.broadcast_to(exponents == 255, decoded.shape))
     spacing = 2.0 ** (np.float64(exponents) - 125 - bits)
     fine = (exponents >= 27) & (exponents < 255)
@@ -147,7 +147,7 @@ def test_codes_are_without_bias(bits):
     x = np.random.default_rng(1).standard_normal(32).astype(np.float32)
     x[0] = 4.0
     many = np.broadcast_to(x, (65_536, 32)).copy()
-    decoded = rounding.decode(in_numpy, *rounding.encode(in_numpy, many, np.repeat(EVERY[:, None], 32, 1), bits), bits)
+    decoded = codes.from_words(in_numpy, *codes.to_words(in_numpy, many, np.repeat(EVERY[:, None], 32, 1), bits), bits)
     error = np.abs(np.float64(decoded).mean(axis=0) - x)
     assert (error[1:] < 2e-5 * 4).all()  # the noise has 65,536 values
 
@@ -157,7 +157,7 @@ def test_noise_of_codes_lies_in_the_middle_of_its_steps():
     for below, others in ((2.0**-17, 0), (3 * 2.0**-17, 1)):
         x = np.full((65_536, 32), 1 - below, np.float32)
         x[:, 0] = 127  # of which the codes are the numbers themselves
-        found, _ = rounding.encode(in_numpy, x, np.repeat(EVERY[:, None], 32, 1), 8)
+        found, _ = codes.to_words(in_numpy, x, np.repeat(EVERY[:, None], 32, 1), 8)
         assert np.count_nonzero(found[:, 1] != 1) == others
 
 
@@ -167,27 +167,28 @@ def test_noise_of_codes_lies_in_the_middle_of_its_steps():
 def test_codes_are_the_same_in_torch(bits, run):
     x = blocks(2)
     n = noise(in_numpy, x)
-    want = rounding.encode(in_numpy, x, n, bits)
+    want = codes.to_words(in_numpy, x, n, bits)
 
     def there_and_back(x, n):
-        encoded = rounding.encode(in_torch, x, n, bits)
-        return (*encoded, rounding.decode(in_torch, *encoded, bits))
+        encoded = codes.to_words(in_torch, x, n, bits)
+        return (*encoded, codes.from_words(in_torch, *encoded, bits))
 
     got = run(there_and_back)(torch.from_numpy(x), torch.from_numpy(n))
-    for a, b in zip(got, (*want, rounding.decode(in_numpy, *want, bits)), strict=True):
+    for a, b in zip(got, (*want, codes.from_words(in_numpy, *want, bits)), strict=True):
         np.testing.assert_array_equal(a.numpy(), b)
 
 
+@pytest.mark.parametrize("bits", [4, 2, 1])
 @pytest.mark.parametrize("shape", [(3, 5), (4, 32), (2, 100), (6, 3, 2, 7), (5, 1)], ids=str)
-def test_blocks_and_pairs_are_undone(shape):
-    x = np.arange(math.prod(shape), dtype=np.int32).reshape(shape) % 15 - 7
+def test_blocks_and_packed_codes_are_undone(shape, bits):
+    x = (np.arange(math.prod(shape), dtype=np.int32).reshape(shape) % 2**bits) - 2 ** (bits - 1)
     cut = in_numpy.to_blocks(x)
     assert cut.shape == (shape[0], -(-math.prod(shape[1:]) // 32), 32)
     np.testing.assert_array_equal(in_numpy.from_blocks(cut, shape), x)
-    pairs = in_numpy.to_pairs(cut).astype(np.uint8)
-    assert pairs.shape == codes.Stored("uint8", tuple(range(len(shape))), "pair").shape(shape)
-    np.testing.assert_array_equal(in_numpy.from_pairs(pairs), cut)
-    np.testing.assert_array_equal(in_torch.from_pairs(torch.from_numpy(pairs)).numpy(), cut)
+    packed = in_numpy.pack(cut, bits).astype(np.uint8)
+    assert packed.shape == codes.Stored("uint8", tuple(range(len(shape))), "packed", bits).shape(shape)
+    np.testing.assert_array_equal(in_numpy.unpack(packed, bits), cut)
+    np.testing.assert_array_equal(in_torch.unpack(torch.from_numpy(packed), bits).numpy(), cut)
     np.testing.assert_array_equal(in_torch.to_blocks(torch.from_numpy(x)).numpy(), cut)
 
 
@@ -199,6 +200,6 @@ def test_rounded_to_nearest_a_moment_would_never_decay():
     for step in range(200):
         kept[0, 0] = 100.0
         kept[0, 1:] *= np.float32(0.9)
-        encoded = rounding.encode(in_numpy, kept, noise(in_numpy, kept, step=step), 8)
-        kept = rounding.decode(in_numpy, *encoded, 8)
+        encoded = codes.to_words(in_numpy, kept, noise(in_numpy, kept, step=step), 8)
+        kept = codes.from_words(in_numpy, *encoded, 8)
     assert abs(kept[0, 1]) <= 1

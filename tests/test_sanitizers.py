@@ -15,10 +15,10 @@ from cases import CASES
 from sanitized import Job
 
 from fusedbun import recipes
-from fusedbun.chain import Rounding
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.trace import trace
+from fusedbun.storage.rounding import Rounding
 
 FLAGS = "-fno-sanitize-recover=all -O0 -g1"
 DENSE = [(), (1,), (17,), (40_000,), (0,), (0, 5), (8, 16), (9, 2), (5, 1), (1, 5), (130, 257), (1000, 31), (2, 40_001)]

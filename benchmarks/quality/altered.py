@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedbun.storage import noise as rounding
+from fusedbun.storage.codes import from_words, to_words
 from fusedbun.torch import namespace
 
 MOMENT = "momentum.moment"
@@ -68,5 +68,5 @@ class RoundedMomentum(Altered):
             if p.ndim > 1:
                 blocks = namespace.to_blocks(self.state[p][MOMENT])
                 noise = torch.randint(2**16, blocks.shape, generator=self.generator, dtype=torch.int32)
-                rounded = rounding.decode(namespace, *rounding.encode(namespace, blocks, noise, self.bits), self.bits)
+                rounded = from_words(namespace, *to_words(namespace, blocks, noise, self.bits), self.bits)
                 self.state[p][MOMENT].copy_(namespace.from_blocks(rounded, p.shape))

@@ -14,11 +14,12 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fusedbun.chain import PARAM, Chain
+from fusedbun.chain import Chain
 from fusedbun.compiler.graph import REDUCTIONS, Span, UnplannableError, Value
 from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
 from fusedbun.compiler.trace import Program, trace
 from fusedbun.operations import OPERATIONS
+from fusedbun.storage.rounding import PARAM
 from fusedbun.transform import Array, Shape
 
 ELEMENTS = 1 << 17  # in a tile: few enough for its buffers to stay in the cache, many enough to be worth a call
@@ -274,15 +275,16 @@ class _Run:
             (places,) = xp.index(self.arrays[PARAM][cut], [v.detail])
             return places + cut[axis].start if cut and v.detail == axis else places
         stored = self._place(v.detail, v, cut)
-        if self._part(v.detail) == "pair":
-            return xp.from_blocks(xp.from_pairs(stored), (len(stored), *self.shape[1:]))
+        if bits := self._packed(v.detail):
+            return xp.from_blocks(xp.unpack(stored, bits), (len(stored), *self.shape[1:]))
         if v.is_word:
             return xp.whole(stored)
         return stored if stored.dtype == self.dtype else xp.astype(stored, self.dtype)
 
-    def _part(self, name: str) -> str:
+    def _packed(self, name: str) -> int | None:
+        """The bits of its numbers, where they are packed."""
         arrays = self.tiles.schedule.program.arrays
-        return arrays[name].part if name in arrays else "element"
+        return arrays[name].bits if name in arrays else None
 
     def _store(self, stores: list[tuple[str, Value]], cut: tuple[slice, ...]) -> None:
         xp, values = self.tiles.xp, self.values
@@ -291,7 +293,7 @@ class _Run:
                 values[v.number] = xp.maximum(values[v.number], values[v.number])
         for name, v in stores:
             place, value = self._place(name, v, cut), values[v.number]
-            place[...] = xp.to_pairs(xp.to_blocks(value)) if self._part(name) == "pair" else value
+            place[...] = xp.pack(xp.to_blocks(value), bits) if (bits := self._packed(name)) else value
         for _, v in stores:
             values[v.number] = None
 

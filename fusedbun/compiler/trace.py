@@ -8,11 +8,14 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-from fusedbun.chain import PARAM, Chain, step
+import numpy as np
+
+from fusedbun.chain import Chain, step
 from fusedbun.compiler.graph import Graph, UnplannableError, Value
 from fusedbun.operations import FUNCTIONS, OPERATIONS, Operation
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
+from fusedbun.storage.rounding import PARAM
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Namespace, Transform
 
@@ -65,25 +68,22 @@ def trace(
         UnplannableError: the chain has no schedule; the message says why.
     """
     graph = Graph(max(1, ndim), order)
-    slots, arrays = chain.slots((0,) * graph.ndim), chain.arrays((0,) * graph.ndim, dtype)
-    if dtype == "float64" and any(codes.is_noisy(codes.resolved(slot.code, dtype)) for slot in slots.values()):
+    like = np.empty((0,) * graph.ndim)
+    slots, arrays = chain.slots(like.shape), chain.arrays(like.shape, dtype)
+    if dtype == "float64" and any(codes.code_of(slot, dtype).is_noisy for slot in slots.values()):
         raise UnplannableError("noise and codes are computed in float32, but a float64 parameter is not")
     inputs = {name: graph.input(name, graph.every) for name in (PARAM, GRAD)}
-    inputs |= {key: graph.input(key, x.axes, "int" in x.dtype, x.part) for key, x in arrays.items()}
+    inputs |= {key: graph.input(key, x.axes, x.is_whole, x.part) for key, x in arrays.items()}
     stored = {name: Symbol(graph, value) for name, value in inputs.items()}
     param, grad = stored.pop(PARAM), stored.pop(GRAD)
     lr = Symbol(graph, graph.hyperparameter(LR))
     symbolic = Chain(tuple(_with_inputs(graph, t) for t in chain))
     xp = Symbolic(graph, bool(ndim))
-    storage = Storage(xp, _Starts(graph, chain.rounding.stochastic), param, dtype)
+    storage = Storage(xp, _Starts(graph, chain.rounding.stochastic), like, dtype)
     if maximize:
         grad = Symbol(graph, graph.apply("neg", grad.value))
     try:
-        given = {key: storage.decode(key, slot, stored, None) for key, slot in slots.items()}
-        exact, state = step(xp, symbolic, lr, param, grad, given)
-        new_param, new = storage.round(exact, stored)
-        for key, slot in slots.items():
-            new |= storage.encode(key, slot, state[key], stored)
+        new_param, new = step(symbolic, storage, lr, param, grad, stored)
     except (TypeError, AttributeError) as error:
         raise UnplannableError(f"a rule does to an array what a plan does not know: {error}") from error
     outputs = {PARAM: new_param.value, **{key: new[key].value for key in arrays}}
@@ -202,10 +202,16 @@ class Symbolic:
     def single(self, x: Symbol) -> Symbol:
         return x
 
-    to_blocks = to_pairs = from_pairs = single  # symbols have no shape, and kernels see to pairs where they load them
+    to_blocks = single  # symbols have no shape
 
     def from_blocks(self, x: Symbol, shape: Any) -> Symbol:
         return x
+
+    def pack(self, x: Symbol, bits: int) -> Symbol:
+        """The same words, which kernels pack where they store them, and unpack where they load them."""
+        return x
+
+    unpack = pack
 
     def mean(self, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
         over = x.value.axes & _axes(x, axis, keepdims)

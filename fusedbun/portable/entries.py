@@ -17,12 +17,13 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from fusedbun.chain import COUNTER, Chain
+from fusedbun.chain import Chain
 from fusedbun.hyper import hints, is_structural, plain
 from fusedbun.portable import file
 from fusedbun.portable.file import DTYPES, Entry, Numbers, Opened
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
+from fusedbun.storage.rounding import COUNTER
 from fusedbun.transform import Shape, Slot
 
 FORMAT, VERSION = "fusedbun optimizer state", "1"
@@ -81,14 +82,8 @@ class Parameter:
 
 def slots_of(chain: Chain, shape: Shape, dtype: str) -> dict[str, Slot]:
     """All that a chain keeps for such a parameter, as `Parameter` has it."""
-    found = {key: Slot(slot.axes, _code(slot, dtype)) for key, slot in chain.slots(shape).items()}
+    found = {key: Slot(slot.axes, codes.code_of(slot, dtype).name) for key, slot in chain.slots(shape).items()}
     return found | ({COUNTER: Slot((), "int32")} if chain.rounding.stochastic else {})
-
-
-def _code(slot: Slot, dtype: str) -> str:
-    """The slot's code, resolved; float64, which is no code, is what float64 parameters are computed in."""
-    code = codes.resolved(slot.code, dtype)
-    return "compute" if code == "float64" else code
 
 
 def group_of(
@@ -278,10 +273,8 @@ def _parameter(name: str, text: str, groups: int) -> Parameter:
     slots = {}
     for key, (axes, code) in _checked(content["slots"], lambda x: isinstance(x, dict)).items():
         _checked(axes, lambda x: isinstance(x, list) and all(_is_size(n) for n in x) and len(set(x)) == len(x))
-        # Codes in blocks are for two axes or more, and all of them.
-        is_known = code in codes.CODES and code != "param" and (code != "compute" or dtype == "float64")
-        fits = code not in codes.BITS or (len(shape) > 1 and sorted(axes) == [*range(len(shape))])
-        if not (is_known and fits):
+        known = codes.CODES.get(code) if isinstance(code, str) else None
+        if known is None or known.of(dtype) is not known or not known.fits(tuple(axes), len(shape)):
             raise ValueError(f"a slot is stored as {code!r:.100}")
         slots[key] = Slot(tuple(axes), code)
     return Parameter(name, shape, dtype, group, slots)

@@ -17,7 +17,7 @@ from fusedbun import namespace as in_numpy
 from fusedbun.portable.entries import Group, Parameter, Saved
 from fusedbun.portable.file import Numbers
 from fusedbun.storage import codes
-from fusedbun.storage import noise as rounding
+from fusedbun.storage.codes import Code
 from fusedbun.transform import Shape, Slot
 
 Target = str | tuple[str, Sequence[int]]
@@ -59,11 +59,11 @@ class Match:
     def arrays(self, file: Saved) -> Iterator[tuple[str, Numbers]]:
         """The arrays of its state by name, in its layout; one at a time is held."""
         for key, slot in (self.slots or {}).items():
-            parts = {
-                part: file.read(self.saved, self.origins[key] + part) for part in codes.arrays(slot, self.saved.dtype)
-            }
-            if self.axes is not None and slot.code in codes.BITS:
-                parts |= recoded(parts, self.saved.shape, self.axes, slot.code)
+            code = codes.code_of(slot, self.saved.dtype)
+            arrays = code.arrays(slot.axes)
+            parts = {part: file.read(self.saved, self.origins[key] + part) for part in arrays}
+            if self.axes is not None and any(x.is_by_blocks for x in arrays.values()):
+                parts |= recoded(parts, self.saved.shape, self.axes, code)
             elif self.axes is not None:
                 parts[""] = np.ascontiguousarray(parts[""].transpose(self.axes))
             yield from ((key + part, numbers) for part, numbers in parts.items())
@@ -253,7 +253,7 @@ def _alike(slots: Mapping[str, Slot], key: str, axes: set[int]) -> list[str]:
     return [name for name, slot in slots.items() if name.partition(".")[0] == owner and set(slot.axes) == axes]
 
 
-def recoded(parts: Mapping[str, Numbers], shape: Shape, axes: Sequence[int], code: str) -> dict[str, Numbers]:
+def recoded(parts: Mapping[str, Numbers], shape: Shape, axes: Sequence[int], code: Code) -> dict[str, Numbers]:
     """Codes of blocks in another layout: decoded, permuted, and encoded to the nearest.
 
     A block of the new layout in which one number is NaN is NaN, as blocks are.
@@ -265,9 +265,7 @@ def recoded(parts: Mapping[str, Numbers], shape: Shape, axes: Sequence[int], cod
         code: how the slot is stored.
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        numbers = codes.decode(in_numpy, code, parts, shape, np.float32).transpose(axes)
-        blocks = in_numpy.to_blocks(np.ascontiguousarray(numbers))
-        middle = np.full((1, 1, 1), 2.0**15 - 0.5, np.float32)  # of the noise: it rounds to the nearest
-        words, exponents = rounding.encode(in_numpy, blocks, middle, codes.BITS[code])
-    packed = in_numpy.to_pairs(words) if code == "block4" else in_numpy.from_blocks(words, numbers.shape)
-    return {"": packed.astype(parts[""].dtype), codes.EXPONENTS: exponents.astype(np.uint8)}
+        numbers = np.ascontiguousarray(code.decode(in_numpy, parts, shape, np.float32).transpose(axes))
+        middle = np.full(numbers.shape, 2.0**15 - 0.5, np.float32)  # of the noise: it rounds to the nearest
+        new = code.encode(in_numpy, numbers, middle)
+    return {part: x.astype(parts[part].dtype) for part, x in new.items()}

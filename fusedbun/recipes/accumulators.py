@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from fusedbun.chain import Chain, chain
-from fusedbun.hyper import Axis, MomentDtype, NonNegative, PerParam, Positive, UnitInterval, is_concrete_zero
+from fusedbun.hyper import Axis, NonNegative, PerParam, Positive, UnitInterval, is_concrete_zero
 from fusedbun.recipe import Settings, every, momentum_in, recipe
+from fusedbun.storage.codes import MomentDtype
 from fusedbun.transforms import Centralize, ClipRMS, Decay, Momentum, RMSScale, SM3Accumulate, SparseMask
 
 __all__ = ["fusedbun", "sm3"]

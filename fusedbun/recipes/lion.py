@@ -5,9 +5,10 @@ from __future__ import annotations
 from numbers import Real
 
 from fusedbun.chain import Chain, chain
-from fusedbun.hyper import MomentDtype, NonNegative
+from fusedbun.hyper import NonNegative
 from fusedbun.mup import relative_decay
 from fusedbun.recipe import Betas, Settings, every, momentum_in, recipe
+from fusedbun.storage.codes import MomentDtype
 from fusedbun.transforms import Decay, ScaleByLion
 
 __all__ = ["decoupled_lionw"]

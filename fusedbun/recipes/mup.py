@@ -6,17 +6,10 @@ from numbers import Real
 from typing import Any
 
 from fusedbun.chain import Chain, chain
-from fusedbun.hyper import (
-    Axis,
-    MomentDtype,
-    NonNegative,
-    PerParam,
-    SecondMomentDtype,
-    UnitInterval,
-    is_concrete_zero,
-)
+from fusedbun.hyper import Axis, NonNegative, PerParam, UnitInterval, is_concrete_zero
 from fusedbun.mup import Constraint, MupScale, Types, independent
 from fusedbun.recipe import Betas, every, momentum_in, recipe
+from fusedbun.storage.codes import MomentDtype, SecondMomentDtype
 from fusedbun.transforms import Decay, Momentum, ScaleByAdam, ScaleByMup
 
 __all__ = ["mup_adam", "mup_adamw", "mup_sgd"]

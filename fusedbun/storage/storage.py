@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from fusedbun.chain import COUNTER, PARAM
-from fusedbun.storage import codes
-from fusedbun.storage import noise as rounding
-from fusedbun.storage.codes import Storing
+from fusedbun.storage import codes, noise
+from fusedbun.storage.codes import STEP
+from fusedbun.storage.rounding import COUNTER, PARAM, to_bfloat16
 from fusedbun.transform import Array, Slot, State
 
 
 class Starts(Protocol):
-    """Where the noise of arrays begins: `fusedbun.chain.Rounding`, or what stands for it while a step is traced."""
+    """Where the noise of arrays begins: `Rounding`, or what stands for it while a step is traced."""
 
     @property
     def stochastic(self) -> bool: ...
@@ -26,15 +25,17 @@ class Starts(Protocol):
 class Storage:
     """How one parameter and its state are stored.
 
+    Nothing is written to; where a library's arrays can be, a driver commits to them in place.
+
     Args:
-        xp: the functions.
+        xp: the functions: `fusedbun.transform.Namespace` and `fusedbun.storage.codes.Storing`.
         rounding: how the parameter is rounded, and where noise begins.
-        like: an array of its shape, on its device.
+        like: an array of its shape, on its device, in the precision that is computed in.
         dtype: its dtype's name.
         places: the elements' places along each of its axes, where it is a part of a parameter; None: from 0 up.
     """
 
-    xp: Storing
+    xp: Any
     rounding: Starts
     like: Array
     dtype: str
@@ -44,34 +45,40 @@ class Storage:
     def _index(self) -> Sequence[Array]:
         return self.xp.index(self.like, range(self.like.ndim)) if self.places is None else self.places
 
-    def decode(self, key: str, slot: Slot, stored: State, dtype: Any) -> Array:
-        """A slot's numbers, in the framework's dtype that is computed in.
+    def decode(self, key: str, slot: Slot, stored: State) -> Array:
+        """A slot's numbers.
 
         Args:
             key: the slot's name.
             slot: the slot.
             stored: the state's arrays by name.
-            dtype: the dtype.
         """
-        return codes.decode(self.xp, self._code(slot), self._parts(key, slot, stored), self.like.shape, dtype)
+        code = codes.code_of(slot, self.dtype)
+        parts = {part: stored[key + part] for part in code.arrays(slot.axes) if part != STEP}
+        return code.decode(self.xp, parts, self.like.shape, self.like.dtype)
 
     def encode(self, key: str, slot: Slot, value: Array, stored: State) -> dict[str, Array]:
         """The new arrays of a slot, by name, still to be cast to their dtypes."""
-        code, parts = self._code(slot), self._parts(key, slot, stored)
-        start = self.rounding.start(key) if codes.is_noisy(code) else 0
-        new = codes.encode(self.xp, code, value, parts, start, self._index if codes.is_noisy(code) else ())
-        return {key + part: array for part, array in new.items()}
+        code = codes.code_of(slot, self.dtype)
+        drawn, counted = self._noise(key, key + STEP, stored) if code.is_noisy else (None, {})
+        return {key + part: array for part, array in code.encode(self.xp, value, drawn).items()} | counted
 
     def round(self, param: Array, stored: State) -> tuple[Array, dict[str, Array]]:
         """The parameter after a step, ready to be cast to its dtype, and the state that rounding it keeps."""
         if not self.rounding.stochastic:
             return param, {}
-        step = stored[COUNTER]
-        noise = rounding.noise(self.rounding.start(PARAM), step, self._index)
-        return rounding.to_bfloat16(self.xp, param, noise), {COUNTER: step + 1}
+        drawn, counted = self._noise(PARAM, COUNTER, stored)
+        return to_bfloat16(self.xp, param, drawn), counted
 
-    def _code(self, slot: Slot) -> str:
-        return codes.resolved(slot.code, self.dtype)
+    def commit(self, stored: State, changed: Mapping[str, Array]) -> State:
+        """The state's arrays with the changed ones among them."""
+        return {**stored, **changed}
 
-    def _parts(self, key: str, slot: Slot, stored: Mapping[str, Array]) -> dict[str, Array]:
-        return {part: stored[key + part] for part in codes.arrays(slot, self.dtype) if key + part in stored}
+    def subtract(self, param: Array, change: Array) -> Array:
+        """The parameter less the change."""
+        return param - change
+
+    def _noise(self, key: str, counter: str, stored: State) -> tuple[Array, dict[str, Array]]:
+        """A word for each element of an array, and the counter of its steps, one further."""
+        step = stored[counter]
+        return noise.draw(self.rounding.start(key), step, self._index), {counter: step + 1}

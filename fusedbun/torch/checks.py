@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedbun.chain import Chain, own
+from fusedbun.chain import Chain, entries_of
 from fusedbun.storage.codes import Stored
 from fusedbun.torch.state import State, dtype_name, stored_dtype
 
@@ -100,7 +100,7 @@ def check_state(chain: Chain, name: str, param: Tensor, state: State, arrays: Ma
                 f"convert=True"
             )
     for transform in chain:
-        kept, wanted = own(transform, state).keys(), own(transform, arrays).keys()
+        kept, wanted = entries_of(transform, state).keys(), entries_of(transform, arrays).keys()
         if kept and wanted and kept != wanted:
             raise ValueError(
                 f"the state of {name} has {', '.join(kept)} for {transform.name}, but this step needs "

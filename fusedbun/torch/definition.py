@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from fusedbun.chain import COUNTER, Chain, own
+from fusedbun.chain import Chain, step
+from fusedbun.storage.rounding import COUNTER
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
 from fusedbun.torch import sparse
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.leaf import Arguments, Leaf
 from fusedbun.torch.state import State, compute_dtype, dtype_name
-from fusedbun.transform import Signal, Transform
+from fusedbun.transform import State as Stored
 
 
 class Definition(Implementation):
@@ -66,14 +67,9 @@ def step_leaf(
         step_rows(chain, lr, maximize, param, grad, state)
         return
     dtype = compute_dtype(param.dtype)
-    p, g = param.to(dtype), grad.to(dtype)
-    storage = Storage(xp, chain.rounding, p, dtype_name(param.dtype), sparse.places(rows, p))
-    signal = Signal(-g if maximize else g)
-    for transform in chain:
-        signal = advance(transform, signal, state, p, storage)
-    p -= lr * signal.update
-    p, changed = storage.round(p, state)
-    commit(state, changed)
+    p = param.to(dtype)
+    storage = InPlace(xp, chain.rounding, p, dtype_name(param.dtype), sparse.places(rows, p))
+    p, _ = step(chain, storage, lr, p, -grad.to(dtype) if maximize else grad.to(dtype), state)
     if p is not param:
         param.copy_(p)
 
@@ -89,17 +85,13 @@ def step_rows(chain: Chain, lr: float | Tensor, maximize: bool, param: Tensor, g
         whole.index_copy_(0, rows, new)
 
 
-def advance(transform: Transform, signal: Signal, state: State, p: Tensor, storage: Storage) -> Signal:
-    """Runs one transformation and commits its state in place, so that the new state's memory is free on return."""
-    slots = {f"{transform.name}.{name}": slot for name, slot in transform.slots(tuple(p.shape)).items()}
-    before = {key: storage.decode(key, slot, state, p.dtype) for key, slot in slots.items()}
-    signal, after = transform.update(xp, signal, own(transform, before), p)
-    for key, slot in slots.items():
-        commit(state, storage.encode(key, slot, after[key.removeprefix(f"{transform.name}.")], state))
-    return signal
+class InPlace(Storage):
+    """Writes to the parameter and its state, so that the memory of what is new is free at once."""
 
+    def commit(self, stored: Stored, changed: Stored) -> Stored:
+        for key, value in changed.items():
+            stored[key].copy_(value)
+        return stored
 
-def commit(state: State, changed: Mapping[str, Tensor]) -> None:
-    """Writes new values to the state's arrays, each in its dtype."""
-    for key, value in changed.items():
-        state[key].copy_(value)
+    def subtract(self, param: Tensor, change: Tensor) -> Tensor:
+        return param.sub_(change)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun.chain import Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.hyper import NonNegative, Whole, check
 from fusedbun.metrics import Products, measured
 from fusedbun.recipe import INITIAL_LR, Recipe
+from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.torch.definition import step_leaves

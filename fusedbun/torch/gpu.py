@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedbun.chain import PARAM
 from fusedbun.compiler.cpp.build import cache_folder
 from fusedbun.compiler.graph import Value
 from fusedbun.compiler.schedule import Schedule
@@ -32,6 +31,7 @@ from fusedbun.compiler.trace import GRAD
 from fusedbun.compiler.triton.module import emit, kernels
 from fusedbun.compiler.triton.passes import has_blocks
 from fusedbun.compiler.triton.text import Table, numbers, words
+from fusedbun.storage.rounding import PARAM
 from fusedbun.torch.state import compute_dtype, stored_dtype
 
 ALIGNED = 16  # every kept array starts at a multiple of so many numbers
@@ -257,7 +257,7 @@ def _check(schedule: Schedule, leaves: Sequence[Leaf], scalars: Tensor) -> None:
         _check_names("slots", leaf.slots, program.arrays)
         _check_names("words", leaf.words, {v.detail: v for v in words(program)})
         for name, stored in program.arrays.items():
-            axes = order if stored.part == "element" else (0, 1, 2)
+            axes = (0, 1, 2) if stored.is_by_blocks else order
             _check_array(name, leaf.slots[name], stored.shape(sizes), stored_dtype(stored), device, axes)
         if not 0 <= leaf.scalars < len(scalars):
             raise ValueError(f"a leaf has row {leaf.scalars} of the scalars, but there are {len(scalars)}")

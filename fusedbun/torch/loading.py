@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedbun.chain import COUNTER, Chain, Rounding
+from fusedbun.chain import Chain
 from fusedbun.hyper import plain
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
+from fusedbun.storage.rounding import COUNTER, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
 from fusedbun.torch.checks import chain_at
@@ -163,7 +164,7 @@ def _check_parts(owner: str, index: Any, slots: Mapping[str, Slot], dtype: str, 
 def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, Tensor]) -> State:
     """The state as it is stored now, from how it was; of a DTensor each process converts its part."""
     dtype, name, shape = compute_dtype(param.dtype), dtype_name(param.dtype), tuple(param.shape)
-    like, places = local(param.detach()), places_of(param)
+    like, places = torch.zeros((), dtype=dtype, device=param.device).expand(local(param).shape), places_of(param)
     was, will = (Storage(xp, chain.rounding, like, name, places) for chain in (before, now))
     slots, found = now.slots(shape), before.arrays(shape, name)
     state = {key: zeros(stored, param) for key, stored in now.arrays(shape, name).items() if key != COUNTER}
@@ -174,7 +175,7 @@ def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, T
         kept[key] = local(put(zeros(as_saved, param), value))
     for key, slot in before.slots(shape).items():
         if key in slots and key in kept and like.numel():
-            changed = will.encode(key, slots[key], was.decode(key, slot, kept, dtype), parts)
+            changed = will.encode(key, slots[key], was.decode(key, slot, kept), parts)
             for part, value in changed.items():
                 parts[part].copy_(value)
     return state

@@ -14,7 +14,7 @@ from fusedbun.transform import Array
 Number = Tensor | float
 
 globals().update(functions_of(torch))
-from_blocks, to_pairs = codes.from_blocks, codes.to_pairs
+from_blocks, pack = codes.from_blocks, codes.pack
 
 
 def astype(x: Tensor, dtype: torch.dtype, /) -> Tensor:
@@ -97,8 +97,8 @@ def to_blocks(x: Tensor, /) -> Array:
     return codes.to_blocks(x, lambda rows, n: torch.nn.functional.pad(rows, (0, n)))
 
 
-def from_pairs(stored: Tensor, /) -> Array:
-    return codes.from_pairs(whole(stored), torch.cat)
+def unpack(stored: Tensor, bits: int, /) -> Array:
+    return codes.unpack(whole(stored), bits, torch.cat)
 
 
 def _tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:

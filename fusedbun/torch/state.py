@@ -29,7 +29,7 @@ def zeros(stored: Stored, param: Tensor) -> Tensor:
     dtype, shape = stored_dtype(stored), tuple(param.shape)
     if is_sharded(param):
         return zeros_like_parts(stored, param, dtype)
-    if stored.part == "element" and len(stored.axes) == param.ndim:
+    if stored.is_full(param.ndim):
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     return torch.zeros(stored.shape(shape), dtype=dtype, device=param.device)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fusedbun.chain import PARAM
 from fusedbun.compiler import tiles
 from fusedbun.compiler.cpp.native import structure
 from fusedbun.compiler.trace import GRAD, evaluate, hyperparameters
+from fusedbun.storage.rounding import PARAM
 from fusedbun.torch import namespace
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.leaf import Leaf

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import MomentDtype, UnitInterval, is_concrete_zero
+from fusedbun.hyper import UnitInterval, is_concrete_zero
+from fusedbun.storage.codes import MomentDtype, moment
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
 
 
@@ -42,7 +43,7 @@ class Momentum(Transform):
         if is_concrete_zero(self.beta):
             return {}
         counts = self.undampened_start and not is_concrete_zero(self.dampening)
-        return {"moment": Slot.moment(len(shape), self.dtype), **({"count": Slot((), "int32")} if counts else {})}
+        return {"moment": moment(len(shape), self.dtype), **({"count": Slot((), "int32")} if counts else {})}
 
     def for_rows(self) -> None:
         """Left out: a momentum goes on in rows that no gradient touches."""

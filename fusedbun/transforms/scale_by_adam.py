@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import MomentDtype, NonNegative, Scalar, SecondMomentDtype, UnitInterval, log
+from fusedbun.hyper import NonNegative, Scalar, UnitInterval, log
+from fusedbun.storage.codes import MomentDtype, SecondMomentDtype, moment
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
 
 
@@ -41,9 +42,9 @@ class ScaleByAdam(Transform):
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
         k = len(shape)
-        second = Slot.moment(k, self.second_dtype)
+        second = moment(k, self.second_dtype)
         largest = {"largest": second} if self.amsgrad else {}
-        moments = {"moment": Slot.moment(k, self.dtype), "second_moment": second, **largest}
+        moments = {"moment": moment(k, self.dtype), "second_moment": second, **largest}
         return {"count": Slot((), "int32"), **moments}
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:

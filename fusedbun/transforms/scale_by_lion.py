@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import MomentDtype, UnitInterval
+from fusedbun.hyper import UnitInterval
+from fusedbun.storage.codes import MomentDtype, moment
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
 
 
@@ -32,7 +33,7 @@ class ScaleByLion(Transform):
     dtype: MomentDtype = None
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
-        return {"moment": Slot.moment(len(shape), self.dtype)}
+        return {"moment": moment(len(shape), self.dtype)}
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u, m = signal.update, state["moment"]

@@ -72,13 +72,9 @@ def by_definition(chain: Chain, arrays: Arrays, xp: Any = in_numpy, lr: float = 
     """The parameter and the state after a step."""
     param = arrays["param"]
     dtype = computed(param.dtype)
-    p, slots = param.astype(dtype), chain.slots(param.shape)
+    p = param.astype(dtype)
     storage = Storage(xp, chain.rounding, p, param.dtype.name)
-    state = {key: storage.decode(key, slot, arrays, dtype) for key, slot in slots.items()}
-    exact, state = step(xp, chain, lr, p, arrays["grad"].astype(dtype), state)
-    new, after = storage.round(exact, arrays)
-    for key, slot in slots.items():
-        after |= storage.encode(key, slot, state[key], arrays)
+    new, after = step(chain, storage, lr, p, arrays["grad"].astype(dtype), arrays)
     kinds = {key: stored.dtype for key, stored in chain.arrays(param.shape, param.dtype.name).items()}
     return {"param": new.astype(param.dtype), **{key: after[key].astype(kind) for key, kind in kinds.items()}}
 

@@ -11,9 +11,9 @@ from test_kernels import adds_up as chain_adds_up
 from test_kernels import check, gradient
 
 from fusedbun import chain, recipes
-from fusedbun.chain import Rounding
 from fusedbun.compiler import UnplannableError, trace
 from fusedbun.compiler.cpp import native
+from fusedbun.storage.rounding import Rounding
 from fusedbun.transforms import Momentum, ScaleByAdam
 
 RECOMMENDED = {"use_rms": True, "centralize": True, "nesterov": True}

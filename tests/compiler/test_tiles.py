@@ -12,10 +12,10 @@ from rules import rule, stateful
 
 from fusedbun import Slot, chain, recipes
 from fusedbun import namespace as in_numpy
-from fusedbun.chain import step
 from fusedbun.compiler import UnplannableError
 from fusedbun.compiler.tiles import ELEMENTS, Tiles, schedule_for
 from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.reference import exact_step
 from fusedbun.torch import namespace
 from fusedbun.torch.state import compute_dtype, dtype_name
 from fusedbun.transforms import Momentum, ScaleByAdam
@@ -194,7 +194,7 @@ def in_torch(arrays, dtype):
 def torch_definition(transforms, tensors):
     dtype = compute_dtype(tensors["param"].dtype)
     p, g, *state = (tensor.to(dtype) for tensor in tensors.values())
-    param, state = step(namespace, transforms, LR, p, g, dict(zip([*tensors][2:], state, strict=True)))
+    param, state = exact_step(namespace, transforms, LR, p, g, dict(zip([*tensors][2:], state, strict=True)))
     return {"param": param.to(tensors["param"].dtype), **state}
 
 

@@ -26,11 +26,11 @@ from leaves import LOW, Arrays, assert_near, assert_same, by_definition, leaf
 from random_chains import random_problem
 
 from fusedbun import Chain, chain, recipes
-from fusedbun.chain import Rounding
 from fusedbun.compiler import UnplannableError, schedule, trace
 from fusedbun.compiler.triton.module import emit
 from fusedbun.compiler.triton.text import numbers
 from fusedbun.storage.codes import STEP
+from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import gpu
 from fusedbun.transforms import ClipRMS, Decay, Momentum, RMSScale, ScaleByLion, SM3Accumulate
 

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from fusedbun import namespace as in_numpy
-from fusedbun.chain import COUNTER, Chain, Rounding, step
+from fusedbun.chain import Chain, step
+from fusedbun.storage.rounding import COUNTER, Rounding
 from fusedbun.storage.storage import Storage
 
 Arrays = dict[str, Any]  # "param" and the state's arrays by name
@@ -59,14 +60,11 @@ def by_definition(chain: Chain, lr: float, grad: Any, before: Arrays, path: tupl
     """The parameter and the state's arrays after a step of the parameter at this path."""
     param, chain = before["param"], chain.at(path, before["param"])
     dtype = np.float64 if param.dtype == np.float64 else np.float32
-    p, slots = param.astype(dtype), chain.slots(param.shape)
+    p = param.astype(dtype)
     storage = Storage(in_numpy, chain.rounding, p, param.dtype.name)
-    state = {key: storage.decode(key, slot, before, dtype) for key, slot in slots.items()}
-    exact, state = step(in_numpy, chain, dtype(lr), p, np.asarray(grad).astype(dtype), state)
-    rounded, after = storage.round(exact, before)
-    for key, slot in slots.items():
-        after |= storage.encode(key, slot, state[key], before)
-    assert {*after, "param"} == {*before}
+    state = {key: x for key, x in before.items() if key != "param"}
+    rounded, after = step(chain, storage, dtype(lr), p, np.asarray(grad).astype(dtype), state)
+    assert after.keys() == state.keys()
     return {"param": rounded.astype(param.dtype), **{key: x.astype(before[key].dtype) for key, x in after.items()}}
 
 

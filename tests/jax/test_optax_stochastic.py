@@ -22,9 +22,9 @@ import fusedbun
 import fusedbun_jax as fj
 from fusedbun import namespace as in_numpy
 from fusedbun import recipes
-from fusedbun.chain import Rounding
 from fusedbun.compiler.cpp.native import KernelError
-from fusedbun.storage import noise as words
+from fusedbun.storage.noise import draw
+from fusedbun.storage.rounding import Rounding, to_bfloat16
 
 COUNT = 2**14
 OFF = {"stochastic_rounding": False}
@@ -33,9 +33,9 @@ OFF = {"stochastic_rounding": False}
 def rounded(p, exact, step, seed=0, name=""):
     """What the definition rounds a parameter to, in float32."""
     index = in_numpy.index(p, range(p.ndim))
-    noise = words.noise(Rounding(True, seed, name).start("param"), np.full((1,) * p.ndim, step, np.int32), index)
+    noise = draw(Rounding(True, seed, name).start("param"), np.full((1,) * p.ndim, step, np.int32), index)
     with np.errstate(all="ignore"):
-        return words.to_bfloat16(in_numpy, exact, noise)
+        return to_bfloat16(in_numpy, exact, noise)
 
 
 def numbers(seed):

@@ -12,7 +12,8 @@ from sweeps import only, sweep
 import fusedbun
 from fusedbun import ChainOptimizer
 from fusedbun import namespace as in_numpy
-from fusedbun.chain import Rounding, step
+from fusedbun.chain import step
+from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import IMPLEMENTATIONS
 from fusedbun.transforms import Momentum
@@ -77,20 +78,15 @@ def numpy_steps(optimizer, params, steps):
     for i, param in enumerate(params):
         p = param.detach().float().numpy()
         here = chain.at((), p, str(i))
-        slots = here.slots(p.shape)
         state = {
             key: np.zeros(x.shape(p.shape), np.int32 if "int" in x.dtype else np.float32)
             for key, x in here.arrays(p.shape, "bfloat16").items()
         }
         for t in range(steps):
             storage = Storage(in_numpy, here.rounding, p, "bfloat16")
-            decoded = {key: storage.decode(key, slot, state, np.float32) for key, slot in slots.items()}
             lr = np.float32(optimizer.param_groups[0]["lr"])
-            new, decoded = step(in_numpy, here, lr, p, gradients(t)[i].float().numpy(), decoded)
-            new, after = storage.round(np.asarray(new, np.float32), state)
-            for key, slot in slots.items():
-                after |= storage.encode(key, slot, np.asarray(decoded[key], np.float32), state)
-            p, state = new, {key: np.asarray(x) for key, x in after.items()}
+            p, state = step(here, storage, lr, p, gradients(t)[i].float().numpy(), state)
+            p, state = np.asarray(p), {key: np.asarray(x) for key, x in state.items()}
         found.append((p, state))
     return found
 
@@ -331,8 +327,8 @@ class TestLoading:
         assert (group["momentum_dtype"], group["lr"], group["use_rms"]) == (now, 1e-2, True)
         for param, was in zip(group["params"], saved.param_groups[0]["params"], strict=True):
             decoded = [
-                Storage(fusedbun.torch.namespace, Rounding(), p, "bfloat16").decode(
-                    "momentum.moment", Momentum(dtype=dtype).slots(p.shape)["moment"], optimizer.state[p], torch.float32
+                Storage(fusedbun.torch.namespace, Rounding(), p.float(), "bfloat16").decode(
+                    "momentum.moment", Momentum(dtype=dtype).slots(p.shape)["moment"], optimizer.state[p]
                 )
                 for optimizer, p, dtype in ((other, param, now), (saved, was, before))
             ]

@@ -214,8 +214,8 @@ def describe(leaf: Description, words: list[int]) -> list[int]:
     rows = sizes[0] if len(sizes) > 1 else 1
     count = len(leaf.arrays)
     stored = leaf.kernel.program.arrays.values()
-    full = [True, True] + [len(x.axes) == len(sizes) and x.part == "element" for x in stored]
-    parts = [False, False] + [x.part != "element" for x in stored]
+    full = [True, True] + [x.is_full(len(sizes)) for x in stored]
+    parts = [False, False] + [x.is_by_blocks for x in stored]
     steps = [
         [] if in_parts else [array.strides[axis] for axis in order] if leaf.shape else [array.width] if is_full else []
         for array, is_full, in_parts in zip(leaf.arrays, full, parts, strict=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from fusedbun.chain import PARAM
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD, Program
 from fusedbun.operations import OPERATIONS
+from fusedbun.storage.rounding import PARAM
 
 STORED = {  # by dtype
     "float32": "float",
@@ -30,9 +30,9 @@ class Arrays:
         self.names = [PARAM, GRAD, *program.arrays]
         self._dtype = program.dtype
         self._types = {PARAM: "P", GRAD: "P"}
-        self._in_parts = {key for key, x in program.arrays.items() if x.part != "element"}
+        self._in_parts = {key for key, x in program.arrays.items() if x.is_by_blocks}
         for key, x in program.arrays.items():
-            self._types[key] = PAIR if x.part == "pair" else STORED[x.dtype]
+            self._types[key] = PAIR if x.bits else STORED[x.dtype]
 
     def type(self, name: str) -> str:
         return self._types[name]

@@ -10,7 +10,7 @@ from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
 from fusedbun.compiler.triton.text import START, Kernel, Table, name_of, reduced
 from fusedbun.compiler.triton.writer import Writer
-from fusedbun.storage.noise import BLOCK
+from fusedbun.storage.codes import BLOCK
 
 HALF = BLOCK // 2  # bytes of a block of pairs
 SPOTS = {  # where a value lies in its array, and masked by what

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusedbun.chain import PARAM
 from fusedbun.compiler.graph import Graph, Span, Value
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD, Program
 from fusedbun.operations import OPERATIONS
-from fusedbun.storage.codes import computed_in
-from fusedbun.storage.noise import BLOCK, word
+from fusedbun.storage.codes import BLOCK, computed_in
+from fusedbun.storage.noise import word
+from fusedbun.storage.rounding import PARAM
 
 LETTER = {Span.HOST: "s", Span.SCALAR: "s", Span.COLUMN: "c", Span.ROW: "r", Span.BLOCK: "b", Span.FULL: "x"}
 START = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
@@ -97,7 +97,7 @@ class Table:
         self.graph = program.graph
         self.numbers, self.words = numbers(program), words(program)
         arrays = {PARAM: "P", GRAD: "P", **{key: _stored(x.dtype, program) for key, x in program.arrays.items()}}
-        self.pairs = {key for key, x in program.arrays.items() if x.part == "pair"}
+        self.pairs = {key for key, x in program.arrays.items() if x.bits}
         self.place = {v: name_of(v) for v in (*schedule.small, *schedule.kept)}
         self.parts = {v: f"q{v.number}" for v in schedule.partials}
         self.temporary = {name: v for place in (self.place, self.parts) for v, name in place.items()}

@@ -18,8 +18,7 @@ from fusedbun.compiler.cpp.ways import PackedRows
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
 from fusedbun.compiler.trace import trace, used
-from fusedbun.storage.codes import computed_in
-from fusedbun.storage.noise import BLOCK
+from fusedbun.storage.codes import BLOCK, computed_in
 from fusedbun.tools.plan.sizes import BITS
 from fusedbun.transform import Shape
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbun.chain import PARAM
 from fusedbun.compiler import tiles
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.shards import START, Crossing, Phase, phases
 from fusedbun.compiler.trace import FIRST, GRAD, SIZE, evaluate, hyperparameters, trace
+from fusedbun.storage.rounding import PARAM
 from fusedbun.torch import namespace
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.kernel import described, is_of_numbers

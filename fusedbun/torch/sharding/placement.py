@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbun.storage.codes import EXPONENTS, Stored
-from fusedbun.storage.noise import BLOCK
+from fusedbun.storage.codes import BLOCK, Stored, slot_of
 from fusedbun.torch import namespace
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stor
             f"{owner}: this process holds a part of {name} of shape {tuple(local(param).shape)}, but by its placements "
             f"{param.placements} it has {cut(param).shape} of {tuple(param.shape)}; make it with distribute_tensor"
         )
-    coded = [key.removesuffix(EXPONENTS) for key, stored in arrays.items() if stored.part != "element"]
+    coded = [slot_of(key) for key, stored in arrays.items() if stored.is_by_blocks]
     if coded and not _keeps_blocks(param):
         raise ValueError(
             f"{owner}: {coded[0]!r} of {name} is kept in codes that {BLOCK} numbers of a row share an exponent of, but "
@@ -124,7 +123,7 @@ def zeros_like_parts(stored: Stored, param: Any, dtype: torch.dtype) -> Tensor:
     if not stored.axes:
         return torch.zeros(shape, dtype=dtype, device=param.device)
     part = param.to_local()
-    if stored.part == "element" and len(stored.axes) == param.ndim:
+    if stored.is_full(param.ndim):
         zeros = torch.zeros_like(part, dtype=dtype, requires_grad=False)
     else:
         zeros = torch.zeros(stored.shape(tuple(part.shape)), dtype=dtype, device=part.device)

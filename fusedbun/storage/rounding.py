@@ -1,0 +1,59 @@
+"""How a step's results are rounded: to the nearest, or with noise to either neighbour, without a bias."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fusedbun.operations import Functions
+from fusedbun.storage import noise
+from fusedbun.transform import Array
+
+PARAM = "param"
+COUNTER = "rounding.step"  # the state that stochastic rounding keeps: how many steps came before
+SIGNLESS, QUIET = 0x7FFFFFFF, 0x00400000  # of float32: all bits but the sign, and the one that makes a NaN quiet
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a step's results are rounded where they are stored in fewer bits than they are computed in.
+
+    Args:
+        stochastic: round a bfloat16 parameter to either neighbour, without a bias, instead of to the nearest.
+        seed: any integer; with the parameter's name and the number of steps it decides the noise of all rounding.
+        name: the parameter's name; `Chain.at` puts it here.
+        starts: where the noise of arrays begins, by name, as far as it is known already.
+    """
+
+    stochastic: bool = False
+    seed: int = 0
+    name: str = ""
+    starts: tuple[tuple[str, int], ...] = ()
+
+    def start(self, key: str) -> int:
+        """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.storage.noise`)."""
+        for known, start in self.starts:
+            if known == key:
+                return start
+        return noise.start(self.seed, self.name, 0 if key == PARAM else zlib.crc32(key.encode()))
+
+    def of(self, name: str, keys: Iterable[str]) -> Rounding:
+        """The same for a parameter of this name, where the noise of these arrays begins being looked up at once."""
+        named = replace(self, name=name, starts=())
+        return replace(named, starts=tuple((key, named.start(key)) for key in keys))
+
+
+TO_NEAREST = Rounding()
+
+
+def to_bfloat16(xp: Functions, x: Array, n: Array) -> Array:
+    """`x` rounded to one of its two neighbours in bfloat16, to each as often as it lies near to it; still a float32.
+
+    Args:
+        xp: the functions.
+        x: float32 numbers; NaN and infinities stay what they are.
+        n: their noise.
+    """
+    b = xp.bits(x)
+    return xp.from_bits(xp.where(x == x, b + n, b | QUIET) & noise.word(0xFFFF0000))  # an infinity's zeros stay

@@ -62,7 +62,8 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
     for transform in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState)):
         if isinstance(transform, TransformState):
             for moment, slots in zip(moments, tree.flatten_up_to(transform.slots), strict=True):
-                moment |= {n.removeprefix("moment"): x for n, x in slots.items() if n.split(".")[0] == "moment"}
+                if "moment" in slots:  # which is empty where the leaf is masked
+                    moment |= {n.removeprefix("moment"): x for n, x in slots.items() if n.split(".")[0] == "moment"}
     found: dict[str, jax.Array] = {}
     for (path, p), q, g, moment in zip(
         leaves, tree.flatten_up_to(after), tree.flatten_up_to(grads), moments, strict=True

@@ -166,11 +166,11 @@ def assert_equal_in_both(function, *operands):
 
 @sweep("shape", [(), (1,), (70,), (5, 33), (3, 4, 5), (2, 3, 2, 3)], short=only((5, 33)))
 def test_noise(shape):
-    def noise(xp, like, step):
+    def drawn(xp, like, step):
         return noise.draw(noise.start(7, "layer.weight", 5), step, xp.index(like, range(like.ndim)))
 
     for step in (0, 1, 2**31 - 1):
-        assert_equal_in_both(noise, np.zeros(shape, np.float32), np.full((1,) * len(shape), step, np.int32))
+        assert_equal_in_both(drawn, np.zeros(shape, np.float32), np.full((1,) * len(shape), step, np.int32))
 
 
 def test_rounding_to_bfloat16():

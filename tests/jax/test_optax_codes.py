@@ -19,7 +19,7 @@ import fusedbun_jax as fj
 from fusedbun import namespace as in_numpy
 from fusedbun import recipes
 from fusedbun.compiler.cpp.native import KernelError
-from fusedbun.storage import codes
+from fusedbun.storage import codes, noise
 from fusedbun.storage.rounding import to_bfloat16
 from fusedbun.transforms import Momentum
 from fusedbun_jax import namespace

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
+from fusedbun.storage.codes import MOMENTS, Blocks
+
 long = pytest.mark.long
+CODED = tuple(name for name, code in MOMENTS.items() if isinstance(code, Blocks))  # momentum_dtype of few bits
+NOISY = ("bfloat16", *CODED)  # what is rounded with noise, whatever the parameter's dtype
 
 
 def sweep(

@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import CODED
 
 import fusedbun
 import fusedbun_jax as fj
@@ -181,7 +182,7 @@ def test_an_accumulator_that_is_not_there_is_named(tmp_path):
 
 @given(st.data())
 def test_codes_in_another_layout_are_within_half_a_step(data):
-    code = codes.CODES[data.draw(st.sampled_from(["block8", "block4"]))]
+    code = codes.MOMENTS[data.draw(st.sampled_from(CODED))]
     bits = code.bits
     shape = tuple(data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=3)))
     axes = tuple(data.draw(st.permutations(range(len(shape)))))
@@ -200,7 +201,7 @@ def test_codes_in_another_layout_are_within_half_a_step(data):
     assert (error <= 0.5 * 2.0 ** (found[codes.EXPONENTS].astype(float) - 125 - bits)).all()
 
 
-@pytest.mark.parametrize("moment", ["int8", "int4"])
+@pytest.mark.parametrize("moment", CODED)
 def test_codes_go_to_another_layout_through_the_file(moment, tmp_path):
     param = torch.nn.Parameter(torch.zeros(40, 70))
     make = partial(fusedbun.SM3, momentum=0.9, momentum_dtype=moment)
@@ -212,12 +213,12 @@ def test_codes_go_to_another_layout_through_the_file(moment, tmp_path):
     tx, tree = fj.sm3(0.1, momentum=0.9, momentum_dtype=moment), {"a": jnp.zeros((70, 40))}
     found = fj.load_state(tmp_path / "a", tx, tx.init(tree), tree, {"a": ("a", (1, 0))})[2].slots["a"]
     assert int(found["moment.step"][0, 0]) == 3
-    code, bits = {"int8": ("block8", 8), "int4": ("block4", 4)}[moment]
+    code = codes.MOMENTS[moment]
     ours = {key.removeprefix("momentum.moment"): x.numpy() for key, x in optimizer.state[param].items() if "mom" in key}
     theirs = {key.removeprefix("moment"): np.asarray(x) for key, x in found.items()}
-    x = codes.CODES[code].decode(in_numpy, ours, (40, 70), np.float32)
-    y = codes.CODES[code].decode(in_numpy, theirs, (70, 40), np.float32)
-    steps = 2.0 ** (theirs[codes.EXPONENTS].astype(float) - 125 - bits)
+    x = code.decode(in_numpy, ours, (40, 70), np.float32)
+    y = code.decode(in_numpy, theirs, (70, 40), np.float32)
+    steps = 2.0 ** (theirs[codes.EXPONENTS].astype(float) - 125 - code.bits)
     assert (in_numpy.to_blocks(np.abs(x.T - y)) <= steps / 2).all()
 
 

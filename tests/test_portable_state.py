@@ -9,7 +9,7 @@ import optax
 import pytest
 import torch
 from cases import CASES, FEW, by_size
-from sweeps import only, sweep
+from sweeps import NOISY, only, sweep
 from test_equivalence import TOLERANCE
 
 import fusedbun
@@ -23,10 +23,10 @@ BITS = {"stochastic_rounding": True, "seed": 3}
 RECOMMENDED = {"centralize": True, "use_rms": True, "nesterov": True}
 # With every way to store a moment: the torch class, the factory's name, their arguments, and the ways there are.
 STORED = {
-    "fusedbun": (Fusedbun, RECOMMENDED, (None, "bfloat16", "int8", "int4")),
-    "sm3": (SM3, {"momentum": 0.9}, (None, "bfloat16", "int8", "int4")),
+    "fusedbun": (Fusedbun, RECOMMENDED, (None, *NOISY)),
+    "sm3": (SM3, {"momentum": 0.9}, (None, *NOISY)),
     "decoupled_lionw": (DecoupledLionW, {}, (None, "bfloat16", "int8")),
-    "mup_adamw": (MupAdamW, {"mup": by_size, "second_moment_dtype": "bfloat16"}, (None, "bfloat16", "int8", "int4")),
+    "mup_adamw": (MupAdamW, {"mup": by_size, "second_moment_dtype": "bfloat16"}, (None, *NOISY)),
 }
 
 
@@ -144,7 +144,7 @@ def test_a_run_in_fewer_bits_goes_on_with_its_noise(name, moment, options, tmp_p
     check_continuation(partial(cls, lr=0.01, **given), make, start(), dtype, TOLERANCE["float32"], tmp_path)
 
 
-@pytest.mark.parametrize("moment", ["int8", "int4", "bfloat16"])
+@pytest.mark.parametrize("moment", NOISY)
 def test_what_is_stored_comes_back_bit_for_bit(moment, tmp_path):
     given = {"momentum": 0.9, "momentum_dtype": moment, **BITS}
     begun = Torch(partial(SM3, **given), start(), "bfloat16").run(range(3))

@@ -207,18 +207,18 @@ CODES: dict[str, Code] = {
         Blocks("block4", moment="int4", bits=4),
     )
 }
-_MOMENTS = {code.moment: code for code in CODES.values() if code.moment}
+MOMENTS = {code.moment: code for code in CODES.values() if code.moment}
 # What a moment is stored in: "param" is the parameter's dtype, None float32 (float64 for float64 parameters). Blocks
 # are too coarse for a second moment.
-MomentDtype = Annotated[Any, Dtypes(tuple(_MOMENTS))] | None
+MomentDtype = Annotated[Any, Dtypes(tuple(MOMENTS))] | None
 SecondMomentDtype = (
-    Annotated[Any, Dtypes(tuple(name for name, code in _MOMENTS.items() if not isinstance(code, Blocks)))] | None
+    Annotated[Any, Dtypes(tuple(name for name, code in MOMENTS.items() if not isinstance(code, Blocks)))] | None
 )
 
 
 def moment(ndim: int, dtype: str | None) -> Slot:
     """A slot of the parameter's own shape, in a `MomentDtype`; as it is computed where that does not fit its axes."""
-    slot = Slot.full(ndim, _MOMENTS[dtype].name if dtype else "compute")
+    slot = Slot.full(ndim, MOMENTS[dtype].name if dtype else "compute")
     return slot if CODES[slot.code].fits(slot.axes, ndim) else Slot.full(ndim)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from leaves import Precise, by_definition, by_kernel, by_tiles, leaf
 from leaves import assert_same as assert_same_numbers
-from sweeps import long
+from sweeps import CODED, NOISY, long
 from test_kernels import adds_up as chain_adds_up
 from test_kernels import check, gradient
 
@@ -19,9 +19,7 @@ from fusedbun.transforms import Momentum, ScaleByAdam
 RECOMMENDED = {"use_rms": True, "centralize": True, "nesterov": True}
 CHAINS = {
     "sm3": recipes.sm3(),
-    "sm3 int8": recipes.sm3(momentum=0.9, momentum_dtype="int8"),
-    "sm3 int4": recipes.sm3(momentum=0.9, momentum_dtype="int4"),
-    "sm3 bfloat16": recipes.sm3(momentum=0.9, momentum_dtype="bfloat16"),
+    **{f"sm3 {dtype}": recipes.sm3(momentum=0.9, momentum_dtype=dtype) for dtype in NOISY},
     "fusedbun int8": recipes.fusedbun(**RECOMMENDED, momentum_dtype="int8"),
     "fusedbun int4": recipes.fusedbun(**RECOMMENDED, lagged=True, momentum_dtype="int4"),
     "fusedbun param": recipes.fusedbun(use_rms=True, momentum_dtype="param"),
@@ -93,7 +91,7 @@ def test_blocks_round_and_code_as_the_definition(transforms, dtype):
             assert_same(by_tiles(transforms, arrays, 200), want)
 
 
-@pytest.mark.parametrize("name", ["sm3 int8", "sm3 int4", "lion int8"])
+@pytest.mark.parametrize("name", [*(f"sm3 {dtype}" for dtype in CODED), "lion int8"])
 @np.errstate(all="ignore")
 def test_nan_and_infinities_spoil_their_block_alone(name):
     transforms = replace(CHAINS[name], rounding=Rounding(True))

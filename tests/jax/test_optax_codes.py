@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from factories import described, run
 from numpy_steps import SHAPES, arrays, assert_near, assert_same_bits, by_definition, rounding, stepper, tree
-from sweeps import only, sweep
+from sweeps import CODED, NOISY, only, sweep
 
 import fusedbun_jax as fj
 from fusedbun import namespace as in_numpy
@@ -24,7 +24,7 @@ from fusedbun.storage.rounding import to_bfloat16
 from fusedbun.transforms import Momentum
 from fusedbun_jax import namespace
 
-DTYPES = ("float32", "bfloat16", "int8", "int4", "param", None)
+DTYPES = (*codes.MOMENTS, None)
 each_dtype = sweep("dtype", DTYPES, short=only("int8"))
 # Powers of two, and gradients of few bits: however XLA contracts a product and a sum, no bit changes.
 EXACT = {"betas": (0.5, 0.25), "mup": lambda path, param: "bias"}
@@ -54,7 +54,7 @@ def made(name, dtype, exact=False, stochastic=False, seed=3):
     """A chain, its learning rate and the optimizer of optax's."""
     given, powers, _ = OPTIMIZERS[name]
     settings = {**given, **(powers if exact else {}), "momentum_dtype": dtype}
-    if name.startswith("mup_adam") and dtype not in ("int8", "int4"):
+    if name.startswith("mup_adam") and dtype not in CODED:
         settings["second_moment_dtype"] = dtype
     lr = 0.125 if exact else 0.1
     recipe = recipes.RECIPES[name]
@@ -109,7 +109,7 @@ def test_float16_parameters(dtype):
 def test_double_precision(dtype, x64):
     """There are no kernels for noise in it, so there the definition steps it."""
     check_steps("sm3", dtype, "update", tree("float64", 1), False, True)
-    if dtype in ("bfloat16", "int8", "int4"):
+    if dtype in NOISY:
         _, _, tx = made("sm3", dtype)
         params = tree("float64", 1)
         got, want = (stepper(tx, how)(params, tx.init(params), params) for how in (None, "definition"))
@@ -183,7 +183,7 @@ def test_rounding_to_bfloat16():
     assert_equal_in_both(rounded, x, n)
 
 
-@pytest.mark.parametrize("code", ["block8", "block4"])
+@pytest.mark.parametrize("code", [codes.MOMENTS[name].name for name in CODED])
 @sweep("shape", [(3, 1), (4, 32), (5, 75), (2, 3, 45)], short=only((5, 75)))
 def test_codes_and_what_they_stand_for(code, shape):
     def coded(xp, x, n):
@@ -268,7 +268,7 @@ def test_donated_state_is_changed_in_place():
 # ---- single transformations
 
 
-@sweep("dtype", ["float32", "bfloat16", "int8", "int4"], short=only("int4"))
+@sweep("dtype", ("float32", *NOISY), short=only("int4"))
 def test_a_lifted_transformation_among_optaxs_own(dtype):
     """With the parameters or without; `lift`'s seed decides the noise."""
     params, grads = tree("float32", 1), tree("float32", 2)
@@ -342,12 +342,14 @@ def test_metrics_are_of_the_numbers_that_codes_stand_for(dtype):
         states = [jax.jit(t.update)(grads, s, params)[1] for t, s in zip((tx, plain), states, strict=True)]
     got, want = (s.metrics for s in states)
     assert got.keys() == want.keys()
+    code = codes.MOMENTS[dtype].of("bfloat16") if dtype else codes.CODES["float32"]
+    rtol = 3.2 * 2.0**-code.bits if dtype in CODED and code.bits < 8 else 0.01
     for key, x in want.items():
-        np.testing.assert_allclose(got[key], x, rtol=0.2 if dtype == "int4" else 0.01, atol=1e-3, err_msg=key)
+        np.testing.assert_allclose(got[key], x, rtol=rtol, atol=1e-3, err_msg=key)
     moment = states[0].inner_state[2].slots["matrix"]
-    stored = {part: np.asarray(moment[f"moment{part}"]) for part in ("", codes.EXPONENTS) if f"moment{part}" in moment}
-    code = {"int8": "block8", "int4": "block4"}.get(dtype, stored[""].dtype.name)
-    numbers = codes.CODES[code].decode(in_numpy, stored, SHAPES["matrix"], np.float32)
+    parts = code.arrays((0, 1))
+    stored = {part: np.asarray(moment[f"moment{part}"]) for part in parts}
+    numbers = code.decode(in_numpy, stored, SHAPES["matrix"], np.float32)
     np.testing.assert_allclose(got["l2_norm/moment/matrix"], np.sqrt((numbers**2).sum()), rtol=1e-6)
 
 

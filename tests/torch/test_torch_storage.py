@@ -7,12 +7,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from sweeps import only, sweep
+from sweeps import CODED, NOISY, only, sweep
 
 import fusedbun
 from fusedbun import ChainOptimizer
 from fusedbun import namespace as in_numpy
 from fusedbun.chain import step
+from fusedbun.storage.codes import MOMENTS
 from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import IMPLEMENTATIONS
@@ -31,7 +32,6 @@ OTHERS = {
     "ScaledOptum": (fusedbun.ScaledOptum, {"lr": 1e-2}),
 }
 EVERY = EXACT | OTHERS
-MOMENTS = ("float32", "bfloat16", "int8", "int4", "param")
 SHAPES = [(), (5,), (40, 70), (6, 3, 3, 3)]
 ROUNDED = {"stochastic_rounding": True, "seed": 3}
 torch_names = ["0", "1", "2", "3"]
@@ -113,7 +113,7 @@ def test_gives_numpys_bits(name, implementation, momentum_dtype):
             np.testing.assert_array_equal(x.float().numpy(), np.float32(state[key]), err_msg=key)
 
 
-@sweep("momentum_dtype", ["bfloat16", "int8", "int4"], short=only("int4"))
+@sweep("momentum_dtype", NOISY, short=only("int4"))
 def test_compiled_it_is_the_same_but_for_multiplying_and_adding_at_once(momentum_dtype):
     """A compiler may round `a*b + c` once: then a moment's last bit differs, and now and then a rounding."""
     cls, given = EXACT["SM3"]
@@ -226,7 +226,7 @@ def test_stochastic_rounding_is_for_bfloat16(dtype):
         (
             {"momentum_dtype": "int7"},
             ValueError,
-            "must be one of 'param', 'float32', 'bfloat16', 'int8', 'int4' or None",
+            f"must be one of {', '.join(map(repr, MOMENTS))} or None",
         ),
         ({"momentum_dtype": 8}, TypeError, "momentum_dtype must be one of"),
         ({"momentum_dtype": torch.float64}, ValueError, "but it is torch.float64"),
@@ -312,8 +312,8 @@ class TestLoading:
             other.load_state_dict(saved)
         assert not other.state
 
-    @pytest.mark.parametrize("before", [None, "bfloat16", "int8", "int4"])
-    @sweep("now", [None, "bfloat16", "int8", "int4"], short=only("int8"))
+    @pytest.mark.parametrize("before", [None, *NOISY])
+    @sweep("now", [None, *NOISY], short=only("int8"))
     def test_is_converted_when_asked_for(self, before, now):
         saved = self.saved(momentum_dtype=before)
         other = fusedbun.Fusedbun(copy.deepcopy(saved.param_groups[0]["params"]), 0.5, momentum_dtype=now)
@@ -332,7 +332,7 @@ class TestLoading:
                 )
                 for optimizer, p, dtype in ((other, param, now), (saved, was, before))
             ]
-            coarse = {None: 0.0, "bfloat16": 2.0**-7, "int8": 2.0**-6, "int4": 2.0**-2}[now]
+            coarse = 2.0 ** (2 - MOMENTS[now].bits) if now in CODED else {None: 0.0, "bfloat16": 2.0**-7}[now]
             apart, largest = (decoded[0] - decoded[1]).abs().max(), decoded[1].abs().max()
             assert apart <= coarse * largest
         run(other, range(3, 5))

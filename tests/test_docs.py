@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,8 @@ from benchmarks import tables
 from docs import optimizers
 from fusedbun import transforms
 from fusedbun.recipes import RECIPES
+from fusedbun.storage.codes import CODES
+from fusedbun.torch import dispatch
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXTS = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
@@ -27,7 +30,9 @@ TRANSFORMS = [getattr(transforms, name) for name in transforms.__all__]
 @pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.long) if p in LONG else p for p in BLOCKS])
 def test_a_pages_code_runs_from_top_to_bottom(page):
     namespace = {"__name__": "page"}
-    with mock.patch.dict(RECIPES):  # where a page enters a recipe of its own
+    with ExitStack() as undo:
+        for table in (RECIPES, CODES, dispatch.REGISTRY, dispatch.BEST):  # where pages make entries of their own
+            undo.enter_context(mock.patch.dict(table))
         for number, block in enumerate(BLOCKS[page], 1):
             exec(compile(block, f"docs/{page}, block {number}", "exec"), namespace)
 

@@ -11,9 +11,8 @@ from collections import Counter
 
 import pytest
 
-from fusedbun.tools.bench import limits, measure, picture
-from fusedbun.tools.bench.arena import Arena
-from fusedbun.tools.bench.contenders import LIMIT, OPTAX, TORCH, Contender, held_bytes
+from fusedbun.tools.bench import limits, measure, report
+from fusedbun.tools.bench.contenders import LIMIT, OPTAX, TORCH, Arena, Contender, held_bytes
 from fusedbun.tools.bench.measure import Effort, Measurement, Session, draw_turns
 from fusedbun.tools.bench.results import Case, Results, quotient
 from fusedbun.tools.bench.settings import Settings
@@ -30,7 +29,7 @@ class Silent:
     def expect(self, steps):
         pass
 
-    def advance(self, doing):
+    def proceed(self, doing):
         pass
 
 
@@ -167,7 +166,7 @@ def test_results_are_valid_json_after_an_interrupt():
     assert written["interrupted"]
     assert (b["status"], len(b["ms"])) == ("measured", 2)
     assert len(a["ms"]) >= 2
-    assert picture.draw(results).startswith(PNG)
+    assert report.draw(results).startswith(PNG)
 
 
 def test_workloads():

@@ -10,13 +10,12 @@ import gc
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fusedbun.tools.bench.arena import Arena
-from fusedbun.tools.bench.contenders import Contender, Stepper
+from fusedbun.tools.bench.contenders import Arena, Contender, Stepper
 from fusedbun.tools.shared.machine import resident_memory
 
 LEAST_ROUNDS = 3
@@ -25,50 +24,34 @@ MEASURED, NOT_INSTALLED, FAILED, PENDING = "measured", "not installed", "failed"
 
 @dataclass
 class Measurement:
-    """What is known of a contender; it grows.
-
-    Args:
-        contender: who it is.
-        status: one of the four above.
-        reason: why there are no times, in one line.
-        first_step: the seconds of the first step, which allocates and compiles.
-        state_bytes: the bytes of state.
-        temporaries: the bytes of temporaries of a step.
-        seconds: the time of a step, by the number of the round.
-    """
+    """What is known of a contender; it grows."""
 
     contender: Contender
-    status: str = PENDING
-    reason: str | None = None
-    first_step: float | None = None
+    status: str = PENDING  # one of the four above
+    reason: str | None = None  # why there are no times, in one line
+    first_step: float | None = None  # seconds; it allocates and compiles
     state_bytes: int | None = None
-    temporaries: int | None = None
-    seconds: dict[int, float] = field(default_factory=dict)
+    temporaries: int | None = None  # bytes, of a step
+    seconds: dict[int, float] = field(default_factory=dict)  # of a step, by the number of the round
 
 
 class Progress(Protocol):
     """Who is told how far the measuring is."""
 
     def expect(self, steps: int) -> None:
-        """So many more calls of `advance` are to come."""
+        """So many more calls of `proceed` are to come."""
 
-    def advance(self, doing: str) -> None:
+    def proceed(self, doing: str) -> None:
         """A part is done; this is the next."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to measure.
+    """How much to measure."""
 
-    Args:
-        rounds: rounds of every batch.
-        budget: about so many seconds for each contender; a slow one takes part in fewer rounds.
-        memory: the bytes that this process may hold; None: any.
-    """
-
-    rounds: int
-    budget: float
-    memory: int | None = None
+    rounds: int  # of every batch
+    budget: float  # about so many seconds for each contender; a slow one takes part in fewer rounds
+    memory: int | None = None  # the bytes that this process may hold; None: any
 
     def rounds_of(self, seconds: float) -> int:
         """The rounds of a contender whose step takes so long."""
@@ -139,16 +122,16 @@ class Session:
         """Adds a contender to a batch if it can be set up."""
         measurement = self.measurements[one]
         contender = measurement.contender
-        self._progress.advance(f"set up {contender.label}")
+        self._progress.proceed(f"set up {contender.label}")
         if not contender.installed:
             measurement.status, measurement.reason = NOT_INSTALLED, f"pip install {contender.package}"
             return
-        with warnings.catch_warnings(), self._fault_of(measurement):
+        with warnings.catch_warnings(), _fault_of(measurement):
             warnings.simplefilter("ignore")  # other packages' remarks on themselves
             stepper = contender.make(self._arena)
-            measurement.first_step = timed(stepper)
+            measurement.first_step = _timed(stepper)
             measurement.state_bytes = stepper.state_bytes()
-            timed(stepper)  # some compile a second time, for state that is there now
+            _timed(stepper)  # some compile a second time, for state that is there now
             measurement.temporaries = stepper.temporaries()
             batch[one] = stepper
 
@@ -160,41 +143,38 @@ class Session:
         gc.disable()
         try:
             for k, turn in enumerate(draw_turns(rounds_of, rounds, seed=self._round)):
-                self._progress.advance(f"round {k + 1} of {rounds}, {len(batch)} contenders")
-                for one in turn:
-                    self._take_turn(self.measurements[one], batch[one])
+                self._progress.proceed(f"round {k + 1} of {rounds}, {len(batch)} contenders")
+                for measurement, stepper in ((self.measurements[one], batch[one]) for one in turn):
+                    if measurement.status != FAILED:
+                        with _fault_of(measurement):
+                            measurement.seconds[self._round] = _timed(stepper)
+                            measurement.status = MEASURED
                 self._round += 1
         finally:
             gc.enable()
-
-    def _take_turn(self, measurement: Measurement, stepper: Stepper) -> None:
-        if measurement.status == FAILED:
-            return
-        with self._fault_of(measurement):
-            measurement.seconds[self._round] = timed(stepper)
-            measurement.status = MEASURED
 
     def _rounds_of(self, one: int, stepper: Stepper) -> int:
         if one in self._anchors:
             return self._effort.rounds
         expected = 0.0
-        with self._fault_of(self.measurements[one]):
-            expected = min(timed(stepper) for _ in range(2))
+        with _fault_of(self.measurements[one]):
+            expected = min(_timed(stepper) for _ in range(2))
         return self._effort.rounds_of(expected)
 
-    @contextmanager
-    def _fault_of(self, measurement: Measurement) -> Iterator[None]:
-        """One contender's fault does not end the others' run."""
-        try:
-            yield
-        except Exception as error:
-            lines = str(error).strip().splitlines() or ["no message"]
-            measurement.status, measurement.reason = FAILED, f"{type(error).__name__}: {lines[0]}"
+
+@contextmanager
+def _fault_of(measurement: Measurement) -> Iterator[None]:
+    """One contender's fault does not end the others' run."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        measurement.status, measurement.reason = FAILED, f"{type(error).__name__}: {lines[0]}"
 
 
-def timed(stepper: Stepper, clock: Callable[[], float] = time.perf_counter) -> float:
+def _timed(stepper: Stepper) -> float:
     """The seconds of one step, without its preparation."""
     stepper.prepare()
-    began = clock()
+    began = time.perf_counter()
     stepper.step()
-    return clock() - began
+    return time.perf_counter() - began

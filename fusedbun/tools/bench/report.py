@@ -1,17 +1,21 @@
-"""The tables on stdout, and the progress on stderr."""
+"""The tables on stdout, the progress on stderr, and the picture: a bar for everyone, in the reference's steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from fusedbun.tools.bench.contenders import JAX_OURS, LIMIT, TORCH_OURS
 from fusedbun.tools.bench.measure import MEASURED, PENDING
 from fusedbun.tools.bench.results import Case, Results
-from fusedbun.tools.shared.progress import print_line, progress_bars
-from fusedbun.tools.shared.table import cell, new_table, print_all
+from fusedbun.tools.shared.picture import BLACK, BLUE, ORANGE, style_bars, to_png
+from fusedbun.tools.shared.table import Bars, cell, new_table, print_all
 
 # The numbers of a row: their names in a JSON file, the heads of their columns, and how they are written.
 _COLUMNS = (
@@ -26,23 +30,55 @@ _COLUMNS = (
     ("state_bytes_per_parameter", "state bytes\na param.", ".2f"),
 )
 _WIDTH = 200  # more than any table needs: on a narrower terminal a line breaks, and no number is cut
+_IDLE_LOAD = 0.3  # this command itself, starting
+_PANEL, _ROW, _MARGIN = 5.0, 0.24, 1.6  # inches: of a panel, of a bar, of titles and axes
+
+Row = tuple[str, str]  # path and name
+
+
+class Display(Bars):
+    """Progress: a bar for every case on a terminal, elsewhere a line where it and each of its stages begins."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[case]}: {task.description}"),
+        )
+        self._bar = TaskID(0)
+        self._total, self._is_new_stage = 0, False
+
+    def begin(self, case: Case) -> None:
+        """A case begins."""
+        for bar in self.task_ids:
+            self.remove_task(bar)
+        name = f"{case.workload.name}, {case.threads} threads"
+        self._bar, self._total = self.add_task("", total=0, case=name), 0
+        self.say(f"measuring {case.title}")
+
+    def expect(self, steps: int) -> None:
+        """So many more calls of `proceed` are to come."""
+        self._total += steps
+        self._is_new_stage = True
+        self.update(self._bar, total=self._total)
+
+    def proceed(self, doing: str) -> None:
+        """A part is done; this is the next."""
+        self.update(self._bar, advance=1, description=doing)
+        if self._is_new_stage:
+            self.say(f"  {doing}")
+        self._is_new_stage = False
 
 
 def show(results: Results, *remarks: str) -> None:
     """Prints a table for every case, and remarks below, a line each."""
-    print_all([*(part for case in results.measured for part in _parts(case, results.interrupted)), *remarks], _WIDTH)
+    tables = (part for case in results.measured for part in _parts(case, results.interrupted))
+    print_all([*tables, *_warnings(results), *remarks], _WIDTH)
 
 
 def _parts(case: Case, interrupted: bool) -> Iterator[RenderableType]:
     """The table of a case, and a line for everyone who has no times."""
-    yield _table(case, interrupted)
-    for one in case.measurements:
-        if one.status not in (MEASURED, PENDING):
-            yield f"{one.contender.label}: {one.status} ({one.reason})"
-    yield ""
-
-
-def _table(case: Case, interrupted: bool) -> Table:
     title = f"{case.title}{', interrupted' if interrupted else ''}\nreference: {case.reference.contender.label}"
     table = new_table(title, ["optimizer"], [head for _, head, _ in _COLUMNS])
     for path, members in case.by_path().items():
@@ -50,7 +86,11 @@ def _table(case: Case, interrupted: bool) -> Table:
         for one in members:
             numbers = case.numbers(one)
             table.add_row(f"  {one.contender.name}", *(_cell(name, numbers[name], form) for name, _, form in _COLUMNS))
-    return table
+    yield table
+    for one in case.measurements:
+        if one.status not in (MEASURED, PENDING):
+            yield f"{one.contender.label}: {one.status} ({one.reason})"
+    yield ""
 
 
 def _cell(name: str, value: float | None, form: str) -> str:
@@ -59,39 +99,73 @@ def _cell(name: str, value: float | None, form: str) -> str:
     return cell(value, ",.0f" if name.endswith("_ms") and value is not None and value >= 1e3 else form)
 
 
-class Display:
-    """Progress: a bar for every case on a terminal, elsewhere a line where it and each of its stages begins."""
+def _warnings(results: Results) -> Iterator[str]:
+    """What makes the times doubtful."""
+    load, cpus = results.machine["load_average"], results.machine["cpus"]
+    if load is not None and load[0] > cpus - max(results.settings["threads"]) + _IDLE_LOAD:
+        load, said = load[0], "trust quotients, and repeat when idle"
+        yield f"other processes ran at the beginning (load {load}, {cpus} CPUs): {said}"
 
-    def __init__(self) -> None:
-        self.bars = progress_bars(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[case]}: {task.description}"),
-        )
-        self._bar: TaskID | None = None
-        self._total = 0
-        self._is_new_stage = False
 
-    def start(self, case: Case) -> None:
-        """A case begins."""
-        name = f"{case.workload.name}, {case.threads} threads"
-        if self._bar is not None:
-            self.bars.remove_task(self._bar)
-        self._bar, self._total = self.bars.add_task("", total=0, case=name), 0
-        print_line(self.bars, f"measuring {case.title}")
+def draw(results: Results) -> bytes:
+    """A panel for every case, as PNG."""
+    cases = results.measured
+    places, titles = _places(cases)
+    height = _MARGIN + _ROW * (len(places) + len(titles))
+    figure = Figure(figsize=(2.5 + _PANEL * len(cases), height), layout="constrained")
+    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for axes, case in zip(panels, cases, strict=True):
+        _draw_case(axes, case, places)
+    panels[0].set_yticks(list(places.values()), [name for _, name in places])
+    panels[0].set_ylim(max(places.values()) + 0.7, -1.7)
+    beside: dict[str, Any] = {"transform": panels[0].get_yaxis_transform(), "ha": "right", "va": "center"}
+    for path, place in titles.items():
+        panels[0].text(-0.01, place, path, weight="bold", **beside)
+    interrupted = " (interrupted)" if results.interrupted else ""
+    figure.suptitle(f"Time of an optimizer's step{interrupted}, {results.machine['cpu']}")
+    return to_png(figure, dpi=110)
 
-    def expect(self, steps: int) -> None:
-        """So many more calls of `advance` are to come."""
-        self._total += steps
-        self._is_new_stage = True
-        if self._bar is not None:
-            self.bars.update(self._bar, total=self._total)
 
-    def advance(self, doing: str) -> None:
-        """A part is done; this is the next."""
-        if self._bar is not None:
-            self.bars.update(self._bar, advance=1, description=doing)
-        if self._is_new_stage:
-            print_line(self.bars, f"  {doing}")
-        self._is_new_stage = False
+def _places(cases: list[Case]) -> tuple[dict[Row, int], dict[str, int]]:
+    """How far down stand everyone who has a ratio in some case, and above them the name of their path.
+
+    They stand path by path, in a path from fast to slow in the first case.
+    """
+    ratios: dict[str, dict[Row, float]] = {}
+    for case in cases:
+        for path, members in case.by_path().items():
+            for one in members:
+                ratio = case.ratio(one)
+                if ratio is not None:
+                    ratios.setdefault(path, {}).setdefault((path, one.contender.name), ratio)
+    places: dict[Row, int] = {}
+    titles: dict[str, int] = {}
+    for path, rows in ratios.items():
+        titles[path] = len(places) + len(titles) - 1
+        for row in sorted(rows, key=rows.__getitem__):
+            places[row] = len(places) + len(titles) - 1
+    return places, titles
+
+
+def _draw_case(axes: Axes, case: Case, places: dict[Row, int]) -> None:
+    found = {(one.contender.path, one.contender.name): case.ratio(one) for one in case.measurements}
+    ratios = {row: ratio for row, ratio in found.items() if ratio is not None}
+    for row, ratio in ratios.items():  # a bar begins at the reference: on a log scale there is no zero to begin at
+        axes.barh(places[row], ratio - 1, left=1, height=0.7, color=_colour(row[0]))
+        offset, side = ((-3, "right"), (3, "left"))[ratio >= 1]
+        at: dict[str, Any] = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+        axes.annotate(f"{ratio:.2f}", (ratio, places[row]), fontsize=8, **at)
+    axes.axvline(1, color="#666666", linewidth=1)
+    axes.set_title(case.title.replace(": ", "\n", 1), fontsize=10)
+    axes.set(xscale="log", xlim=(min(ratios.values()) / 2, max(ratios.values()) * 2))
+    axes.set_xlabel(f"← faster   times {case.reference.contender.label} (log scale)   slower →")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    style_bars(axes)
+
+
+def _colour(path: str) -> str:
+    if path == LIMIT:
+        return BLACK
+    return BLUE if path.startswith((TORCH_OURS, JAX_OURS)) else ORANGE

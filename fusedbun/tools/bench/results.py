@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusedbun.tools.bench.contenders import LIMIT
@@ -14,13 +14,7 @@ from fusedbun.tools.bench.shapes import Workload
 
 @dataclass
 class Case:
-    """The measurements of a workload on a number of threads; the first is the reference.
-
-    Args:
-        workload: what was stepped.
-        threads: on how many threads.
-        measurements: of every contender; they grow while it runs.
-    """
+    """The measurements of a workload on a number of threads; the first is the reference, whom all are divided by."""
 
     workload: Workload
     threads: int
@@ -28,7 +22,6 @@ class Case:
 
     @property
     def reference(self) -> Measurement:
-        """Whom every time is divided by."""
         return self.measurements[0]
 
     @property
@@ -40,11 +33,11 @@ class Case:
     def by_path(self) -> dict[str, list[Measurement]]:
         """Those with times, path by path; the machine's limit is the first of the paths."""
         paths: dict[str, list[Measurement]] = {LIMIT: []}
+        for one in [*self.measurements[1:], self.reference]:
+            paths.setdefault(one.contender.path, [])
         for one in self.measurements:
-            if one.seconds:
-                paths.setdefault(one.contender.path, []).append(one)
-        order = dict.fromkeys(one.contender.path for one in [*self.measurements[1:], self.reference])
-        return {path: paths[path] for path in [LIMIT, *order] if paths.get(path)}
+            paths[one.contender.path] += [one] * bool(one.seconds)
+        return {path: members for path, members in paths.items() if members}
 
     def median(self, one: Measurement) -> float | None:
         """The median of its times, in seconds."""
@@ -78,12 +71,12 @@ class Case:
     def share(self, one: Measurement) -> float | None:
         """Its bandwidth over that of the limit whose bytes are nearest, in the rounds in which both stepped."""
         traffic = self.traffic(one)
-        limits = {self.traffic(m): m for m in self.measurements if m.contender.path == LIMIT and m.seconds}
-        by_bytes = {bytes_: limit for bytes_, limit in limits.items() if bytes_ is not None}
-        if traffic is None or not by_bytes:
+        limits = [(self.traffic(limit), limit) for limit in self.by_path().get(LIMIT, [])]
+        known = [(bytes_, limit) for bytes_, limit in limits if bytes_ is not None]
+        if traffic is None or not known:
             return None
-        nearest = min(by_bytes, key=lambda bytes_: abs(bytes_ - traffic))
-        slower = quotient(one.seconds, by_bytes[nearest].seconds)
+        nearest, limit = min(known, key=lambda pair: abs(pair[0] - traffic))
+        slower = quotient(one.seconds, limit.seconds)
         return traffic / nearest / slower if slower else None
 
     def report(self) -> dict[str, Any]:
@@ -121,16 +114,9 @@ class Case:
 
 @dataclass
 class Results:
-    """Every case so far; `interrupted` where some are missing or not finished.
+    """Every case so far; `interrupted` where some are missing or not finished."""
 
-    Args:
-        settings: the options, as a JSON file has them.
-        machine: where it was measured.
-        cases: what was measured.
-        interrupted: whether there is more to measure.
-    """
-
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # as a JSON file has them
     machine: Mapping[str, Any]
     cases: list[Case] = field(default_factory=list)
     interrupted: bool = False
@@ -142,8 +128,13 @@ class Results:
 
     def report(self) -> dict[str, Any]:
         """The results for a JSON file."""
-        own = {name: value for name, value in asdict(self).items() if name in ("settings", "machine", "interrupted")}
-        return {"command": "fusedbun bench", **own, "cases": [case.report() for case in self.measured]}
+        return {
+            "command": "fusedbun bench",
+            "settings": self.settings,
+            "machine": self.machine,
+            "interrupted": self.interrupted,
+            "cases": [case.report() for case in self.measured],
+        }
 
 
 def quotient(times: Mapping[int, float], others: Mapping[int, float]) -> float | None:

@@ -16,16 +16,10 @@ SMALLEST = 100_000
 
 @dataclass(frozen=True)
 class Workload:
-    """Tensors that are stepped together.
+    """Tensors that are stepped together."""
 
-    Args:
-        name: how options and files call it.
-        title: what it is, for a reader.
-        shapes: the shapes of its tensors.
-    """
-
-    name: str
-    title: str
+    name: str  # how options and files call it
+    title: str  # for a reader
     shapes: tuple[Shape, ...]
 
     @property
@@ -34,12 +28,7 @@ class Workload:
         return sum(math.prod(shape) for shape in self.shapes)
 
 
-def small() -> tuple[Shape, ...]:
-    """400 tensors so small that what a call costs is seen."""
-    return ((64, 64), (64,)) * 200
-
-
-def convolutions(elements: int) -> tuple[Shape, ...]:
+def _convolutions(elements: int) -> tuple[Shape, ...]:
     """Ten convolutions of the proportions of 64 x 3 x 7 x 7."""
     scale = math.sqrt(elements / (10 * 64 * 3 * 7 * 7))
     return ((max(1, round(64 * scale)), max(1, round(3 * scale)), 7, 7),) * 10
@@ -52,14 +41,14 @@ def _matrix(rows: int, columns: int) -> tuple[Shape, ...]:
 _NETWORKS: dict[str, tuple[str, Callable[[], tuple[Shape, ...]]]] = {
     "gpt2": ("GPT-2 small", gpt2),
     "resnet50": ("ResNet-50", resnet50),
-    "small": ("400 small tensors", small),
+    "small": ("400 small tensors", lambda: ((64, 64), (64,)) * 200),  # so small that what a call costs is seen
 }
 _ODD: dict[str, tuple[str, Callable[[int], tuple[Shape, ...]]]] = {
     "square": ("a square matrix", lambda n: _matrix(math.isqrt(n), math.isqrt(n))),
     "tall": ("a matrix of 3 columns", lambda n: _matrix(n // 3, 3)),
     "wide": ("a matrix of 3 rows", lambda n: _matrix(3, n // 3)),
     "vocabulary": ("a matrix of 50257 columns", lambda n: _matrix(n // 50257, min(n, 50257))),
-    "convolutions": ("ten 7 x 7 convolutions", convolutions),
+    "convolutions": ("ten 7 x 7 convolutions", _convolutions),
 }
 _SERIES = "linear"
 NAMES = (*_NETWORKS, *_ODD, _SERIES)

@@ -7,17 +7,17 @@ import ast
 import json
 import re
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Plan, Setting, plan
 from fusedbun.tools.plan.sizes import parse_size, readable
-from fusedbun.tools.shared.command import AS_JSON, DEFAULT, Commands, add_command, print_out
-from fusedbun.tools.shared.errors import CommandError, libraries_for
+from fusedbun.tools.shared.command import Command, CommandError, count, libraries_for, option, print_out
 from fusedbun.tools.shared.files import write_atomically
 from fusedbun.tools.shared.networks import gpt2, resnet50
-from fusedbun.tools.shared.options import whole
 
 _DESCRIPTION = """\
 Show how much memory training a model takes with each optimizer: its weights, gradients
@@ -51,56 +51,62 @@ exit codes:
        installed; one line on stderr says which
 """
 
+_NETWORKS = {"gpt2": gpt2, "resnet50": resnet50}
 _SHAPE = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<sizes>-?[0-9]+(?:x-?[0-9]+)*)")
 
 
-def register(commands: Commands) -> None:
-    """Adds the command to the parser of all commands."""
-    summary = "show how much memory training a model takes with each optimizer"
-    names = textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent="  ")
-    add = add_command(commands, "plan", run, summary, _DESCRIPTION, _EPILOG.format(names=names))
-    add("model", nargs="+", metavar="MODEL", help="what is trained, as above")
-    add("--optimizer", nargs="+", metavar="NAME", help="plan for these alone (default: for all)")
-    add("--dtype", metavar="DTYPE", help="of floating-point weights, such as bfloat16 (default: their own)")
-    rounding = "round bfloat16 weights to the nearest instead of stochastically"
-    add("--no-stochastic-rounding", dest="stochastic_rounding", action="store_false", help=rounding)
-    sparse = "the gradients of parameters of such names are sparse rows"
-    add("--sparse", nargs="+", default=[], metavar="PATTERN", help=sparse)
-    tokens = f"in a batch: so many rows has a sparse gradient {DEFAULT}"
-    add("--tokens", type=whole(1), default=4096, metavar="N", help=tokens)
-    add("--threads", type=whole(1), metavar="N", help="on so many the step runs (default: the number of CPUs)")
-    add("--budget", type=_size, metavar="SIZE", help="mark what fits in so much, such as 24GiB")
-    add("--only-fitting", action="store_true", help="leave out what does not fit in --budget")
-    add("--chart", type=Path, metavar="FILE", help="write a bar chart as PNG")
-    add("--json", action="store_true", dest="as_json", help=f"{AS_JSON}; sizes are in bytes")
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def run(*, as_json: bool, chart: Path | None, only_fitting: bool, **options: Any) -> int:
-    """Plans, and returns the exit code.
+_PLAN_TAKES = ("dtype", "stochastic_rounding", "sparse", "tokens", "threads", "budget")
+_TO_NEAREST = "round bfloat16 weights to the nearest instead of stochastically"
+_SPARSE = "the gradients of parameters of such names are sparse rows"
 
-    Raises:
-        CommandError: it cannot be run as it was given.
-    """
-    if only_fitting and options["budget"] is None:
+
+@dataclass(frozen=True)
+class Options:
+    """The options, as `fusedbun plan --help` describes them."""
+
+    model: Sequence[str] = option("what is trained, as above", flag="model", nargs="+", metavar="MODEL")
+    optimizer: Sequence[str] | None = option("plan for these alone (default: for all)", nargs="+", metavar="NAME")
+    dtype: str | None = option("of floating-point weights, such as bfloat16 (default: their own)", metavar="DTYPE")
+    stochastic_rounding: bool = option(_TO_NEAREST, flag="--no-stochastic-rounding", action="store_false")
+    sparse: Sequence[str] = option(_SPARSE, nargs="+", default=[], metavar="PATTERN")
+    tokens: int = count("in a batch: so many rows has a sparse gradient", 4096)
+    threads: int | None = count("on so many the step runs (default: the number of CPUs)", None)
+    budget: int | None = option("mark what fits in so much, such as 24GiB", type=_size, metavar="SIZE")
+    only_fitting: bool = option("leave out what does not fit in --budget", action="store_true")
+    chart: Path | None = option("write a bar chart as PNG", type=Path, metavar="FILE")
+    json: bool = option("the same as JSON, for a program to read; sizes are in bytes", action="store_true")
+
+
+def _run(options: Options) -> int:
+    if options.only_fitting and options.budget is None:
         raise CommandError("argument --only-fitting: needs a --budget to fit in, such as --budget 24GiB")
-    everything = _plan(**options)
-    shown = everything.fitting() if only_fitting else everything
-    if chart is not None:
-        _draw(chart, shown)
-    if as_json:
+    everything = _plan(options)
+    shown = everything.fitting() if options.only_fitting else everything
+    if options.chart is not None:
+        _draw(options.chart, shown)
+    if options.json:
         return print_out(json.dumps(shown.as_dict(), indent=1))
     lines = [str(shown)]
     if not shown.estimates and everything.estimates:
         least = min(everything.estimates, key=lambda one: one.total)
         release = " with gradient release" if least.gradient_release else ""
         lines.append(f"The least takes {readable(least.total)}: {least.setting.title}, {least.setting.label}{release}.")
-    return print_out("\n".join([*lines, *([f"chart: {chart}"] if chart is not None else [])]))
+    if options.chart is not None:
+        lines.append(f"chart: {options.chart}")
+    return print_out("\n".join(lines))
 
 
-def _plan(*, model: list[str], optimizer: list[str] | None, **options: Any) -> Plan:
+def _plan(options: Options) -> Plan:
     try:
-        settings = None if optimizer is None else [_setting(text) for text in optimizer]
-        return plan(_model(model), settings, **options)
+        settings = None if options.optimizer is None else [_setting(text) for text in options.optimizer]
+        return plan(_model(options.model), settings, **{name: getattr(options, name) for name in _PLAN_TAKES})
     except OSError as error:
         reason = f"cannot read {error.filename!r}: {error.strerror}" if error.filename else str(error)
         raise CommandError(reason) from error
@@ -110,18 +116,20 @@ def _plan(*, model: list[str], optimizer: list[str] | None, **options: Any) -> P
         raise CommandError(" ".join(str(error).split())) from error
 
 
-def _model(texts: list[str]) -> Any:
+def _model(texts: Sequence[str]) -> Any:
     """The model that the arguments name: a path, a network, or shapes."""
-    networks = {"gpt2": gpt2, "resnet50": resnet50}
     shapes = [_SHAPE.fullmatch(text) for text in texts]
-    if len(texts) == 1 and (Path(texts[0]).exists() or not shapes[0]):
-        text = texts[0]
-        if not Path(text).exists() and text not in networks:
+    if len(texts) == 1:
+        (text,) = texts
+        if (path := Path(text)).exists():
+            return path
+        if text in _NETWORKS:
+            return _NETWORKS[text]()
+        if not shapes[0]:
             raise CommandError(
                 f"argument MODEL: there is no file or folder {text!r}; it must be one, a network "
-                f"({', '.join(networks)}), or shapes such as 768x3072"
+                f"({', '.join(_NETWORKS)}), or shapes such as 768x3072"
             )
-        return Path(text) if Path(text).exists() else networks[text]()
     found: dict[str, tuple[int, ...]] = {}
     for place, (text, shape) in enumerate(zip(texts, shapes, strict=True)):
         if shape is None:
@@ -141,28 +149,16 @@ def _setting(text: str) -> str | Setting:
     name, colon, listed = text.partition(":")
     if not colon:
         return name
-    values = {}
+    values: dict[str, Any] = {}
     for entry in re.split(r",(?=\s*\w+=)", listed):
-        key, equals, value = entry.partition("=")
+        key, equals, value = map(str.strip, entry.partition("="))
         if not equals:
             raise CommandError(f"argument --optimizer: must be NAME or NAME:KEY=VALUE,…, but it is {text!r}")
-        values[key.strip()] = _value(value)
+        try:
+            values[key] = ast.literal_eval(value)  # a number, True, False, None or a tuple of these
+        except (ValueError, SyntaxError):
+            values[key] = value
     return Setting(name, values)
-
-
-def _value(text: str) -> Any:
-    """A number, True, False, None or a tuple of these; anything else is text."""
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        return text.strip()
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _draw(path: Path, shown: Plan) -> None:
@@ -173,3 +169,15 @@ def _draw(path: Path, shown: Plan) -> None:
             write_atomically(path, draw(shown))
     except OSError as error:
         raise CommandError(f"argument --chart: cannot write {str(path)!r}: {error.strerror}") from error
+
+
+COMMAND = Command(
+    name="plan",
+    summary="show how much memory training a model takes with each optimizer",
+    description=_DESCRIPTION,
+    epilog=_EPILOG.format(
+        names=textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent="  ")
+    ),
+    settings=Options,
+    run=_run,
+)

@@ -12,6 +12,7 @@ from fusedbun.recipe import bind
 from fusedbun.recipes import RECIPES
 
 ADAMW = "adamw"
+_TYPED = {"mup": lambda path, param: "norm"}  # u-muP's type of every parameter, for its state does not depend on it
 _TITLES = {name: recipe.torch_class for name, recipe in RECIPES.items()} | {ADAMW: "torch AdamW"}
 _BY_CLASS = {recipe.torch_class.lower(): name for name, recipe in RECIPES.items()}
 
@@ -51,6 +52,11 @@ class Setting:
         return _TITLES[self.optimizer]
 
     @property
+    def named(self) -> dict[str, str]:
+        """What it is called in a JSON file."""
+        return {"optimizer": self.optimizer, "setting": self.label}
+
+    @property
     def is_torch_adamw(self) -> bool:
         """Whether it is torch's AdamW and none of fusedbun's."""
         return self.optimizer == ADAMW
@@ -64,13 +70,8 @@ class Setting:
         """The chain of one of fusedbun's optimizers."""
         recipe = RECIPES[self.optimizer]
         bind(f"{self.optimizer}:", recipe.signature(), **self.hyperparameters)
-        typed = {"mup": _untyped} if "mup" in recipe.defaults else {}
+        typed = _TYPED if "mup" in recipe.defaults else {}
         return recipe.chain({**typed, **self.hyperparameters}, 1.0, stochastic_rounding)
-
-
-def _untyped(path: tuple[str, ...], param: Any) -> str:
-    """u-muP's type of every parameter, for its state does not depend on it."""
-    return "norm"
 
 
 def _known(name: str) -> str:

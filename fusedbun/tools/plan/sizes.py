@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 
 UNITS = {"B": 1} | {
@@ -30,6 +32,11 @@ BITS = {
     "bool": 8,
 }
 STEPPED = ("float64", "float32", "bfloat16", "float16")  # what the optimizers step
+
+
+def size_of(shape: Iterable[int], dtype: str) -> int:
+    """The bytes of an array."""
+    return -(-math.prod(shape) * BITS[dtype] // 8)
 
 
 def parse_size(text: str) -> int:

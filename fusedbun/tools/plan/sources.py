@@ -1,17 +1,38 @@
-"""What is trained: the tensors of modules, of trees of arrays, of lists of shapes, and of files."""
+"""What is trained: the tensors of modules, trees and shapes, and of files, of which no tensor is loaded."""
 
 from __future__ import annotations
 
+import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fusedbun.hyper import dtype_name
-from fusedbun.tools.plan.files import read
 from fusedbun.tools.plan.sizes import STEPPED
-from fusedbun.tools.plan.trees import Tensor, of_array, of_tree
+from fusedbun.tools.plan.trees import Tensor, is_module, of_tree
+
+INDEX = ".safetensors.index.json"
+_LARGEST_JSON = 100_000_000  # bytes: as much as safetensors allows a header
+_POINTER = b"version https://git-lfs"
+# safetensors' names for dtypes.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
+    "F4": "float4_e2m1fn",
+    **{f"{sign}{bits}": f"{'u' * (sign == 'U')}int{bits}" for sign in "IU" for bits in (8, 16, 32, 64)},
+}
 
 
 def tensors_of(model: Any, dtype: str | None = None) -> tuple[Tensor, ...]:
@@ -19,30 +40,33 @@ def tensors_of(model: Any, dtype: str | None = None) -> tuple[Tensor, ...]:
 
     Args:
         model: a torch module; a tree of arrays, or of anything with a shape and a dtype; a shape; a list or mapping of
-            shapes or of pairs (shape, dtype); or a path (`fusedbun.tools.plan.files`).
+            shapes or of pairs (shape, dtype); or the path of a safetensors file, of the index of several, of a folder
+            with either, or of a JSON file of shapes: names with shapes such as [768, 768], or with
+            {"shape": [768, 768], "dtype": "bfloat16"}.
         dtype: the dtype that its floating-point tensors are taken to be in; None: their own, float32 for shapes.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: a shape or dtype is not valid, or there is nothing to train.
+        OSError: a file cannot be read.
+        TypeError: the model is something else.
+        ValueError: a shape or dtype is not valid, a file is not what it should be, or there is nothing to train.
+        ModuleNotFoundError: safetensors is not installed.
     """
     if dtype is not None and (dtype := dtype_name(dtype) or dtype) not in STEPPED:
         raise ValueError(f"dtype must be one of {', '.join(STEPPED)}, but it is {dtype!r}")
-    found = [_in_dtype(tensor, dtype) for tensor in _tensors(model)]
+    tensors = _read(Path(model)) if isinstance(model, (str, os.PathLike)) else of_tree(model)
+    found = [_in_dtype(tensor, dtype) for tensor in tensors]
     if not any(tensor.role == "trained" and tensor.elements for tensor in found):
         raise ValueError("the model has no floating-point parameters that are trained, so there is nothing to plan")
     return tuple(found)
 
 
-def _tensors(model: Any) -> Iterator[Tensor]:
-    if isinstance(model, (str, os.PathLike)):
-        return iter(read(Path(model)))
-    return _of_module(model) if _is_module(model) else of_tree(model)
-
-
-def _is_module(model: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(model, torch.nn.Module)
+def tied_parameters(model: Any) -> tuple[str, ...] | None:
+    """The names of a torch module's parameters that it has more than once, each once; None of any other model."""
+    if not is_module(model):
+        return None
+    first = {id(param): name for name, param in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return tuple(dict.fromkeys(first[id(param)] for name, param in every if first[id(param)] != name))
 
 
 def _in_dtype(tensor: Tensor, dtype: str | None) -> Tensor:
@@ -50,27 +74,119 @@ def _in_dtype(tensor: Tensor, dtype: str | None) -> Tensor:
     is_floating = tensor.dtype.startswith("float") or tensor.dtype == "bfloat16"
     if is_floating and dtype is not None:
         return tensor._replace(dtype=dtype)
-    if tensor.role == "trained" and tensor.dtype not in STEPPED:
-        if is_floating or tensor.dtype.startswith("complex"):
+    if tensor.role != "trained" or tensor.dtype in STEPPED:
+        return tensor
+    if is_floating or tensor.dtype.startswith("complex"):
+        raise ValueError(
+            f"{tensor.name!r} is {tensor.dtype}, but the optimizers step {', '.join(STEPPED)}; "
+            f"plan with another dtype, such as bfloat16"
+        )
+    return tensor._replace(role="buffer")  # whole numbers: they have no gradients
+
+
+def _read(path: Path) -> Iterable[Tensor]:
+    if path.is_dir():
+        return _read_folder(path)
+    if path.name.endswith(INDEX):
+        return _read_index(path)
+    return _read_shapes(path) if path.suffix == ".json" else _read_header(path)
+
+
+def _read_folder(folder: Path) -> list[Tensor]:
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    if len(indices) > 1:
+        raise ValueError(f"{folder} has {len(indices)} indices; name one: {', '.join(p.name for p in indices)}")
+    if indices:
+        return _read_index(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no safetensors files; give a folder that has some, or a file")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        for tensor in _read_header(file):
+            if tensor.name in found:
+                raise ValueError(f"{folder} has {tensor.name!r} in several files and no index; name one file")
+            found[tensor.name] = tensor
+    return list(found.values())
+
+
+def _read_index(path: Path) -> list[Tensor]:
+    """The tensors that the index lists, from the files beside it that it names."""
+    content = _read_json(path)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f'{path} is not an index of safetensors files: it has no "weight_map" from names to files')
+    headers: dict[str, dict[str, Tensor]] = {}
+    for file in dict.fromkeys(files.values()):
+        if Path(file).name != file:
+            raise ValueError(f"{path} names {file!r:.200}, but an index names files beside it")
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{path} names {file!r:.200}, but there is no such file beside it; is all downloaded?")
+        headers[file] = {tensor.name: tensor for tensor in _read_header(path.parent / file)}
+    for name, file in files.items():
+        if name not in headers[file]:
             raise ValueError(
-                f"{tensor.name!r} is {tensor.dtype}, but the optimizers step {', '.join(STEPPED)}; "
-                f"plan with another dtype, such as bfloat16"
+                f"{path} says that {name!r:.200} is in {file!r}, but it is not; the two do not belong together"
             )
-        return tensor._replace(role="buffer")  # whole numbers: they have no gradients
-    return tensor
+    return [headers[file][name] for name, file in files.items()]
 
 
-def _of_module(module: Any) -> Iterator[Tensor]:
-    for name, param in module.named_parameters():
-        yield of_array(name, param)._replace(role="trained" if param.requires_grad else "frozen")
-    for name, buffer in module.named_buffers():
-        yield of_array(name, buffer)._replace(role="buffer")
+def _read_header(path: Path) -> list[Tensor]:
+    _check_is_file(path)
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise ModuleNotFoundError(
+            f"safetensors is not installed; reading {path} needs: pip install 'fusedbun[plan]'", name="safetensors"
+        ) from error
+    try:  # the file is mapped, and of that only the header read
+        with safe_open(path, framework="numpy") as file:
+            found = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 - not a mapping
+            return [
+                Tensor.of(name, part.get_shape(), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+                for name, part in found
+            ]
+    except SafetensorError as error:
+        reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
+        raise ValueError(f"{path} is no safetensors file, or a part of one: {reason:.300}{_advice(path)}") from error
 
 
-def tied_parameters(model: Any) -> tuple[str, ...] | None:
-    """The names of a torch module's parameters that it has more than once, each once; None of any other model."""
-    if not _is_module(model):
-        return None
-    first = {id(param): name for name, param in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return tuple(dict.fromkeys(first[id(param)] for name, param in every if first[id(param)] != name))
+def _advice(path: Path) -> str:
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_POINTER)) == _POINTER
+    return "; it stands for a file of Git LFS: run git lfs pull" if is_pointer else "; download it again"
+
+
+def _read_shapes(path: Path) -> list[Tensor]:
+    try:
+        return list(of_tree(_with_dtypes(_read_json(path))))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has no shapes by name: {error}") from error
+
+
+def _with_dtypes(tree: Any) -> Any:
+    """The tree with pairs in the place of mappings from "shape" and "dtype"."""
+    if not isinstance(tree, dict):
+        return tree
+    if isinstance(tree.get("shape"), list) and tree.keys() <= {"shape", "dtype"}:
+        return tree["shape"], str(tree.get("dtype", "float32"))
+    return {name: _with_dtypes(child) for name, child in tree.items()}
+
+
+def _read_json(path: Path) -> Any:
+    _check_is_file(path)
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} must have at most {_LARGEST_JSON:,} bytes, but it has {path.stat().st_size:,}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file or a folder, but it is neither")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -41,13 +39,9 @@ class Network(linen.Module):
 
 
 class Trainer:
-    """Trains the network.
+    """Trains the network from its initial weights, with a learning rate for every step.
 
-    Args:
-        entry: the optimizer.
-        weights: the initial weights.
-        learning_rates: the learning rate of every step.
-        dtype: float32 or float64, of the weights and the arithmetic; float64 inside `session("float64")` only.
+    Weights and arithmetic are float32, or float64 inside `session("float64")`.
     """
 
     def __init__(self, entry: Entry, weights: Weights, learning_rates: Array, dtype: str) -> None:
@@ -94,20 +88,15 @@ class Trainer:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
 
 
-@contextmanager
-def session(dtype: str) -> Iterator[None]:
+def session(dtype: str) -> Any:
     """JAX set up for this network: with float64, where that is asked for."""
-    with jax.enable_x64(dtype == "float64"):
-        yield
+    return jax.enable_x64(dtype == "float64")
 
 
 def _to_flax(weights: Weights) -> dict[str, dict[str, Array]]:
     """Torch's (out, in, …) as Flax's (…, in, out)."""
     return {
-        layer: {
-            "kernel": np.moveaxis(weights[f"{layer}.weight"], (0, 1), (-1, -2)),
-            "bias": weights[f"{layer}.bias"],
-        }
+        layer: {"kernel": np.moveaxis(weights[f"{layer}.weight"], (0, 1), (-1, -2)), "bias": weights[f"{layer}.bias"]}
         for layer in LAYERS
     }
 

@@ -33,14 +33,7 @@ class Network(nn.Module):
 
 
 class Trainer:
-    """Trains the network.
-
-    Args:
-        entry: the optimizer.
-        weights: the initial weights.
-        learning_rates: the learning rate of every step.
-        dtype: float32 or float64, of the weights and the arithmetic.
-    """
+    """Trains the network from its initial weights, in float32 or float64, with a learning rate for every step."""
 
     def __init__(self, entry: Entry, weights: Weights, learning_rates: Array, dtype: str) -> None:
         self._dtype: torch.dtype = getattr(torch, dtype)

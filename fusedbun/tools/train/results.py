@@ -17,27 +17,16 @@ from fusedbun.tools.train.settings import Settings
 
 @dataclass
 class Run:
-    """One training, by one optimizer in one framework; it grows while it runs.
-
-    Args:
-        optimizer: the optimizer's name.
-        framework: the framework's name.
-        learning_rate: the learning rate at the start.
-        losses: the training loss of every step.
-        seconds: the time of every step.
-        scores: after how many steps the network was tested, and how it did.
-        state_bytes: the bytes of the optimizer's state.
-        weights: the weights after the last step; None while there are steps to come.
-    """
+    """One training, by one optimizer in one framework; it grows while it runs."""
 
     optimizer: str
     framework: str
-    learning_rate: float
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    scores: list[tuple[int, Score]] = field(default_factory=list)
+    learning_rate: float  # at the start
+    losses: list[float] = field(default_factory=list)  # of every step
+    seconds: list[float] = field(default_factory=list)  # of every step
+    scores: list[tuple[int, Score]] = field(default_factory=list)  # after how many steps it was tested
     state_bytes: int | None = None
-    weights: Weights | None = None
+    weights: Weights | None = None  # after the last step
 
     @property
     def title(self) -> str:
@@ -67,10 +56,7 @@ class Run:
             "state_bytes": self.state_bytes,
             "ms_per_step": self.ms_per_step,
             "curves": {
-                "train": {
-                    "step": list(range(1, len(self.losses) + 1)),
-                    "loss": [finite(loss) for loss in self.losses],
-                },
+                "train": {"step": list(range(1, len(self.losses) + 1)), "loss": list(map(finite, self.losses))},
                 "test": {
                     "step": [step for step, _ in self.scores],
                     "accuracy": [score.accuracy for _, score in self.scores],
@@ -99,13 +85,11 @@ class Results:
 
     def report(self) -> dict[str, Any]:
         """The results for a JSON file."""
-        settings = asdict(self.settings)
-        del settings["output"]
         differences = {name: self.difference(name) for name in self.settings.learning_rates}
         return {
             "command": "fusedbun train",
             "interrupted": self.interrupted,
-            "settings": settings,
+            "settings": {name: x for name, x in asdict(self.settings).items() if name != "output"},
             "versions": versions(),
             "parameters": self.parameters,
             "weight_difference": {name: finite(value) for name, value in differences.items() if value is not None},

@@ -202,7 +202,7 @@ def test_the_limit_s_loops_touch_every_element_once(name, threads):
     loop.step()
     expected = -1e-6
     assert all(p.min() == p.max() == pytest.approx(expected, rel=1e-5) for p in arena.params)
-    assert loop.state_bytes() == 4 * arena.parameters * {"p += s*g": 0, "Adam": 2}.get(name, 1)
+    assert loop.state_bytes() == 4 * sum(p.size for p in arena.params) * {"p += s*g": 0, "Adam": 2}.get(name, 1)
 
 
 def test_no_compiler_is_said_in_one_line(monkeypatch):
@@ -274,7 +274,7 @@ COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 import fusedbun.tools.bench.shapes as shapes
-shapes._NETWORKS["small"] = ("four tiny tensors", lambda: ((8, 8), (8,), (4, 3, 3, 3), (2, 2)))
+shapes._SHAPED["small"] = ("four tiny tensors", lambda n: ((8, 8), (8,), (4, 3, 3, 3), (2, 2)))
 from fusedbun.tools.cli import main
 sys.exit(main(["bench", "--workload", "small", *sys.argv[1:]]))
 """

@@ -51,10 +51,10 @@ def _run(settings: Settings) -> int:
 
 
 COMMAND = Command(
-    name="bench",
-    summary="measure the time of a step beside the machine's limit and other packages",
-    description=_DESCRIPTION,
-    epilog=_EPILOG,
-    settings=Settings,
-    run=_run,
+    "bench",
+    "measure the time of a step beside the machine's limit and other packages",
+    _DESCRIPTION,
+    _EPILOG,
+    Settings,
+    _run,
 )

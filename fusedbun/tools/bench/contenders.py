@@ -62,11 +62,6 @@ class Arena:
                 array.reshape(-1)[:] = np.resize(numbers, array.size)
         return cls(params, grads, threads)
 
-    @property
-    def parameters(self) -> int:
-        """How many."""
-        return sum(array.size for array in self.params)
-
 
 def zeros(shape: Shape) -> Array:
     """An array of zeros that begins on a cache line."""
@@ -83,11 +78,8 @@ class Stepper(Protocol):
         """Whatever a step needs and is not part of it: nothing, where no more is said."""
         return
 
-    def step(self) -> None:
-        """One step, to its end."""
-
-    def state_bytes(self) -> int:
-        """The bytes of state, after a step."""
+    def step(self) -> None: ...  # one step, to its end
+    def state_bytes(self) -> int: ...  # the bytes of state, after a step
 
     def temporaries(self) -> int | None:
         """The most bytes that a step holds beside parameters, gradients and state; None: not known. May step."""

@@ -96,8 +96,13 @@ class TorchStepper(Stepper):
 def contenders() -> list[Contender]:
     """All of them; those of packages that are not installed too."""
     paths = [(TORCH_OURS, {}), *((f"{TORCH_OURS} {x}", {"implementation": x}) for x in IMPLEMENTATIONS)]
-    found = [_ours(path, row, choice, torch.float32) for path, choice in paths for row in OURS]
-    found += [_ours(TORCH_OURS, row, {}, torch.bfloat16) for row in _OURS_BFLOAT16]
+    ours = [(path, row, choice, torch.float32) for path, choice in paths for row in OURS]
+    ours += [(TORCH_OURS, row, {}, torch.bfloat16) for row in _OURS_BFLOAT16]
+    found = []
+    for path, (recipe, suffix, settings, rereads), choice, dtype in ours:
+        cls = RECIPES[recipe].torch_class
+        make = partial(TorchStepper, _MODULE, cls, {**settings, **choice}, dtype)
+        found.append(Contender(path, cls + suffix, make, rereads=rereads, itemsize=dtype.itemsize))
     for cls, suffix, settings, rereads in _OWN:
         make = partial(TorchStepper, "torch.optim", cls, settings, torch.float32)
         found.append(Contender(TORCH, cls + suffix, make, rereads=rereads))
@@ -105,15 +110,6 @@ def contenders() -> list[Contender]:
         make = partial(TorchStepper, module, cls, {}, torch.float32)
         found.append(Contender(TORCH_PACKAGES, f"{package} {cls}", make, module, package, rereads))
     return found
-
-
-def _ours(
-    path: str, row: tuple[str, str, dict[str, Any], int], choice: dict[str, str], dtype: torch.dtype
-) -> Contender:
-    recipe, suffix, settings, rereads = row
-    cls = RECIPES[recipe].torch_class
-    make = partial(TorchStepper, _MODULE, cls, {**settings, **choice}, dtype)
-    return Contender(path, cls + suffix, make, rereads=rereads, itemsize=dtype.itemsize)
 
 
 @contextmanager

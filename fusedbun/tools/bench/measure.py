@@ -10,19 +10,21 @@ import gc
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fusedbun.tools.bench.contenders import Arena, Contender, Stepper
 from fusedbun.tools.shared.machine import resident_memory
+
+T = TypeVar("T")
 
 LEAST_ROUNDS = 3
 MEASURED, NOT_INSTALLED, FAILED, PENDING = "measured", "not installed", "failed", "not reached"
 
 
-@dataclass
+@dataclass(eq=False)
 class Measurement:
     """What is known of a contender; it grows."""
 
@@ -38,11 +40,8 @@ class Measurement:
 class Progress(Protocol):
     """Who is told how far the measuring is."""
 
-    def expect(self, steps: int) -> None:
-        """So many more calls of `proceed` are to come."""
-
-    def proceed(self, doing: str) -> None:
-        """A part is done; this is the next."""
+    def expect(self, steps: int) -> None: ...  # so many more calls of `proceed` are to come
+    def proceed(self, doing: str) -> None: ...  # a part is done; this is the next
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,10 @@ class Effort:
         return min(self.rounds, max(LEAST_ROUNDS, int(self.budget / max(seconds, 1e-9))))
 
 
-def draw_turns(rounds_of: Mapping[int, int], rounds: int, seed: int = 0) -> Iterator[list[int]]:
+def draw_turns(rounds_of: Mapping[T, int], rounds: int, seed: int = 0) -> Iterator[list[T]]:
     """Who steps in each round: everyone at most once, in an order drawn anew, for each follows others then.
 
-    Args:
-        rounds_of: in how many of the rounds each takes part; these are spread out evenly.
-        rounds: how many rounds there are.
-        seed: draws the orders.
+    Each takes part in so many of the rounds, spread out evenly.
     """
     draw = random.Random(seed)
     for k in range(rounds):
@@ -74,36 +70,23 @@ def draw_turns(rounds_of: Mapping[int, int], rounds: int, seed: int = 0) -> Iter
 
 
 class Session:
-    """Measures contenders on an arena.
-
-    Args:
-        arena: what they step.
-        anchors: those who take part in every batch.
-        others: the rest.
-        effort: how much to measure.
-        progress: who is told.
-    """
+    """Measures contenders on an arena, some of them, the anchors, in every batch."""
 
     def __init__(
-        self,
-        arena: Arena,
-        anchors: Sequence[Contender],
-        others: Sequence[Contender],
-        effort: Effort,
-        progress: Progress,
+        self, arena: Arena, anchors: list[Contender], others: list[Contender], effort: Effort, progress: Progress
     ) -> None:
         self.measurements = [Measurement(contender) for contender in (*anchors, *others)]
-        self._anchors = range(len(anchors))
+        self._anchors = self.measurements[: len(anchors)]
         self._arena, self._effort, self._progress = arena, effort, progress
         self._round = 0
 
     def run(self) -> None:
         """Measures; whatever interrupts it, the measurements are valid as far as they are."""
         self._progress.expect(len(self.measurements))
-        anchors: dict[int, Stepper] = {}
+        anchors: dict[Measurement, Stepper] = {}
         for one in self._anchors:
             self._set_up(one, anchors)
-        waiting = list(range(len(self._anchors), len(self.measurements)))
+        waiting = self.measurements[len(self._anchors) :]
         while True:
             batch = dict(anchors)
             while waiting and (len(batch) == len(anchors) or self._has_room()):
@@ -118,24 +101,22 @@ class Session:
         held = resident_memory()
         return held is None or self._effort.memory is None or held < self._effort.memory
 
-    def _set_up(self, one: int, batch: dict[int, Stepper]) -> None:
+    def _set_up(self, one: Measurement, batch: dict[Measurement, Stepper]) -> None:
         """Adds a contender to a batch if it can be set up."""
-        measurement = self.measurements[one]
-        contender = measurement.contender
-        self._progress.proceed(f"set up {contender.label}")
-        if not contender.installed:
-            measurement.status, measurement.reason = NOT_INSTALLED, f"pip install {contender.package}"
+        self._progress.proceed(f"set up {one.contender.label}")
+        if not one.contender.installed:
+            one.status, one.reason = NOT_INSTALLED, f"pip install {one.contender.package}"
             return
-        with warnings.catch_warnings(), _fault_of(measurement):
+        with warnings.catch_warnings(), _fault_of(one):
             warnings.simplefilter("ignore")  # other packages' remarks on themselves
-            stepper = contender.make(self._arena)
-            measurement.first_step = _timed(stepper)
-            measurement.state_bytes = stepper.state_bytes()
+            stepper = one.contender.make(self._arena)
+            one.first_step = _timed(stepper)
+            one.state_bytes = stepper.state_bytes()
             _timed(stepper)  # some compile a second time, for state that is there now
-            measurement.temporaries = stepper.temporaries()
+            one.temporaries = stepper.temporaries()
             batch[one] = stepper
 
-    def _take_turns(self, batch: Mapping[int, Stepper]) -> None:
+    def _take_turns(self, batch: Mapping[Measurement, Stepper]) -> None:
         rounds = self._effort.rounds
         rounds_of = {one: self._rounds_of(one, stepper) for one, stepper in batch.items()}
         self._progress.expect(rounds)
@@ -144,32 +125,31 @@ class Session:
         try:
             for k, turn in enumerate(draw_turns(rounds_of, rounds, seed=self._round)):
                 self._progress.proceed(f"round {k + 1} of {rounds}, {len(batch)} contenders")
-                for measurement, stepper in ((self.measurements[one], batch[one]) for one in turn):
-                    if measurement.status != FAILED:
-                        with _fault_of(measurement):
-                            measurement.seconds[self._round] = _timed(stepper)
-                            measurement.status = MEASURED
+                for one in turn:
+                    if one.status != FAILED:
+                        with _fault_of(one):
+                            one.seconds[self._round] = _timed(batch[one])
+                            one.status = MEASURED
                 self._round += 1
         finally:
             gc.enable()
 
-    def _rounds_of(self, one: int, stepper: Stepper) -> int:
-        if one in self._anchors:
-            return self._effort.rounds
+    def _rounds_of(self, one: Measurement, stepper: Stepper) -> int:
         expected = 0.0
-        with _fault_of(self.measurements[one]):
-            expected = min(_timed(stepper) for _ in range(2))
+        if one not in self._anchors:
+            with _fault_of(one):
+                expected = min(_timed(stepper) for _ in range(2))
         return self._effort.rounds_of(expected)
 
 
 @contextmanager
-def _fault_of(measurement: Measurement) -> Iterator[None]:
+def _fault_of(one: Measurement) -> Iterator[None]:
     """One contender's fault does not end the others' run."""
     try:
         yield
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no message"]
-        measurement.status, measurement.reason = FAILED, f"{type(error).__name__}: {lines[0]}"
+        one.status, one.reason = FAILED, f"{type(error).__name__}: {lines[0]}"
 
 
 def _timed(stepper: Stepper) -> float:

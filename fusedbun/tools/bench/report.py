@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -72,39 +71,30 @@ class Display(Bars):
 
 
 def show(results: Results, *remarks: str) -> None:
-    """Prints a table for every case, and remarks below, a line each."""
-    tables = (part for case in results.measured for part in _parts(case, results.interrupted))
-    print_all([*tables, *_warnings(results), *remarks], _WIDTH)
-
-
-def _parts(case: Case, interrupted: bool) -> Iterator[RenderableType]:
-    """The table of a case, and a line for everyone who has no times."""
-    title = f"{case.title}{', interrupted' if interrupted else ''}\nreference: {case.reference.contender.label}"
-    table = new_table(title, ["optimizer"], [head for _, head, _ in _COLUMNS])
-    for path, members in case.by_path().items():
-        table.add_row(f"[bold]{path}")
-        for one in members:
-            numbers = case.numbers(one)
-            table.add_row(f"  {one.contender.name}", *(_cell(name, numbers[name], form) for name, _, form in _COLUMNS))
-    yield table
-    for one in case.measurements:
-        if one.status not in (MEASURED, PENDING):
-            yield f"{one.contender.label}: {one.status} ({one.reason})"
-    yield ""
+    """Prints a table for every case with a line for everyone who has no times, and remarks below, a line each."""
+    parts: list[RenderableType] = []
+    for case in results.measured:
+        title = f"{case.title}{', interrupted' * results.interrupted}\nreference: {case.reference.contender.label}"
+        table = new_table(title, ["optimizer"], [head for _, head, _ in _COLUMNS])
+        for path, members in case.by_path().items():
+            table.add_row(f"[bold]{path}")
+            for one in members:
+                numbers = case.numbers(one)
+                cells = (_cell(name, numbers[name], form) for name, _, form in _COLUMNS)
+                table.add_row(f"  {one.contender.name}", *cells)
+        without = [one for one in case.measurements if one.status not in (MEASURED, PENDING)]
+        parts += [table, *(f"{one.contender.label}: {one.status} ({one.reason})" for one in without), ""]
+    load, cpus = results.machine["load_average"], results.machine["cpus"]
+    if load is not None and load[0] > cpus - max(results.settings["threads"]) + _IDLE_LOAD:
+        busy = f"other processes ran at the beginning (load {load[0]}, {cpus} CPUs)"
+        parts.append(f"{busy}: trust quotients, and repeat when idle")
+    print_all([*parts, *remarks], _WIDTH)
 
 
 def _cell(name: str, value: float | None, form: str) -> str:
     if value is not None and name == "temporary_bytes":
         value /= 2**20
     return cell(value, ",.0f" if name.endswith("_ms") and value is not None and value >= 1e3 else form)
-
-
-def _warnings(results: Results) -> Iterator[str]:
-    """What makes the times doubtful."""
-    load, cpus = results.machine["load_average"], results.machine["cpus"]
-    if load is not None and load[0] > cpus - max(results.settings["threads"]) + _IDLE_LOAD:
-        load, said = load[0], "trust quotients, and repeat when idle"
-        yield f"other processes ran at the beginning (load {load}, {cpus} CPUs): {said}"
 
 
 def draw(results: Results) -> bytes:
@@ -135,8 +125,7 @@ def _places(cases: list[Case]) -> tuple[dict[Row, int], dict[str, int]]:
     for case in cases:
         for path, members in case.by_path().items():
             for one in members:
-                ratio = case.ratio(one)
-                if ratio is not None:
+                if (ratio := case.ratio(one)) is not None:
                     ratios.setdefault(path, {}).setdefault((path, one.contender.name), ratio)
     places: dict[Row, int] = {}
     titles: dict[str, int] = {}
@@ -151,7 +140,8 @@ def _draw_case(axes: Axes, case: Case, places: dict[Row, int]) -> None:
     found = {(one.contender.path, one.contender.name): case.ratio(one) for one in case.measurements}
     ratios = {row: ratio for row, ratio in found.items() if ratio is not None}
     for row, ratio in ratios.items():  # a bar begins at the reference: on a log scale there is no zero to begin at
-        axes.barh(places[row], ratio - 1, left=1, height=0.7, color=_colour(row[0]))
+        colour = BLUE if row[0].startswith((TORCH_OURS, JAX_OURS)) else BLACK if row[0] == LIMIT else ORANGE
+        axes.barh(places[row], ratio - 1, left=1, height=0.7, color=colour)
         offset, side = ((-3, "right"), (3, "left"))[ratio >= 1]
         at: dict[str, Any] = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
         axes.annotate(f"{ratio:.2f}", (ratio, places[row]), fontsize=8, **at)
@@ -163,9 +153,3 @@ def _draw_case(axes: Axes, case: Case, places: dict[Row, int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     style_bars(axes)
-
-
-def _colour(path: str) -> str:
-    if path == LIMIT:
-        return BLACK
-    return BLUE if path.startswith((TORCH_OURS, JAX_OURS)) else ORANGE

@@ -26,18 +26,15 @@ class Case:
 
     @property
     def title(self) -> str:
-        """For a reader."""
         workload, threads = self.workload, f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{workload.title}: {workload.parameters:,} parameters in {len(workload.shapes)} tensors, {threads}"
 
     def by_path(self) -> dict[str, list[Measurement]]:
         """Those with times, path by path; the machine's limit is the first of the paths."""
-        paths: dict[str, list[Measurement]] = {LIMIT: []}
-        for one in [*self.measurements[1:], self.reference]:
-            paths.setdefault(one.contender.path, [])
-        for one in self.measurements:
-            paths[one.contender.path] += [one] * bool(one.seconds)
-        return {path: members for path, members in paths.items() if members}
+        order = dict.fromkeys([LIMIT, *(one.contender.path for one in [*self.measurements[1:], self.reference])])
+        timed = [one for one in self.measurements if one.seconds]
+        found = {path: [one for one in timed if one.contender.path == path] for path in order}
+        return {path: members for path, members in found.items() if members}
 
     def median(self, one: Measurement) -> float | None:
         """The median of its times, in seconds."""
@@ -70,14 +67,12 @@ class Case:
 
     def share(self, one: Measurement) -> float | None:
         """Its bandwidth over that of the limit whose bytes are nearest, in the rounds in which both stepped."""
-        traffic = self.traffic(one)
-        limits = [(self.traffic(limit), limit) for limit in self.by_path().get(LIMIT, [])]
-        known = [(bytes_, limit) for bytes_, limit in limits if bytes_ is not None]
-        if traffic is None or not known:
+        traffic, limits = self.traffic(one), self.by_path().get(LIMIT)
+        if traffic is None or not limits:
             return None
-        nearest, limit = min(known, key=lambda pair: abs(pair[0] - traffic))
-        slower = quotient(one.seconds, limit.seconds)
-        return traffic / nearest / slower if slower else None
+        nearest = min(limits, key=lambda limit: abs((self.traffic(limit) or 0) - traffic))
+        slower = quotient(one.seconds, nearest.seconds)
+        return traffic / (self.traffic(nearest) or 0) / slower if slower else None
 
     def report(self) -> dict[str, Any]:
         """The case for a JSON file."""

@@ -16,7 +16,7 @@ from fusedbun.tools.bench.settings import Settings
 from fusedbun.tools.bench.shapes import Workload, workloads
 from fusedbun.tools.shared import machine
 from fusedbun.tools.shared.command import CommandError
-from fusedbun.tools.shared.files import make_directory, save, write_json, writing_in
+from fusedbun.tools.shared.files import make_directory, save, write_json, writing
 
 _MEMORY_SHARE = 0.7  # of what is free at the beginning; the rest is for temporaries and for the last that was set up
 _ARRAYS = 9  # of the parameters' size that the anchors need: parameters, gradients, and state of the loops and of AdamW
@@ -38,7 +38,7 @@ def measure(settings: Settings) -> int:
             f"argument --only: no contender's path and name match {settings.only.pattern!r}; the paths are {known}"
         )
     anchors, others = [reference, *limits()], [one for one in wanted if one is not reference]
-    chosen = workloads(list(settings.workload), settings.elements, settings.largest)
+    chosen = workloads(settings.workload, settings.elements, settings.largest)
     available = machine.available_memory()
     _check_memory(chosen, len(modules), available)
     make_directory(settings.output)
@@ -59,7 +59,7 @@ def measure(settings: Settings) -> int:
                     session.run()
                     del session  # with the arrays
                 gc.collect()
-                with writing_in(settings.output):  # no more than a case is lost whatever happens
+                with writing(settings.output):  # no more than a case is lost whatever happens
                     write_json(numbers, results.report())
         except KeyboardInterrupt:
             if not results.measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fusedbun.tools.shared.networks import gpt2, resnet50
@@ -38,12 +38,11 @@ def _matrix(rows: int, columns: int) -> tuple[Shape, ...]:
     return ((max(1, rows), max(1, columns)),)
 
 
-_NETWORKS: dict[str, tuple[str, Callable[[], tuple[Shape, ...]]]] = {
-    "gpt2": ("GPT-2 small", gpt2),
-    "resnet50": ("ResNet-50", resnet50),
-    "small": ("400 small tensors", lambda: ((64, 64), (64,)) * 200),  # so small that what a call costs is seen
-}
-_ODD: dict[str, tuple[str, Callable[[int], tuple[Shape, ...]]]] = {
+# What a reader calls it, and its shapes, of about so many elements where it is no network.
+_SHAPED: dict[str, tuple[str, Callable[[int], tuple[Shape, ...]]]] = {
+    "gpt2": ("GPT-2 small", lambda n: gpt2()),
+    "resnet50": ("ResNet-50", lambda n: resnet50()),
+    "small": ("400 small tensors", lambda n: ((64, 64), (64,)) * 200),  # so small that what a call costs is seen
     "square": ("a square matrix", lambda n: _matrix(math.isqrt(n), math.isqrt(n))),
     "tall": ("a matrix of 3 columns", lambda n: _matrix(n // 3, 3)),
     "wide": ("a matrix of 3 rows", lambda n: _matrix(3, n // 3)),
@@ -51,27 +50,24 @@ _ODD: dict[str, tuple[str, Callable[[int], tuple[Shape, ...]]]] = {
     "convolutions": ("ten 7 x 7 convolutions", _convolutions),
 }
 _SERIES = "linear"
-NAMES = (*_NETWORKS, *_ODD, _SERIES)
-GROUPS = {"networks": tuple(_NETWORKS), "odd": tuple(_ODD), "all": NAMES}
+NAMES = (*_SHAPED, _SERIES)
+GROUPS = {"networks": NAMES[:3], "odd": NAMES[3:-1], "all": NAMES}
 
 
-def workloads(names: list[str], elements: int = ELEMENTS, largest: int = LARGEST) -> list[Workload]:
-    """The workloads of some names, each once.
+def workloads(names: Sequence[str], elements: int = ELEMENTS, largest: int = LARGEST) -> list[Workload]:
+    """The workloads of some of `NAMES` and `GROUPS`, each once.
 
     Args:
-        names: from `NAMES` and `GROUPS`.
-        elements: about as many elements has each of the odd shapes.
+        names: these.
+        elements: about as many has each of the odd shapes.
         largest: the last size of the linear series.
     """
     found: list[Workload] = []
     for name in dict.fromkeys(single for group in names for single in GROUPS.get(group, (group,))):
-        if name in _NETWORKS:
-            title, network = _NETWORKS[name]
-            found.append(Workload(name, title, network()))
-        elif name in _ODD:
-            title, odd = _ODD[name]
-            found.append(Workload(name, title, odd(elements)))
-        else:
+        if name == _SERIES:
             exponents = range(round(math.log10(SMALLEST)), len(str(largest)))
             found += [Workload(f"{name} 1e{k}", f"{10**k:,} elements", _matrix(10**k // 1000, 1000)) for k in exponents]
+        else:
+            title, shapes = _SHAPED[name]
+            found.append(Workload(name, title, shapes(elements)))
     return found

@@ -160,11 +160,4 @@ def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "jax", f"{jax['backend']}: {', '.join(jax['devices'])}; the call from XLA: {_MEANING[jax['handler']]}"
 
 
-COMMAND = Command(
-    name="info",
-    summary="show what steps an optimizer here, and why",
-    description=_DESCRIPTION,
-    epilog=_EPILOG,
-    settings=Shown,
-    run=_run,
-)
+COMMAND = Command("info", "show what steps an optimizer here, and why", _DESCRIPTION, _EPILOG, Shown, _run)

@@ -91,10 +91,10 @@ def _arguments(values: Settings) -> str:
 
 
 COMMAND = Command(
-    name="list",
-    summary="list the optimizers with their classes, state, defaults and sources",
-    description=_DESCRIPTION,
-    epilog=_EPILOG,
-    settings=Shown,
-    run=lambda settings: print_out(listing(settings.json)),
+    "list",
+    "list the optimizers with their classes, state, defaults and sources",
+    _DESCRIPTION,
+    _EPILOG,
+    Shown,
+    lambda settings: print_out(listing(settings.json)),
 )

@@ -16,7 +16,7 @@ from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Plan, Setting, plan
 from fusedbun.tools.plan.sizes import parse_size, readable
 from fusedbun.tools.shared.command import Command, CommandError, count, libraries_for, option, print_out
-from fusedbun.tools.shared.files import write_atomically
+from fusedbun.tools.shared.files import write_atomically, writing
 from fusedbun.tools.shared.networks import gpt2, resnet50
 
 _DESCRIPTION = """\
@@ -90,7 +90,10 @@ def _run(options: Options) -> int:
     everything = _plan(options)
     shown = everything.fitting() if options.only_fitting else everything
     if options.chart is not None:
-        _draw(options.chart, shown)
+        with libraries_for("a chart", "plan"), writing(options.chart, "--chart", "write"):
+            from fusedbun.tools.plan.picture import draw
+
+            write_atomically(options.chart, draw(shown))
     if options.json:
         return print_out(json.dumps(shown.as_dict(), indent=1))
     lines = [str(shown)]
@@ -161,23 +164,11 @@ def _setting(text: str) -> str | Setting:
     return Setting(name, values)
 
 
-def _draw(path: Path, shown: Plan) -> None:
-    try:
-        with libraries_for("a chart", "plan"):
-            from fusedbun.tools.plan.picture import draw
-
-            write_atomically(path, draw(shown))
-    except OSError as error:
-        raise CommandError(f"argument --chart: cannot write {str(path)!r}: {error.strerror}") from error
-
-
 COMMAND = Command(
-    name="plan",
-    summary="show how much memory training a model takes with each optimizer",
-    description=_DESCRIPTION,
-    epilog=_EPILOG.format(
-        names=textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent="  ")
-    ),
-    settings=Options,
-    run=_run,
+    "plan",
+    "show how much memory training a model takes with each optimizer",
+    _DESCRIPTION,
+    _EPILOG.format(names=textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent=" ")),
+    Options,
+    _run,
 )

@@ -87,6 +87,10 @@ def _in_dtype(tensor: Tensor, dtype: str | None) -> Tensor:
 def _read(path: Path) -> Iterable[Tensor]:
     if path.is_dir():
         return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file or a folder, but it is neither")
     if path.name.endswith(INDEX):
         return _read_index(path)
     return _read_shapes(path) if path.suffix == ".json" else _read_header(path)
@@ -132,7 +136,6 @@ def _read_index(path: Path) -> list[Tensor]:
 
 
 def _read_header(path: Path) -> list[Tensor]:
-    _check_is_file(path)
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
@@ -142,21 +145,16 @@ def _read_header(path: Path) -> list[Tensor]:
             f"safetensors is not installed; reading {path} needs: pip install 'fusedbun[plan]'", name="safetensors"
         ) from error
     try:  # the file is mapped, and of that only the header read
-        with safe_open(path, framework="numpy") as file:
-            found = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 - not a mapping
-            return [
-                Tensor.of(name, part.get_shape(), _DTYPES.get(part.get_dtype(), part.get_dtype()))
-                for name, part in found
-            ]
+        with safe_open(path, framework="numpy") as header:
+            parts = [(name, header.get_slice(name)) for name in header.keys()]  # noqa: SIM118 - not a mapping
+            found = [(name, part.get_shape(), part.get_dtype()) for name, part in parts]
     except SafetensorError as error:
         reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
-        raise ValueError(f"{path} is no safetensors file, or a part of one: {reason:.300}{_advice(path)}") from error
-
-
-def _advice(path: Path) -> str:
-    with path.open("rb") as file:
-        is_pointer = file.read(len(_POINTER)) == _POINTER
-    return "; it stands for a file of Git LFS: run git lfs pull" if is_pointer else "; download it again"
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+        advice = "it stands for a file of Git LFS: run git lfs pull" if is_pointer else "download it again"
+        raise ValueError(f"{path} is no safetensors file, or a part of one: {reason:.300}; {advice}") from error
+    return [Tensor.of(name, shape, _DTYPES.get(dtype, dtype)) for name, shape, dtype in found]
 
 
 def _read_shapes(path: Path) -> list[Tensor]:
@@ -176,17 +174,9 @@ def _with_dtypes(tree: Any) -> Any:
 
 
 def _read_json(path: Path) -> Any:
-    _check_is_file(path)
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"{path} must have at most {_LARGEST_JSON:,} bytes, but it has {path.stat().st_size:,}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _check_is_file(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
-    if not path.is_file():
-        raise ValueError(f"{path} must be a file or a folder, but it is neither")

@@ -7,6 +7,7 @@ memory serves a shape; they hold for arrays whose elements follow one another in
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
@@ -68,11 +69,6 @@ _PROGRAMS: dict[Any, Program] = {}  # by what decides the code
 def room(chain: Chain, shape: Shape, dtype: str) -> Room:
     """The bytes that a parameter takes while a kernel steps it: at most so many on any machine.
 
-    Args:
-        chain: what steps it.
-        shape: its shape.
-        dtype: its dtype.
-
     Raises:
         UnplannableError: there is no kernel.
     """
@@ -85,26 +81,16 @@ def room(chain: Chain, shape: Shape, dtype: str) -> Room:
 
 
 def definition(chain: Chain, shape: Shape, dtype: str) -> int:
-    """The bytes that a parameter takes at most while its rules are run as they are written.
-
-    Args:
-        chain: what steps it.
-        shape: its shape.
-        dtype: its dtype.
-    """
+    """The bytes that a parameter takes at most while its rules are run as they are written."""
     is_noisy, width = bool(chain.noisy(shape)), BITS[computed_in(dtype)] // 8
-    arrays = _MOST_ARRAYS if is_noisy else min(_MOST_ARRAYS, _full_values(chain, len(shape), dtype))
+    arrays = _MOST_ARRAYS
+    if not is_noisy:
+        with suppress(UnplannableError):  # the values of the parameter's size that its rules compute
+            values = used(trace(chain, len(shape), dtype=dtype).outputs.values())
+            arrays = min(arrays, sum(value.span in WIDE for value in values))
     rows, columns = _matrix(shape)
     elements: int = rows * _up(columns, BLOCK)  # codes fill their rows' last block
     return (arrays * width + is_noisy * _NOISE) * elements
-
-
-def _full_values(chain: Chain, ndim: int, dtype: str) -> int:
-    """How many values of the parameter's size its rules compute, or the most of which so many are held."""
-    try:
-        return sum(v.span in WIDE for v in used(trace(chain, ndim, dtype=dtype).outputs.values()))
-    except UnplannableError:
-        return _MOST_ARRAYS
 
 
 def _program(chain: Chain, ndim: int, dtype: str) -> Program:

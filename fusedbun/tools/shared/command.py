@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,25 +102,19 @@ def whole(low: int) -> Callable[[str], int]:
 
 def _converter(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, but it is {text!r}")
-        return value
+        with suppress(ValueError):
+            if is_valid(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {what}, but it is {text!r}")
 
     return convert
 
 
 @contextmanager
 def libraries_for(purpose: str, *extras: str, remedy: str = "") -> Iterator[None]:
-    """Names the library that is missing, and how to install all; another module's error stays as it is.
+    """Names the library that is missing, and the extras that bring all, or another remedy.
 
-    Args:
-        purpose: what the libraries are for, such as "a chart".
-        extras: fusedbun's extras that bring them.
-        remedy: what may be done instead, for the end of the line.
+    The error of a module that is none of the extras' stays as it is.
     """
     try:
         yield

@@ -35,17 +35,17 @@ def finite(value: float) -> float | None:
 
 
 @contextmanager
-def writing_in(directory: Path) -> Iterator[None]:
-    """Says of an error that nothing can be written to the directory that `--output` names."""
+def writing(path: Path, option: str = "--output", what: str = "write in") -> Iterator[None]:
+    """Says of an error what cannot be done with the path that an option names."""
     try:
         yield
     except OSError as error:
-        raise CommandError(f"argument --output: cannot write in {str(directory)!r}: {error.strerror}") from None
+        raise CommandError(f"argument {option}: cannot {what} {str(path)!r}: {error.strerror}") from error
 
 
 def make_directory(path: Path) -> None:
     """Makes the directory that `--output` names; a CommandError where nothing can be written to it."""
-    with writing_in(path):
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
 
@@ -56,15 +56,13 @@ def save(
     """Writes results and their picture, and shows them whether or not they can be written; returns the exit code.
 
     Args:
-        results: what was measured; it has a `report()` for the JSON file, and says whether it was `interrupted`.
-        numbers: the JSON file.
-        title: what the picture is called for a reader.
-        picture: the picture's file, in the same directory.
+        results: what was measured, with a `report()` for the JSON file, and whether it was `interrupted`.
+        numbers: the JSON file; beside it is the picture, which a reader is told of by its title.
         draw: makes the picture.
         show: prints the results, and lines below.
     """
     try:
-        with writing_in(numbers.parent):
+        with writing(numbers.parent):
             write_json(numbers, results.report())
             write_atomically(picture, draw(results))
     except CommandError:

@@ -11,14 +11,7 @@ from rich.table import Table
 
 
 def new_table(title: str, texts: Iterable[str], numbers: Iterable[str], heads: str = "bottom") -> Table:
-    """A table without rows.
-
-    Args:
-        title: its title.
-        texts: the heads of the columns of text, which come first.
-        numbers: the heads of the columns of numbers.
-        heads: where those stand: at the "top" or "bottom".
-    """
+    """A table without rows: heads of the columns of text, and then of those of numbers, at the "top" or "bottom"."""
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for head in texts:
         table.add_column(head, vertical="bottom", no_wrap=True)

@@ -43,20 +43,15 @@ def _run(settings: Settings) -> int:
         return train(settings)
 
 
-def _optimizers() -> str:
-    """A line for each optimizer of `fusedbun train`."""
-    lines = []
-    for name, entry in OPTIMIZERS.items():
-        settings = ", ".join(f"{key}={value}" for key, value in entry.settings.items())
-        lines.append(f"  {name:<17}{entry.learning_rate:<9g}{settings}".rstrip())
-    return "\n".join(lines)
-
-
+_OPTIMIZERS = "\n".join(
+    f"  {name:<17}{entry.learning_rate:<9g}{', '.join(f'{key}={x}' for key, x in entry.settings.items())}".rstrip()
+    for name, entry in OPTIMIZERS.items()
+)
 COMMAND = Command(
-    name="train",
-    summary="train a small network on real digits, in torch, in Flax, or in both",
-    description=_DESCRIPTION,
-    epilog=_EPILOG.format(optimizers=_optimizers(), exit_codes=EXIT_CODES),
-    settings=Settings,
-    run=_run,
+    "train",
+    "train a small network on real digits, in torch, in Flax, or in both",
+    _DESCRIPTION,
+    _EPILOG.format(optimizers=_OPTIMIZERS, exit_codes=EXIT_CODES),
+    Settings,
+    _run,
 )

@@ -30,12 +30,7 @@ class Score(NamedTuple):
 
 
 def digits(seed: int, shares: Sequence[float]) -> list[Images]:
-    """Scikit-learn's digits, shuffled and cut into parts.
-
-    Args:
-        seed: of the shuffle.
-        shares: the share of the images in every part but the last, which gets the rest.
-    """
+    """Scikit-learn's digits, shuffled and cut into parts of these shares and a last one with the rest."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

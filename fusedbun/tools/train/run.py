@@ -8,10 +8,9 @@ from typing import Any
 
 from fusedbun.tools.shared.command import CommandError
 from fusedbun.tools.shared.files import make_directory, save
-from fusedbun.tools.train import report
 from fusedbun.tools.train.network import Images, batches, cosine, digits, initial_weights
 from fusedbun.tools.train.optimizers import OPTIMIZERS
-from fusedbun.tools.train.results import Results, Run
+from fusedbun.tools.train.results import Display, Results, Run, draw, show
 from fusedbun.tools.train.settings import Settings
 
 TRAINING_SHARE = 0.7  # the rest is the test
@@ -32,7 +31,7 @@ def train(settings: Settings) -> int:
     make_directory(settings.output)
     results = Results(settings, parameters=sum(value.size for value in initial_weights(settings.seed).values()))
     try:
-        with report.Display(settings.epochs) as display:
+        with Display(settings.epochs) as display:
             for optimizer, learning_rate in settings.learning_rates.items():
                 for name, framework in frameworks.items():
                     run = Run(optimizer, name, learning_rate)
@@ -45,12 +44,10 @@ def train(settings: Settings) -> int:
             raise
         results.interrupted = True
     numbers, curves = settings.output / "results.json", settings.output / "curves.png"
-    return save(results, numbers, "curves", curves, report.draw, report.show)
+    return save(results, numbers, "curves", curves, draw, show)
 
 
-def _train_one(
-    run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: report.Display
-) -> None:
+def _train_one(run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: Display) -> None:
     steps_per_epoch = len(images.labels) // settings.batch_size
     rates = cosine(run.learning_rate, settings.epochs * steps_per_epoch)
     with framework.session(settings.dtype):

@@ -21,7 +21,7 @@ from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Estimate, Plan, Refusal, Setting, temporaries
 from fusedbun.tools.plan.settings import ADAMW, USUAL
 from fusedbun.tools.plan.sizes import parse_size, readable
-from fusedbun.tools.plan.trees import Tensor
+from fusedbun.tools.plan.sources import Tensor
 from fusedbun.tools.shared.networks import gpt2
 
 # ---- what is counted

@@ -11,10 +11,10 @@ from collections import Counter
 
 import pytest
 
-from fusedbun.tools.bench import limits, measure, report
+from fusedbun.tools.bench import limits, measure
 from fusedbun.tools.bench.contenders import LIMIT, OPTAX, TORCH, Arena, Contender, held_bytes
 from fusedbun.tools.bench.measure import Effort, Measurement, Session, draw_turns
-from fusedbun.tools.bench.results import Case, Results, quotient
+from fusedbun.tools.bench.results import Case, Results, draw, quotient
 from fusedbun.tools.bench.settings import Settings
 from fusedbun.tools.bench.shapes import GROUPS, NAMES, Workload, workloads
 from fusedbun.tools.cli import main
@@ -166,7 +166,7 @@ def test_results_are_valid_json_after_an_interrupt():
     assert written["interrupted"]
     assert (b["status"], len(b["ms"])) == ("measured", 2)
     assert len(a["ms"]) >= 2
-    assert report.draw(results).startswith(PNG)
+    assert draw(results).startswith(PNG)
 
 
 def test_workloads():

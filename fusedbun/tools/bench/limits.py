@@ -73,7 +73,12 @@ def library() -> ctypes.CDLL:
     if command is None:
         raise NoCompilerError(f"no C compiler: {compiler!r} was not found; install one, or name it in CC")
     made_by = "\n".join([_SOURCE.read_text(), command, *_FLAGS, *_FASTER, platform.machine(), cpu_model()])
-    path = _folder() / f"limits-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusedbun")
+    try:
+        make_directory(folder)
+    except CommandError:  # a new one, for a library in a folder that others can write to might be theirs
+        folder = Path(tempfile.mkdtemp(prefix="fusedbun-"))
+    path = folder / f"limits-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         write_atomically(path, _compiled(command))
     return ctypes.CDLL(str(path))
@@ -88,13 +93,3 @@ def _compiled(command: str) -> bytes:
                 return made.read_bytes()
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     raise NoCompilerError(f"the C compiler {command} failed: {lines[0]}")
-
-
-def _folder() -> Path:
-    """A folder of the user's own, for a library in one that others can write to might be theirs."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusedbun")
-    try:
-        make_directory(folder)
-    except CommandError:
-        folder = Path(tempfile.mkdtemp(prefix="fusedbun-"))
-    return folder

@@ -7,13 +7,12 @@ import itertools
 from contextlib import ExitStack
 from importlib import import_module
 
-from fusedbun.tools.bench import report
 from fusedbun.tools.bench.contenders import OPTAX, PEERS, TORCH, Arena
 from fusedbun.tools.bench.limits import limits
 from fusedbun.tools.bench.measure import Effort, Session
-from fusedbun.tools.bench.results import Case, Results
+from fusedbun.tools.bench.results import Case, Display, Results, draw, show
 from fusedbun.tools.bench.settings import Settings
-from fusedbun.tools.bench.shapes import Workload, workloads
+from fusedbun.tools.bench.shapes import workloads
 from fusedbun.tools.shared import machine
 from fusedbun.tools.shared.command import CommandError
 from fusedbun.tools.shared.files import make_directory, save, write_json, writing
@@ -40,12 +39,18 @@ def measure(settings: Settings) -> int:
     anchors, others = [reference, *limits()], [one for one in wanted if one is not reference]
     chosen = workloads(settings.workload, settings.elements, settings.largest)
     available = machine.available_memory()
-    _check_memory(chosen, len(modules), available)
+    largest = max(chosen, key=lambda workload: workload.parameters)
+    need = 4 * largest.parameters * (_ARRAYS + 2 * (len(modules) - 1))
+    if available is not None and need > available:
+        raise CommandError(
+            f"argument --workload: {largest.name} needs {need / 2**30:,.0f} GiB of memory, "
+            f"and {available / 2**30:,.0f} GiB are free"
+        )
     make_directory(settings.output)
     results = Results(settings.report(), machine.description(list(settings.threads), PEERS))
     effort = Effort(settings.rounds, settings.budget, None if available is None else int(_MEMORY_SHARE * available))
     numbers, bars = settings.output / "speed.json", settings.output / "speed.png"
-    with report.Display() as display:
+    with Display() as display:
         try:
             for workload, threads in itertools.product(chosen, settings.threads):
                 with ExitStack() as sessions:
@@ -65,14 +70,4 @@ def measure(settings: Settings) -> int:
             if not results.measured:
                 raise
             results.interrupted = True
-    return save(results, numbers, "bars", bars, report.draw, report.show)
-
-
-def _check_memory(chosen: list[Workload], frameworks: int, available: int | None) -> None:
-    largest = max(chosen, key=lambda workload: workload.parameters)
-    need = 4 * largest.parameters * (_ARRAYS + 2 * (frameworks - 1))
-    if available is not None and need > available:
-        raise CommandError(
-            f"argument --workload: {largest.name} needs {need / 2**30:,.0f} GiB of memory, "
-            f"and {available / 2**30:,.0f} GiB are free"
-        )
+    return save(results, numbers, "bars", bars, draw, show)

@@ -55,13 +55,7 @@ GROUPS = {"networks": NAMES[:3], "odd": NAMES[3:-1], "all": NAMES}
 
 
 def workloads(names: Sequence[str], elements: int = ELEMENTS, largest: int = LARGEST) -> list[Workload]:
-    """The workloads of some of `NAMES` and `GROUPS`, each once.
-
-    Args:
-        names: these.
-        elements: about as many has each of the odd shapes.
-        largest: the last size of the linear series.
-    """
+    """The workloads of some of `NAMES` and `GROUPS`, each once: odd shapes of about so many elements, and a series."""
     found: list[Workload] = []
     for name in dict.fromkeys(single for group in names for single in GROUPS.get(group, (group,))):
         if name == _SERIES:

@@ -121,25 +121,19 @@ def _plan(options: Options) -> Plan:
 
 def _model(texts: Sequence[str]) -> Any:
     """The model that the arguments name: a path, a network, or shapes."""
-    shapes = [_SHAPE.fullmatch(text) for text in texts]
-    if len(texts) == 1:
-        (text,) = texts
-        if (path := Path(text)).exists():
-            return path
-        if text in _NETWORKS:
-            return _NETWORKS[text]()
-        if not shapes[0]:
-            raise CommandError(
-                f"argument MODEL: there is no file or folder {text!r}; it must be one, a network "
-                f"({', '.join(_NETWORKS)}), or shapes such as 768x3072"
-            )
+    is_alone = len(texts) == 1
+    if is_alone and Path(texts[0]).exists():
+        return Path(texts[0])
+    if is_alone and texts[0] in _NETWORKS:
+        return _NETWORKS[texts[0]]()
     found: dict[str, tuple[int, ...]] = {}
-    for place, (text, shape) in enumerate(zip(texts, shapes, strict=True)):
+    for place, text in enumerate(texts):
+        shape = _SHAPE.fullmatch(text)
         if shape is None:
-            raise CommandError(
-                f"argument MODEL: where several are given, each must be a shape such as 768x3072 or "
-                f"embed=50257x768, but one is {text!r}"
-            )
+            must = f"it must be one, a network ({', '.join(_NETWORKS)}), or shapes such as 768x3072"
+            several = "where several are given, each must be a shape such as 768x3072 or embed=50257x768, but one is"
+            reason = f"there is no file or folder {text!r}; {must}" if is_alone else f"{several} {text!r}"
+            raise CommandError(f"argument MODEL: {reason}")
         name = shape["name"] or str(place)
         if name in found:
             raise CommandError(f"argument MODEL: each shape must have a name of its own, but {name!r} is there twice")
@@ -168,7 +162,7 @@ COMMAND = Command(
     "plan",
     "show how much memory training a model takes with each optimizer",
     _DESCRIPTION,
-    _EPILOG.format(names=textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent=" ")),
+    _EPILOG.format(names=textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent="  ")),
     Options,
     _run,
 )

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from fusedbun.tools.plan.settings import Setting
 from fusedbun.tools.plan.sizes import in_unit, readable, unit_of
-from fusedbun.tools.plan.trees import Tensor
+from fusedbun.tools.plan.sources import Tensor
 
 TOKENS = 4096  # rows of a sparse gradient
 _WIDTH = 100  # of the remarks below the table

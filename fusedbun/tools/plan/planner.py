@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import heapq
+import re
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.graph import UnplannableError
+from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import temporaries
 from fusedbun.tools.plan.estimates import TOKENS, Estimate, Plan, Refusal
 from fusedbun.tools.plan.settings import ADAMW, Setting, chosen
 from fusedbun.tools.plan.sizes import parse_size, size_of
-from fusedbun.tools.plan.sources import tensors_of, tied_parameters
+from fusedbun.tools.plan.sources import Tensor, tensors_of, tied_parameters
 from fusedbun.tools.plan.temporaries import Room
-from fusedbun.tools.plan.trees import Tensor
 from fusedbun.tools.shared.machine import cpus
 
 _PLACE = 8  # bytes of the number that says which row of an embedding a row of a sparse gradient belongs to
@@ -111,7 +112,8 @@ def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str
     found: dict[str, None] = {}
     names = [tensor.name for tensor in tensors if tensor.role == "trained" and len(tensor.shape) > 1]
     for pattern in patterns:
-        matching = [name for name in names if _matches(name, pattern)]
+        expression = re.compile(r"(?:.*\.)?" + fnmatch.translate(pattern))
+        matching = [name for name in names if expression.match(name)]
         if not matching:
             known = ", ".join(map(repr, names[:4])) + (", …" if len(names) > 4 else "")
             raise ValueError(
@@ -120,11 +122,6 @@ def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str
             )
         found |= dict.fromkeys(matching)
     return tuple(found)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 
 
 def _without_repeats(settings: tuple[Setting, ...], tensors: Iterable[Tensor]) -> list[Setting]:
@@ -176,7 +173,7 @@ class _Planner:
         if kind.is_sparse:
             rows, densified = (self.tokens, *shape[1:]), size
             gradient = size_of(rows, dtype) + self.tokens * _PLACE
-            if setting.makes_gradients_dense:
+            if RECIPES[setting.optimizer].densifies_sparse_gradients:  # by making them dense
                 rows = shape
             else:
                 chain, densified = chain.for_rows(), 0

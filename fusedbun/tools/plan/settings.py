@@ -61,11 +61,6 @@ class Setting:
         """Whether it is torch's AdamW and none of fusedbun's."""
         return self.optimizer == ADAMW
 
-    @property
-    def makes_gradients_dense(self) -> bool:
-        """Whether it takes sparse gradients by making them dense, which takes memory."""
-        return self.optimizer != ADAMW and RECIPES[self.optimizer].densifies_sparse_gradients
-
     def chain(self, stochastic_rounding: bool) -> Chain:
         """The chain of one of fusedbun's optimizers."""
         recipe = RECIPES[self.optimizer]
@@ -95,11 +90,7 @@ USUAL = (
 
 
 def chosen(optimizers: Iterable[str | Setting] | str | Setting | None) -> tuple[Setting, ...]:
-    """The settings that are meant: of a name the usual ones; None stands for all that are usual.
-
-    Raises:
-        ValueError: there is no optimizer of a name.
-    """
+    """The settings that are meant: of a name its usual ones, of None all; a ValueError where the name is none."""
     if optimizers is None:
         return USUAL
     wanted = [optimizers] if isinstance(optimizers, (str, Setting)) else optimizers

@@ -40,13 +40,9 @@ def size_of(shape: Iterable[int], dtype: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """The bytes of a size such as "24GiB" or "1.5 GB".
+    """The bytes of a size such as "24GiB" or "1.5 gb"; a ValueError where it is none.
 
-    Args:
-        text: a number and a unit: B, KiB, MiB, GiB, TiB (of 1024) or KB, MB, GB, TB (of 1000), in any case.
-
-    Raises:
-        ValueError: it is no size.
+    Its unit is B, KiB, MiB, GiB, TiB (of 1024) or KB, MB, GB, TB (of 1000), in any case.
     """
     found = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]+)\s*", text)
     units = {unit.lower(): size for unit, size in UNITS.items()}

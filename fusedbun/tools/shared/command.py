@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusedbun.hyper import Interval
-
 INTERRUPTED = 128 + 2  # what a shell reports for a process that SIGINT ended
 
 EXIT_CODES = """\
@@ -90,17 +88,9 @@ def print_out(text: str) -> int:
     return 0
 
 
-def number(interval: Interval) -> Callable[[str], float]:
-    """A converter of an option to a number in an interval."""
-    return _converter(float, interval.__contains__, f"a number in {interval}")
+def converter(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    """A converter of an option's text to what `kind` makes of it, where that is valid."""
 
-
-def whole(low: int) -> Callable[[str], int]:
-    """A converter of an option to a whole number of at least `low`."""
-    return _converter(int, low.__le__, f"a whole number of at least {low}")
-
-
-def _converter(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         with suppress(ValueError):
             if is_valid(value := kind(text)):
@@ -108,6 +98,11 @@ def _converter(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], what
         raise argparse.ArgumentTypeError(f"must be {what}, but it is {text!r}")
 
     return convert
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """A converter to a whole number of at least `low`."""
+    return converter(int, low.__le__, f"a whole number of at least {low}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedbun.tools.train.network import LAYERS, Array, Images, Score, Weights
+from fusedbun.tools.train.network import LAYERS, STRIDES, Array, Images, Score, Weights
 from fusedbun.tools.train.optimizers import Entry
 
 
@@ -18,18 +18,20 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = _convolution("conv1")
-        self.conv2 = _convolution("conv2", stride=2)
-        self.hidden = _dense("hidden")
-        self.output = _dense("output")
+        for name, (outputs, inputs, *kernel) in LAYERS.items():
+            if name in STRIDES:
+                layer: nn.Module = nn.Conv2d(inputs, outputs, kernel[0], STRIDES[name], padding=1)
+            else:
+                layer = nn.Linear(inputs, outputs)
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (n, 1, 8, 8) to logits (n, 10)."""
-        x = functional.relu(self.conv1(x))
-        x = functional.relu(self.conv2(x))
-        x = x.permute(0, 2, 3, 1).flatten(1)  # in Flax's order, so that `hidden` is Flax's kernel, transposed
-        x = functional.relu(self.hidden(x))
-        return self.output(x)  # type: ignore[no-any-return]  # torch: a module's call has no type
+        for name, layer in self.named_children():
+            if name == "hidden":
+                x = x.permute(0, 2, 3, 1).flatten(1)  # in Flax's order, so that it is Flax's kernel, transposed
+            x = layer(x) if name == "output" else functional.relu(layer(x))
+        return x
 
 
 class Trainer:
@@ -84,13 +86,3 @@ def session(dtype: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _convolution(layer: str, stride: int = 1) -> nn.Conv2d:
-    channels_out, channels_in, height, width = LAYERS[layer]
-    return nn.Conv2d(channels_in, channels_out, (height, width), stride, padding=1)
-
-
-def _dense(layer: str) -> nn.Linear:
-    width_out, width_in = LAYERS[layer]
-    return nn.Linear(width_in, width_out)

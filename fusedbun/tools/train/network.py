@@ -13,6 +13,7 @@ Weights = dict[str, Array]  # by torch's names, `<layer>.weight` and `<layer>.bi
 
 # Two 3x3 convolutions, the second with stride 2 (8x8 pixels to 4x4), and two dense layers, with ReLU between them.
 LAYERS = {"conv1": (16, 1, 3, 3), "conv2": (32, 16, 3, 3), "hidden": (64, 32 * 4 * 4), "output": (10, 64)}
+STRIDES = {"conv1": 1, "conv2": 2}
 
 
 class Images(NamedTuple):

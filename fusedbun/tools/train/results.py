@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from fusedbun.tools.shared.files import finite
 from fusedbun.tools.shared.machine import versions
@@ -121,16 +121,16 @@ class Display(Bars):
             TextColumn("epochs {task.fields[score]}"),
             TimeElapsedColumn(),
         )
-        self._epochs, self._bar = epochs, TaskID(0)
+        self._epochs = epochs
 
     def begin(self, run: Run) -> None:
         """A run begins."""
-        self._bar = self.add_task(run.title, total=self._epochs, score="")
+        self.add_task(run.title, total=self._epochs, score="")
 
     def end_epoch(self, run: Run) -> None:
         """An epoch of the run is over, and its test."""
         score = f"test accuracy {run.scores[-1][1].accuracy:.1%}"
-        self.update(self._bar, advance=1, score=score)
+        self.update(self.task_ids[-1], advance=1, score=score)
         if len(run.scores) in (1, self._epochs):
             self.say(f"{run.title}: epoch {len(run.scores)} of {self._epochs}, {score}")
 

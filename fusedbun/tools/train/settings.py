@@ -9,7 +9,7 @@ from typing import Any
 
 from fusedbun.hyper import Interval
 from fusedbun.recipes import RECIPES
-from fusedbun.tools.shared.command import count, number, option, output
+from fusedbun.tools.shared.command import converter, count, option, output
 from fusedbun.tools.train.optimizers import OPTIMIZERS
 
 _FRAMEWORKS = ("torch", "flax")
@@ -25,7 +25,8 @@ def _optimizer(name: str) -> str:
 
 
 _NAME: dict[str, Any] = {"type": _optimizer, "choices": OPTIMIZERS, "metavar": "NAME"}
-_RATE = number(Interval(0, open_low=True))
+_RATES = Interval(0, open_low=True)
+_RATE = converter(float, _RATES.__contains__, f"a number in {_RATES}")
 
 
 @dataclass(frozen=True)

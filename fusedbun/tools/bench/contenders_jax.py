@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -96,10 +96,8 @@ def session(threads: int) -> Iterator[None]:
         jax.devices()
     finally:
         for thread in os.listdir("/proc/self/task"):
-            try:
+            with suppress(ProcessLookupError):  # it has ended
                 os.sched_setaffinity(int(thread), every)
-            except ProcessLookupError:
-                continue  # it has ended
     yield
 
 

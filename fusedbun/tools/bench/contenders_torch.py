@@ -63,7 +63,6 @@ _PACKAGES = (
     ("torch-optimi", "optimi", "AdamW", 0),
     ("heavyball", "heavyball", "AdamW", 0),
 )
-_SPOILS_GRADIENTS = {"Adalite"}  # computes in them, and so gets copies
 
 
 class TorchStepper(Stepper):
@@ -71,7 +70,7 @@ class TorchStepper(Stepper):
 
     def __init__(self, module: str, name: str, settings: Mapping[str, Any], dtype: torch.dtype, arena: Arena) -> None:
         self._params, self._grads = _shared(arena, dtype)
-        self._copies = name in _SPOILS_GRADIENTS
+        self._copies = name == "Adalite"  # which computes in the gradients
         # ours gets names, which u-muP's rule reads
         given = [(f"p{k}", x) for k, x in enumerate(self._params)] if module == _MODULE else self._params
         self._optimizer = getattr(import_module(module), name)(given, lr=LEARNING_RATE, **settings)

@@ -31,10 +31,7 @@ class NoCompilerError(Exception):
 
 def limits() -> list[Contender]:
     """The loops as contenders."""
-    return [
-        Contender(LIMIT, name, partial(Loop, number, arrays), rereads=int(number == 2))
-        for name, number, arrays in _LOOPS
-    ]
+    return [Contender(LIMIT, name, partial(Loop, k, arrays), rereads=int(k == 2)) for name, k, arrays in _LOOPS]
 
 
 class Loop(Stepper):
@@ -61,7 +58,6 @@ class Loop(Stepper):
         return held_bytes(self._state)
 
     def temporaries(self) -> int | None:
-        """None are made."""
         return 0
 
 

@@ -181,7 +181,6 @@ class Display(Bars):
         self._total, self._is_new_stage = 0, False
 
     def begin(self, case: Case) -> None:
-        """A case begins."""
         for bar in self.task_ids:
             self.remove_task(bar)
         self.add_task("", total=0, case=f"{case.workload.name}, {case.threads} threads")
@@ -249,10 +248,7 @@ def draw(results: Results) -> bytes:
 
 
 def _places(cases: list[Case]) -> tuple[dict[Row, int], dict[str, int]]:
-    """How far down stand everyone who has a ratio in some case, and above them the name of their path.
-
-    They stand path by path, in a path from fast to slow in the first case.
-    """
+    """How far down everyone is who has a ratio in some case, from fast to slow in the first, and their path's name."""
     ratios: dict[str, dict[Row, float]] = {}
     for case in cases:
         for path, members in case.by_path().items():

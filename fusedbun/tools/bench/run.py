@@ -22,10 +22,7 @@ _ARRAYS = 9  # of the parameters' size that the anchors need: parameters, gradie
 
 
 def measure(settings: Settings) -> int:
-    """Measures as the settings say, prints the tables and writes the files; returns the exit code.
-
-    Ctrl-C ends the measuring, not the rest.
-    """
+    """Measures, prints the tables and writes the files, which Ctrl-C does not keep it from; returns the exit code."""
     modules = {name: import_module(f"fusedbun.tools.bench.contenders_{name}") for name in settings.frameworks}
     everyone = [one for module in modules.values() for one in module.contenders()]
     path, module = (TORCH, modules["torch"]) if "torch" in modules else (OPTAX, modules["jax"])

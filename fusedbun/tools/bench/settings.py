@@ -51,7 +51,6 @@ class Settings:
 
     @property
     def frameworks(self) -> tuple[str, ...]:
-        """The frameworks to measure."""
         return _FRAMEWORKS if self.framework == "both" else (self.framework,)
 
     def report(self) -> dict[str, Any]:

@@ -24,7 +24,6 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """The elements of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes)
 
 

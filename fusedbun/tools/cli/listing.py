@@ -9,10 +9,10 @@ import shutil
 import textwrap
 from typing import Any
 
-import numpy as np
-
-from fusedbun.recipe import Recipe, Settings
+from fusedbun.recipe import Recipe
 from fusedbun.recipes import RECIPES
+from fusedbun.tools.plan.planner import state_bytes
+from fusedbun.tools.plan.settings import listed
 from fusedbun.tools.shared.command import Command, Shown, print_out
 
 _DESCRIPTION = """\
@@ -32,30 +32,25 @@ SHAPE = (1024, 1024)  # the parameter whose state is counted: a weight matrix of
 
 def listing(as_json: bool) -> str:
     """The optimizers as a table, or as JSON."""
-    optimizers = [_described(name, recipe) for name, recipe in RECIPES.items()]
+    optimizers = [_described(recipe) for recipe in RECIPES.values()]
     return json.dumps({"shape": SHAPE, "optimizers": optimizers}, indent=1) if as_json else _table(optimizers)
 
 
-def _described(name: str, recipe: Recipe) -> dict[str, Any]:
+def _described(recipe: Recipe) -> dict[str, Any]:
     _, has_source, source = (inspect.getdoc(recipe.make) or "").partition("Source:")
     return {
-        "name": name,
+        "name": recipe.name,
         "torch_class": f"fusedbun.{recipe.torch_class}",
-        "optax_factory": f"fusedbun_jax.{name}",
+        "optax_factory": f"fusedbun_jax.{recipe.name}",
         "state_bytes_per_parameter": [
-            {"settings": settings, "bytes": _state(recipe, settings)} for settings in ({}, *recipe.listed)
+            {"settings": given, "bytes": state_bytes(recipe.make(**given), SHAPE, "float32") / math.prod(SHAPE)}
+            for given in ({}, *recipe.listed)
         ],
         "lr": recipe.lr,
         "lr_is_fixed": recipe.fixed_lr,
         "defaults": recipe.defaults,
         "source": " ".join(source.split()) if has_source else None,
     }
-
-
-def _state(recipe: Recipe, settings: Settings) -> float:
-    """The bytes for each element of a float32 parameter of the shape `SHAPE`."""
-    arrays = recipe.make(**settings).arrays(SHAPE, "float32").values()
-    return sum(math.prod(x.shape(SHAPE)) * np.dtype(x.dtype).itemsize for x in arrays) / math.prod(SHAPE)
 
 
 def _table(optimizers: list[dict[str, Any]]) -> str:
@@ -70,7 +65,7 @@ def _table(optimizers: list[dict[str, Any]]) -> str:
         rate = f"lr {'fixed at ' if optimizer['lr_is_fixed'] else ''}{lr}"
         lines += ["", title]
         for name, text in (
-            ("defaults:", f"{rate}, {_arguments(optimizer['defaults'])}"),
+            ("defaults:", f"{rate}, {listed(optimizer['defaults'])}"),
             ("source:", optimizer["source"] or "fusedbun's own"),
         ):
             lines += textwrap.wrap(text, width, initial_indent=f"  {name:10}", subsequent_indent=" " * 12)
@@ -82,12 +77,8 @@ def _table(optimizers: list[dict[str, Any]]) -> str:
 
 
 def _bytes(usual: dict[str, Any], *others: dict[str, Any]) -> str:
-    also = ", ".join(f"{other['bytes']:.2f} with {_arguments(other['settings'])}" for other in others)
+    also = ", ".join(f"{other['bytes']:.2f} with {listed(other['settings'])}" for other in others)
     return f"{usual['bytes']:.2f}" + (f" ({also})" if also else "")
-
-
-def _arguments(values: Settings) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 COMMAND = Command(

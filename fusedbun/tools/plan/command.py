@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import re
@@ -14,8 +13,8 @@ from typing import Any
 
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Plan, Setting, plan
-from fusedbun.tools.plan.sizes import parse_size, readable
-from fusedbun.tools.shared.command import Command, CommandError, count, libraries_for, option, print_out
+from fusedbun.tools.plan.sizes import SIZE, parse_size, readable
+from fusedbun.tools.shared.command import Command, CommandError, converter, count, libraries_for, option, print_out
 from fusedbun.tools.shared.files import write_atomically, writing
 from fusedbun.tools.shared.networks import gpt2, resnet50
 
@@ -53,16 +52,8 @@ exit codes:
 
 _NETWORKS = {"gpt2": gpt2, "resnet50": resnet50}
 _SHAPE = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<sizes>-?[0-9]+(?:x-?[0-9]+)*)")
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 _PLAN_TAKES = ("dtype", "stochastic_rounding", "sparse", "tokens", "threads", "budget")
+_SIZE = converter(parse_size, bool, SIZE)
 _TO_NEAREST = "round bfloat16 weights to the nearest instead of stochastically"
 _SPARSE = "the gradients of parameters of such names are sparse rows"
 
@@ -78,7 +69,7 @@ class Options:
     sparse: Sequence[str] = option(_SPARSE, nargs="+", default=[], metavar="PATTERN")
     tokens: int = count("in a batch: so many rows has a sparse gradient", 4096)
     threads: int | None = count("on so many the step runs (default: the number of CPUs)", None)
-    budget: int | None = option("mark what fits in so much, such as 24GiB", type=_size, metavar="SIZE")
+    budget: int | None = option("mark what fits in so much, such as 24GiB", type=_SIZE, metavar="SIZE")
     only_fitting: bool = option("leave out what does not fit in --budget", action="store_true")
     chart: Path | None = option("write a bar chart as PNG", type=Path, metavar="FILE")
     json: bool = option("the same as JSON, for a program to read; sizes are in bytes", action="store_true")

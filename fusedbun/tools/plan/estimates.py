@@ -131,10 +131,10 @@ class Plan:
 
     def pairs(self) -> list[tuple[Setting, Pair]]:
         """The estimates of each setting, without and with gradient release."""
-        found: dict[int, tuple[Setting, list[Estimate | None]]] = {}
+        found: dict[int, dict[bool, Estimate]] = {}
         for one in self.estimates:
-            found.setdefault(id(one.setting), (one.setting, [None, None]))[1][one.gradient_release] = one
-        return [(setting, (usual, released)) for setting, (usual, released) in found.values()]
+            found.setdefault(id(one.setting), {})[one.gradient_release] = one
+        return [(next(iter(by.values())).setting, (by.get(False), by.get(True))) for by in found.values()]
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -168,8 +168,8 @@ def _title(plan: Plan) -> str:
         sizes[tensor.dtype] += tensor.elements
     dtypes = " and ".join(dtype for dtype, _ in sizes.most_common())
     frozen = sum(tensor.elements for tensor in parameters if tensor.role == "frozen")
-    title = f"{plan.parameters:,} {dtypes} parameters in {len(parameters):,} tensors"
-    return title + (f", {frozen:,} of them frozen" if frozen else "")
+    frozen_too = f", {frozen:,} of them frozen" if frozen else ""
+    return f"{plan.parameters:,} {dtypes} parameters in {len(parameters):,} tensors{frozen_too}"
 
 
 def _table(plan: Plan, rows: list[tuple[Setting, Pair]], unit: str) -> Iterator[str]:

@@ -14,11 +14,12 @@ from fusedbun.compiler.graph import UnplannableError
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import temporaries
 from fusedbun.tools.plan.estimates import TOKENS, Estimate, Plan, Refusal
-from fusedbun.tools.plan.settings import ADAMW, Setting, chosen
+from fusedbun.tools.plan.settings import Setting, chosen
 from fusedbun.tools.plan.sizes import parse_size, size_of
 from fusedbun.tools.plan.sources import Tensor, tensors_of, tied_parameters
 from fusedbun.tools.plan.temporaries import Room
 from fusedbun.tools.shared.machine import cpus
+from fusedbun.transform import Shape
 
 _PLACE = 8  # bytes of the number that says which row of an embedding a row of a sparse gradient belongs to
 _ADAMW_STEP = 4  # bytes of torch's step counter, one for every parameter
@@ -90,11 +91,14 @@ def plan(
         except ValueError as error:
             raise ValueError(f"budget {error}") from None
     threads = cpus() if threads is None else threads
-    for name, number in {"threads": threads, "tokens": tokens, "budget": budget}.items():
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+    for name, number in {"threads": threads, "tokens": tokens, "budget": 1 if budget is None else budget}.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}")
     tensors = tensors_of(model, dtype)
-    settings = _without_repeats(chosen(optimizers), tensors)
+    settings = chosen(optimizers)
+    if all(tensor.dtype == "float32" for tensor in tensors if tensor.role == "trained"):
+        first = next((one for one in settings if one.is_torch_adamw), None)  # in float32 the other one is the same
+        settings = tuple(one for one in settings if one is first or not one.is_torch_adamw)
     embeddings = _matching(tensors, (sparse,) if isinstance(sparse, str) else tuple(sparse))
     planner = _Planner(tensors, embeddings, tokens, threads, stochastic_rounding)
     estimates: list[Estimate] = []
@@ -122,15 +126,6 @@ def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str
             )
         found |= dict.fromkeys(matching)
     return tuple(found)
-
-
-def _without_repeats(settings: tuple[Setting, ...], tensors: Iterable[Tensor]) -> list[Setting]:
-    """The settings without AdamW in the weights' dtype, where that is the AdamW in float32 that is among them."""
-    is_float32 = all(tensor.dtype == "float32" for tensor in tensors if tensor.role == "trained")
-    found: dict[Any, Setting] = {}
-    for setting in settings:
-        found.setdefault(ADAMW if setting.is_torch_adamw and is_float32 else id(setting), setting)
-    return list(found.values())
 
 
 class _Planner:
@@ -178,8 +173,8 @@ class _Planner:
             else:
                 chain, densified = chain.for_rows(), 0
             definition = temporaries.definition(chain, rows, dtype)
-            return _Needs(gradient, _state(chain, kind), definition=definition, densified=densified)
-        state = _state(chain, kind)
+            return _Needs(gradient, state_bytes(chain, shape, dtype), definition=definition, densified=densified)
+        state = state_bytes(chain, shape, dtype)
         if not size:  # there is nothing to step
             return _Needs(0, state)
         try:
@@ -213,7 +208,6 @@ class _Planner:
         return Estimate(setting, False, False, self.parameters, gradients + others, gradients, state, 0)
 
 
-def _state(chain: Chain, kind: _Kind) -> int:
+def state_bytes(chain: Chain, shape: Shape, dtype: str) -> int:
     """The bytes of the arrays that a parameter's state is stored in."""
-    arrays = chain.arrays(kind.shape, kind.dtype).values()
-    return sum(size_of(array.shape(kind.shape), array.dtype) for array in arrays)
+    return sum(size_of(array.shape(shape), array.dtype) for array in chain.arrays(shape, dtype).values())

@@ -38,13 +38,13 @@ class Setting:
     def __post_init__(self) -> None:
         name = _known(self.optimizer)
         object.__setattr__(self, "optimizer", name)
-        object.__setattr__(self, "label", self.label or _listed(self.hyperparameters) or "defaults")
+        object.__setattr__(self, "label", self.label or listed(self.hyperparameters) or "defaults")
         if name != ADAMW:
             self.chain(False)
         elif self.hyperparameters.keys() - {"weights"}:
-            raise TypeError(f'adamw takes "weights" only, but it is given {_listed(self.hyperparameters)}')
+            raise TypeError(f'adamw takes "weights" only, but it is given {listed(self.hyperparameters)}')
         elif self.hyperparameters.get("weights", "float32") not in ("float32", "param"):
-            raise ValueError(f'adamw: weights must be "float32" or "param", but it is {_listed(self.hyperparameters)}')
+            raise ValueError(f'adamw: weights must be "float32" or "param", but it is {listed(self.hyperparameters)}')
 
     @property
     def title(self) -> str:
@@ -78,7 +78,8 @@ def _known(name: str) -> str:
     return found
 
 
-def _listed(hyperparameters: Mapping[str, Any]) -> str:
+def listed(hyperparameters: Mapping[str, Any]) -> str:
+    """Their names and values, for a reader."""
     return ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
 
 

@@ -12,6 +12,7 @@ UNITS = {"B": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for middle, base in (("i", 1024), ("", 1000))
 }
+SIZE = f"a size above 0, a number and one of the units {', '.join(UNITS)}, such as 24GiB"
 _BINARY = ("TiB", "GiB", "MiB", "KiB", "B")
 _LARGEST = 1 << 63  # no machine counts further
 
@@ -48,10 +49,7 @@ def parse_size(text: str) -> int:
     units = {unit.lower(): size for unit, size in UNITS.items()}
     size = int(Fraction(found[1]) * units.get(found[2].lower(), 0)) if found else 0
     if not 0 < size < _LARGEST:
-        raise ValueError(
-            f"must be a size above 0, a number and one of the units {', '.join(UNITS)}, such as 24GiB, "
-            f"but it is {text!r}"
-        )
+        raise ValueError(f"must be {SIZE}, but it is {text!r}")
     return size
 
 

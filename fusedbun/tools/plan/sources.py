@@ -26,9 +26,7 @@ _LARGEST_JSON = 100_000_000  # bytes: as much as safetensors allows a header
 _POINTER = b"version https://git-lfs"
 # safetensors' names for dtypes.
 _DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
+    **{f"F{bits}": f"float{bits}" for bits in (64, 32, 16)},
     "BF16": "bfloat16",
     "C64": "complex64",
     "BOOL": "bool",
@@ -68,24 +66,15 @@ class Tensor(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
         return math.prod(self.shape)
 
     @property
     def size(self) -> int:
-        """Its bytes."""
         return size_of(self.shape, self.dtype)
 
 
 def tensors_of(model: Any, dtype: str | None = None) -> tuple[Tensor, ...]:
-    """The tensors of a model, in its own dtypes or with those of floating point in another; `plan` says what it may be.
-
-    Raises:
-        OSError: a file cannot be read.
-        TypeError: the model is something else.
-        ValueError: a shape or dtype is not valid, a file is not what it should be, or there is nothing to train.
-        ModuleNotFoundError: safetensors is not installed.
-    """
+    """The tensors of a model, as `plan` takes it and with its errors; those of floating point in another dtype."""
     if dtype is not None and (dtype := dtype_name(dtype) or dtype) not in STEPPED:
         raise ValueError(f"dtype must be one of {', '.join(STEPPED)}, but it is {dtype!r}")
     tensors = _read(Path(model)) if isinstance(model, (str, os.PathLike)) else _of_tree(model)
@@ -137,7 +126,7 @@ def _of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Tensor]:
         yield _of_array(name, tree)
     elif _is_shape(tree) and (path or tree):  # () is the shape of a single number, but not a model
         yield Tensor.of(name, tree)
-    elif _is_pair(tree):
+    elif isinstance(tree, (tuple, list)) and len(tree) == 2 and _is_shape(tree[0]) and _is_dtype(tree[1]):
         yield Tensor.of(name, *tree)
     elif isinstance(tree, (Mapping, list, tuple)):
         for key, child in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
@@ -174,10 +163,8 @@ def _is_shape(value: Any) -> bool:
     return type(value) in (tuple, list) and all(hasattr(n, "__index__") and not hasattr(n, "ndim") for n in value)
 
 
-def _is_pair(value: Any) -> bool:
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not _is_shape(value[0]):
-        return False
-    return isinstance(value[1], str) or dtype_name(value[1]) is not None
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) or dtype_name(value) is not None
 
 
 def _read(path: Path) -> Iterable[Tensor]:
@@ -189,7 +176,12 @@ def _read(path: Path) -> Iterable[Tensor]:
         raise ValueError(f"{path} must be a file or a folder, but it is neither")
     if path.name.endswith(INDEX):
         return _read_index(path)
-    return _read_shapes(path) if path.suffix == ".json" else _read_header(path)
+    if path.suffix != ".json":
+        return _read_header(path)
+    try:
+        return list(_of_tree(_with_dtypes(_read_json(path))))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has no shapes by name: {error}") from error
 
 
 def _read_folder(folder: Path) -> list[Tensor]:
@@ -251,13 +243,6 @@ def _read_header(path: Path) -> list[Tensor]:
         advice = "it stands for a file of Git LFS: run git lfs pull" if is_pointer else "download it again"
         raise ValueError(f"{path} is no safetensors file, or a part of one: {reason:.300}; {advice}") from error
     return [Tensor.of(name, shape, _DTYPES.get(dtype, dtype)) for name, shape, dtype in found]
-
-
-def _read_shapes(path: Path) -> list[Tensor]:
-    try:
-        return list(_of_tree(_with_dtypes(_read_json(path))))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has no shapes by name: {error}") from error
 
 
 def _with_dtypes(tree: Any) -> Any:

@@ -21,16 +21,9 @@ exit codes:
   130  interrupted by Ctrl-C: what was measured is printed and written, and marked so
 """
 
+_TITLES = {"torch": "PyTorch", "jax": "JAX", "flax": "Flax", "sklearn": "scikit-learn"}
 # The libraries of the extras, by the name they are imported under.
-_LIBRARIES = {
-    "torch": "PyTorch",
-    "jax": "JAX",
-    "optax": "optax",
-    "flax": "Flax",
-    "sklearn": "scikit-learn",
-    "rich": "rich",
-    "matplotlib": "matplotlib",
-}
+_LIBRARIES = {name: _TITLES.get(name, name) for name in (*_TITLES, "optax", "rich", "matplotlib")}
 
 
 class CommandError(Exception):

@@ -53,13 +53,9 @@ def make_directory(path: Path) -> None:
 def save(
     results: Any, numbers: Path, title: str, picture: Path, draw: Callable[[Any], bytes], show: Callable[..., None]
 ) -> int:
-    """Writes results and their picture, and shows them whether or not they can be written; returns the exit code.
+    """Writes what was measured, and its picture beside it, and shows it even if that fails; returns the exit code.
 
-    Args:
-        results: what was measured, with a `report()` for the JSON file, and whether it was `interrupted`.
-        numbers: the JSON file; beside it is the picture, which a reader is told of by its title.
-        draw: makes the picture.
-        show: prints the results, and lines below.
+    The results have a `report()` for the JSON file and may be `interrupted`; `show` prints lines below them too.
     """
     try:
         with writing(numbers.parent):

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,8 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """The versions of Python, of fusedbun, and of the libraries and some packages, as far as they are installed."""
     found = {"python": platform.python_version(), "fusedbun": __version__}
     for package in (*_LIBRARIES, *packages):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

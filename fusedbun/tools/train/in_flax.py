@@ -34,10 +34,7 @@ class Network(linen.Module):
 
 
 class Trainer:
-    """Trains the network from its initial weights, with a learning rate for every step.
-
-    Weights and arithmetic are float32, or float64 inside `session("float64")`.
-    """
+    """Trains the network as torch's does; in float64 inside `session("float64")` alone."""
 
     def __init__(self, entry: Entry, weights: Weights, learning_rates: Array, dtype: str) -> None:
         network = Network(dtype)
@@ -70,13 +67,11 @@ class Trainer:
         self._state = optimizer.init(self._params)
 
     def step(self, batch: Images) -> float:
-        """One step on a batch; returns the loss before it."""
         done = jax.block_until_ready(self._step(self._params, self._state, *batch))
         self._params, self._state, loss = done
         return float(loss)
 
     def evaluate(self, images: Images) -> Score:
-        """How well the network does on images."""
         right, loss = self._evaluate(self._params, *images)
         return Score(int(right) / len(images.labels), float(loss))
 
@@ -89,7 +84,6 @@ class Trainer:
         return found
 
     def state_bytes(self) -> int:
-        """The bytes of the optimizer's state."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
 
 

@@ -18,11 +18,8 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, (outputs, inputs, *kernel) in LAYERS.items():
-            if name in STRIDES:
-                layer: nn.Module = nn.Conv2d(inputs, outputs, kernel[0], STRIDES[name], padding=1)
-            else:
-                layer = nn.Linear(inputs, outputs)
+        for name, (outs, ins, *kernel) in LAYERS.items():
+            layer = nn.Conv2d(ins, outs, kernel[0], STRIDES[name], padding=1) if kernel else nn.Linear(ins, outs)
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +64,6 @@ class Trainer:
         return {name: value.double().numpy().copy() for name, value in self._network.state_dict().items()}
 
     def state_bytes(self) -> int:
-        """The bytes of the optimizer's state."""
         states = self._optimizer.state.values()
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 

@@ -43,7 +43,6 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For a reader."""
         return f"{self.optimizer} in {self.framework}"
 
     @property
@@ -124,7 +123,6 @@ class Display(Bars):
         self._epochs = epochs
 
     def begin(self, run: Run) -> None:
-        """A run begins."""
         self.add_task(run.title, total=self._epochs, score="")
 
     def end_epoch(self, run: Run) -> None:

@@ -17,10 +17,7 @@ TRAINING_SHARE = 0.7  # the rest is the test
 
 
 def train(settings: Settings) -> int:
-    """Trains as the settings say, prints the table and writes the files; returns the exit code.
-
-    Ctrl-C ends the training, not the rest.
-    """
+    """Trains, prints the table and writes the files, which Ctrl-C does not keep it from; returns the exit code."""
     frameworks = {name: import_module(f"fusedbun.tools.train.in_{name}") for name in settings.frameworks}
     images, test = digits(settings.seed, [TRAINING_SHARE])
     if settings.batch_size > len(images.labels):

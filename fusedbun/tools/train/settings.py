@@ -47,7 +47,6 @@ class Settings:
 
     @property
     def frameworks(self) -> tuple[str, ...]:
-        """The frameworks to train in."""
         return _FRAMEWORKS if self.framework == "both" else (self.framework,)
 
     @property

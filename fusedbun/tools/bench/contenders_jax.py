@@ -56,9 +56,8 @@ def _updated(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Any, Any]:
     return optax.apply_updates(params, updates), state
 
 
-def _stepped(tx: Any, params: Tree, state: Any, grads: Tree) -> tuple[Any, Any]:
-    params, state = tx.step(grads, state, params)
-    return params, state
+def _stepped(tx: Any, params: Tree, state: Any, grads: Tree) -> Any:
+    return tx.step(grads, state, params)
 
 
 def contenders() -> list[Contender]:

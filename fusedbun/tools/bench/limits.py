@@ -42,13 +42,12 @@ class Loop(Stepper):
         self._state = [[zeros(p.shape) for p in arena.params] for _ in range(arrays)]
         self._arena = arena  # its arrays have to live as long as the pointers to them
         unused: list[list[Array]] = [[]] * (2 - arrays)
-        tensors = len(arena.params)
-        sizes = (ctypes.c_size_t * tensors)(*(p.size for p in arena.params))
+        sizes = (ctypes.c_size_t * len(arena.params))(*(p.size for p in arena.params))
         pointers = [
             (ctypes.c_void_p * max(1, len(arrays)))(*(array.ctypes.data for array in arrays))
             for arrays in (arena.params, arena.grads, *self._state, *unused)
         ]
-        self._arguments = (number, arena.threads, ctypes.c_size_t(tensors), sizes, *pointers)
+        self._arguments = (number, arena.threads, ctypes.c_size_t(len(sizes)), sizes, *pointers)
 
     def step(self) -> None:
         if error := self._function(*self._arguments):

@@ -64,10 +64,8 @@ def _table(optimizers: list[dict[str, Any]]) -> str:
         lr = "required" if optimizer["lr"] is None else f"{optimizer['lr']:g}"
         rate = f"lr {'fixed at ' if optimizer['lr_is_fixed'] else ''}{lr}"
         lines += ["", title]
-        for name, text in (
-            ("defaults:", f"{rate}, {listed(optimizer['defaults'])}"),
-            ("source:", optimizer["source"] or "fusedbun's own"),
-        ):
+        defaults, source = f"{rate}, {listed(optimizer['defaults'])}", optimizer["source"] or "fusedbun's own"
+        for name, text in (("defaults:", defaults), ("source:", source)):
             lines += textwrap.wrap(text, width, initial_indent=f"  {name:10}", subsequent_indent=" " * 12)
     note = (
         f"The bytes are counted from the declared state of a float32 matrix of {' x '.join(map(str, SHAPE))}; "

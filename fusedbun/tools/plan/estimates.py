@@ -230,10 +230,9 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if any(one.stochastic_rounding for one in plan.estimates):
         yield "Weights in bfloat16 are rounded stochastically, which takes 4 bytes for each tensor."
     if plan.sparse:
-        names = ", ".join(plan.sparse)
         yield (
-            f"Sparse gradients ({names}) have {plan.tokens:,} rows, of which a step takes several copies; their "
-            f"parameters have no momentum."
+            f"Sparse gradients ({', '.join(plan.sparse)}) have {plan.tokens:,} rows, of which a step takes several "
+            f"copies; their parameters have no momentum."
         )
     if any(one.setting.is_torch_adamw for one in plan.estimates):
         yield (

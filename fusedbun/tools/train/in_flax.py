@@ -67,8 +67,7 @@ class Trainer:
         self._state = optimizer.init(self._params)
 
     def step(self, batch: Images) -> float:
-        done = jax.block_until_ready(self._step(self._params, self._state, *batch))
-        self._params, self._state, loss = done
+        self._params, self._state, loss = jax.block_until_ready(self._step(self._params, self._state, *batch))
         return float(loss)
 
     def evaluate(self, images: Images) -> Score:

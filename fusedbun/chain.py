@@ -68,19 +68,15 @@ class Chain:
         Raises:
             ValueError: a parameter of this dtype cannot be rounded so.
         """
-        found = {
-            key + part: array
-            for key, slot in self.slots(shape).items()
-            for part, array in codes.arrays(slot, dtype).items()
-        }
+        arrays = arrays_of(self.slots(shape), dtype)
         if self.rounding.stochastic:
             if dtype != "bfloat16":
                 raise ValueError(
                     f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
                     f"with an optimizer, that has stochastic_rounding=False"
                 )
-            found[COUNTER] = codes.COUNT
-        return found
+            arrays[COUNTER] = codes.COUNT
+        return arrays
 
     def at(self, path: tuple[str, ...], param: Any, name: str | None = None) -> Chain:
         """The chain for one parameter; see `Transform.at`.
@@ -131,6 +127,11 @@ def chain(*transforms: Transform | None) -> Chain:
     ['sm3_accumulate.axis0', 'sm3_accumulate.axis1']
     """
     return Chain(tuple(t for t in transforms if t is not None))
+
+
+def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
+    """The arrays of slots of a parameter of this dtype, by the slot's name and what its code appends."""
+    return {key + part: x for key, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
 
 
 def entries_of(transform: Transform, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun_jax import namespace
-from fusedbun_jax.leaf import computed_in
+from fusedbun_jax.leaf import floating
 from fusedbun_jax.operands import Leaf
 
 HEADER = "xla/ffi/api/c_api.h"
@@ -104,9 +104,9 @@ class _NumbersOfLeaves:
         key = (id(leaf.chain), id(leaf.lr), kernel.name)
         if key not in self._places:
             self._places[key] = len(self._values)
-            computed = computed_in((), "parameter", leaf.param)
+            _, dtype = floating((), "parameter", leaf.param)
             named = hyperparameters(kernel.program, leaf.chain, leaf.lr)
-            cast = {name: x.astype(computed) if isinstance(x, jax.Array) else x for name, x in named.items()}
+            cast = {name: x.astype(dtype) if isinstance(x, jax.Array) else x for name, x in named.items()}
             self._values += evaluate(kernel.program.scalars, cast, namespace)
         return self._places[key]
 

@@ -56,8 +56,7 @@ def with_metrics(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.Array]:
-    tree: Any
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves, tree = leaf.flatten(params)
     moments: list[dict[str, Any]] = [{} for _ in leaves]
     for transform in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState)):
         if isinstance(transform, TransformState):
@@ -71,7 +70,7 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
         p, q, g = (leaf.as_array(path, what, x) for what, x in (("parameter", p), ("parameter", q), ("gradient", g)))
         if not jnp.issubdtype(p.dtype, jnp.floating):
             continue  # masked, or the optimizer inside would have refused it
-        dtype = leaf.computed_in(path, "parameter", p)
+        _, dtype = leaf.floating(path, "parameter", p)
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
         vectors = {"param": q, "update": p - q, "grad": g}
         if moment:

@@ -11,12 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusedbun.chain import Chain
-from fusedbun_jax.definition import arrays_by_state
-from fusedbun_jax.leaf import KeyPath, as_array, computed_in, names, title
-
-
-class IrregularError(Exception):
-    """The definition must take the step, or say what is wrong; the message says why."""
+from fusedbun_jax.definition import IrregularError, arrays_by_state
+from fusedbun_jax.leaf import KeyPath, check_shape, floating, names, title
+from fusedbun_jax.state import Arrays, check_state
 
 
 @dataclass(frozen=True)
@@ -53,27 +50,23 @@ class Leaf:
         return [{name: next(arrays) for name in names} for names in self.names]
 
 
-def checked(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[dict[str, Any]]) -> Leaf:
+def checked(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[Arrays]) -> Leaf:
     """The leaf at a path, its gradient in the parameter's dtype; an IrregularError where something does not fit."""
     try:
-        param, grad = as_array(path, "parameter", param), as_array(path, "update", grad)
-        computed = computed_in(path, "parameter", param)
-        computed_in(path, "update", grad)
+        param, dtype = floating(path, "parameter", param)
+        grad, _ = floating(path, "update", grad)
+        check_shape(path, grad, param)
         chain = chain.at(names(path), param)
-        chain.arrays(param.shape, param.dtype.name)  # refuses what cannot be rounded so
-        declared = arrays_by_state(chain, param)
+        needed = arrays_by_state(chain, param)
+        for owner, arrays in zip(needed, slots, strict=True):
+            check_state(owner, path, needed[owner], param, arrays, by_dtype=True)
     except (TypeError, ValueError) as error:
         raise IrregularError(str(error)) from error
-    if grad.shape != param.shape:
-        raise IrregularError(f"a gradient of {title(path)} has another shape")
-    if grad.dtype != param.dtype and param.dtype != computed:
+    if grad.dtype != param.dtype and param.dtype != dtype:
         raise IrregularError(f"the parameter at {title(path)} has fewer bits than its gradient")
-    for needed, arrays in zip(declared, slots, strict=True):
-        kept = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
-        if kept != {name: (x.shape(param.shape), x.dtype) for name, x in needed.items()}:
-            raise IrregularError(f"the state of {title(path)} is not as it is declared")
-    stored = [arrays[name] for needed, arrays in zip(declared, slots, strict=True) for name in needed]
-    return Leaf(chain, lr, (jnp.asarray(param), grad.astype(param.dtype), *stored), tuple(map(tuple, declared)))
+    stored = [arrays[name] for owner, arrays in zip(needed, slots, strict=True) for name in needed[owner]]
+    state_names = tuple(map(tuple, needed.values()))
+    return Leaf(chain, lr, (jnp.asarray(param), grad.astype(param.dtype), *stored), state_names)
 
 
 class Operand(NamedTuple):

@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from fusedbun.compiler.cpp.build import BuildError
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun_jax import kernels
-from fusedbun_jax.definition import transformation
+from fusedbun_jax.definition import join_state, split_state, transformation
 from fusedbun_jax.lift import Descend, lift
 from fusedbun_jax.operands import Leaf, pack, unpack
 from fusedbun_jax.state import TransformState
@@ -69,13 +69,11 @@ def _updated(leaf: Leaf) -> list[Any]:
     chain, (param, grad, *stored) = leaf.chain, leaf.arrays
     name = chain.rounding.name  # decides the noise
     tx = transformation(chain, lift(Descend(leaf.lr)))
-    states: list[Any] = [TransformState({name: slots}) for slots in leaf.slots(stored)]
-    states.insert(len(chain.transforms), TransformState({name: {}}))  # of the learning rate
-    if not chain.rounding.stochastic:
-        states.append(optax.EmptyState())
-    updates, after = tx.update({name: grad}, tuple(states), {name: param})
-    slots = [state.slots[name] for state in after if isinstance(state, TransformState)]
-    return [optax.apply_updates({name: param}, updates)[name], *(x for of in slots for x in of.values())]
+    states = [TransformState({name: slots}) for slots in leaf.slots(stored)]
+    before = join_state(chain, states, TransformState({name: {}}))
+    updates, after = tx.update({name: grad}, before, {name: param})
+    arrays = [x for state in split_state(chain, after)[0] for x in state.slots[name].values()]
+    return [optax.apply_updates({name: param}, updates)[name], *arrays]
 
 
 def _abstract(*operands: Any, step: Step) -> list[Any]:

@@ -41,12 +41,10 @@ def state_shardings(
         ValueError: a sharding does not fit a parameter's shape, two parameters lie on different meshes, or there are
             none.
     """
-    sources = params if shardings is None else _of_each(params, shardings)
-    tree: Any
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves, tree = leaf.flatten(params)
     placed = [
         _placed(path, leaf.as_array(path, "parameter", x), s, mesh)
-        for (path, x), s in zip(leaves, tree.flatten_up_to(sources), strict=True)
+        for (path, x), s in zip(leaves, tree.flatten_up_to(_of_each(params, shardings)), strict=True)
     ]
     if not placed:
         raise ValueError("state_shardings needs a parameter: it is their sharding that the state's follows from")
@@ -66,17 +64,15 @@ def state_shardings(
 
 
 def _of_each(params: Any, shardings: Any) -> Any:
-    """A sharding for each parameter, from a tree that may have one for a whole branch."""
+    """What says each parameter's sharding: the parameter, or from a tree the entry for it or for its branch."""
+    if shardings is None:
+        return params
     try:
-        return jax.tree.map(
-            lambda s, branch: jax.tree.map(lambda _: s, branch), shardings, params, is_leaf=_is_sharding
+        return jax.tree.broadcast(
+            shardings, params, is_leaf=lambda x: isinstance(x, (jax.sharding.Sharding, PartitionSpec))
         )
     except ValueError as error:
         raise ValueError(f"the shardings must be a tree of the parameters', or the head of one: {error}") from error
-
-
-def _is_sharding(x: Any) -> bool:
-    return isinstance(x, (jax.sharding.Sharding, PartitionSpec))
 
 
 def _placed(path: leaf.KeyPath, param: Any, sharding: Any, mesh: Mesh | AbstractMesh | None) -> jax.ShapeDtypeStruct:

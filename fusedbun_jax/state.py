@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fusedbun.storage import codes
 from fusedbun.storage.codes import BLOCK, Stored
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Shape, Slot, State
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
+
+Arrays = dict[str, jax.Array]  # of one leaf's state, by name
 
 
 class TransformState(NamedTuple):
@@ -29,31 +30,18 @@ class TransformState(NamedTuple):
     slots: Any
 
 
-class Stepped(NamedTuple):
-    """A leaf's update and the new arrays of its state."""
-
-    update: Any
-    arrays: dict[str, jax.Array]
-
-
 def over_leaves(
-    step: Callable[[leaf.KeyPath, Any, Any, dict[str, jax.Array]], Stepped],
+    step: Callable[[leaf.KeyPath, Any, Any, Arrays], tuple[Any, Arrays]],
     updates: optax.Updates,
     state: TransformState,
     params: optax.Params | None,
 ) -> tuple[optax.Updates, TransformState]:
     """The updates and the state that `step(path, update, parameter or None, arrays)` gives leaf by leaf."""
-    tree: Any
-    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    leaves, tree = leaf.flatten(updates)
     owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
-    kept = tree.flatten_up_to(state.slots)
-    new = [step(path, u, p, k) for (path, u), p, k in zip(leaves, owners, kept, strict=True)]
-    return tree.unflatten([s.update for s in new]), TransformState(tree.unflatten([s.arrays for s in new]))
-
-
-def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
-    """The arrays that the slots of a parameter of this dtype are stored in, by slot and what its code appends."""
-    return {name + part: x for name, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
+    stored = tree.flatten_up_to(state.slots)
+    stepped = [step(path, u, p, arrays) for (path, u), p, arrays in zip(leaves, owners, stored, strict=True)]
+    return tree.unflatten([u for u, _ in stepped]), TransformState(tree.unflatten([arrays for _, arrays in stepped]))
 
 
 def zeros(stored: Stored, param: Any) -> jax.Array:

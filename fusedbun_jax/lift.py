@@ -46,8 +46,6 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, TransformState]:
-        if params is None and transform.reads_param and jax.tree.leaves(updates):
-            raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
         return over_leaves(partial(_update, transform, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -85,6 +83,8 @@ def _start(transform: Transform, path: leaf.KeyPath, param: Any) -> Arrays:
 def _update(
     transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays
 ) -> tuple[Any, Arrays]:
+    if param is None and transform.reads_param:
+        raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
     signal = update.signal if isinstance(update, WithSecondMoment) else Signal(update)
     u, dtype = leaf.floating(path, "update", signal.update)
     like = u

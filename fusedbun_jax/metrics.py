@@ -57,16 +57,12 @@ def with_metrics(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.Array]:
     leaves, tree = leaf.flatten(params)
-    moments: list[dict[str, Any]] = [{} for _ in leaves]
-    for transform in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState)):
-        if isinstance(transform, TransformState):
-            for moment, slots in zip(moments, tree.flatten_up_to(transform.slots), strict=True):
-                if "moment" in slots:  # which is empty where the leaf is masked
-                    moment |= {n.removeprefix("moment"): x for n, x in slots.items() if n.split(".")[0] == "moment"}
-    found: dict[str, jax.Array] = {}
-    for (path, p), q, g, moment in zip(
-        leaves, tree.flatten_up_to(after), tree.flatten_up_to(grads), moments, strict=True
-    ):
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState))
+    slots = [x.slots for x in nodes if isinstance(x, TransformState)]
+    measured: dict[str, jax.Array] = {}
+    for (path, p), q, g, *stored in zip(leaves, *map(tree.flatten_up_to, (after, grads, *slots)), strict=True):
+        arrays = [item for x in stored for item in dict(x).items()]  # none where the leaf is masked
+        moment = {name.removeprefix("moment"): x for name, x in arrays if name.split(".")[0] == "moment"}
         p, q, g = (leaf.as_array(path, what, x) for what, x in (("parameter", p), ("parameter", q), ("gradient", g)))
         if not jnp.issubdtype(p.dtype, jnp.floating):
             continue  # masked, or the optimizer inside would have refused it
@@ -76,5 +72,5 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
         if moment:
             vectors["moment"] = codes.recognised(moment, p.shape).decode(xp, moment, p.shape, dtype)
         products = metrics.inner_products(xp, vectors)
-        found |= metrics.measured(FUNCTIONS, products, leaf.name(path))
-    return found
+        measured |= metrics.measured(FUNCTIONS, products, leaf.name(path))
+    return measured

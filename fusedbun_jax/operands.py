@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -113,12 +113,7 @@ def unpack(leaves: Sequence[Leaf], operands: Sequence[Any]) -> tuple[Leaf, ...]:
 def _mapped(function: Callable[[Any], Any], leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
     """The leaves with a function of every array and hyper-parameter; those that share a chain share one again."""
     chains = {id(leaf.chain): leaf.chain for leaf in leaves}
-    new = {key: _with_hyperparameters(function, chain) for key, chain in chains.items()}
-    return tuple(Leaf(new[id(x.chain)], function(x.lr), tuple(map(function, x.arrays)), x.names) for x in leaves)
-
-
-def _with_hyperparameters(function: Callable[[Any], Any], chain: Chain) -> Chain:
-    changed = [{name: new for name, x in vars(t).items() if (new := function(x)) is not x} for t in chain]
-    if not any(changed):
-        return chain
-    return Chain(tuple(replace(t, **new) for t, new in zip(chain, changed, strict=True)), chain.rounding)
+    for key, chain in chains.items():
+        changed = {name: y for name, x in chain.hyperparameters().items() if (y := function(x)) is not x}
+        chains[key] = chain.with_hyperparameters(**changed) if changed else chain
+    return tuple(Leaf(chains[id(x.chain)], function(x.lr), tuple(map(function, x.arrays)), x.names) for x in leaves)

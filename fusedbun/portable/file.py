@@ -19,9 +19,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,25 +138,17 @@ class Opened:
     path: Path
     metadata: Mapping[str, str]
     entries: Mapping[str, tuple[Entry, int]]
-    source: BinaryIO
+    source: BufferedReader
 
     def read(self, name: str) -> Numbers:
         """The numbers of an array; those of bfloat16 as words of 16 bits."""
         entry, at = self.entries[name]
         numbers = np.empty(entry.shape, DTYPES[entry.dtype][1])
         self.source.seek(at)
-        if _fill(self.source, numbers) != entry.bytes:
+        buffer: Any = numbers.reshape(-1).view(np.uint8)
+        if self.source.readinto(buffer) != entry.bytes:
             raise ValueError(f"{self.path} has become shorter while it was read")
         return numbers
-
-
-def _fill(source: BinaryIO, numbers: Numbers) -> int:
-    """Reads into an array; returns how many bytes there were."""
-    buffer: Any = numbers.reshape(-1).view(np.uint8)
-    view, done = memoryview(buffer), 0
-    while done < len(view) and (count := source.readinto(view[done:])):  # type: ignore[attr-defined]
-        done += count
-    return done
 
 
 @contextmanager
@@ -189,7 +182,7 @@ def opened(path: Path) -> Iterator[Opened]:
         yield Opened(path, metadata, {e.name: (e, at) for e, at in zip(entries, offsets, strict=False)}, source)
 
 
-def _check_digest(path: Path, source: BinaryIO, start: bytes) -> None:
+def _check_digest(path: Path, source: BufferedReader, start: bytes) -> None:
     digest = hashlib.sha256(start[: _DIGITS.start] + b"0" * 64)
     source.seek(_DIGITS.stop)
     while chunk := source.read(_CHUNK):

@@ -31,14 +31,13 @@ class Chain:
     rounding: Rounding = TO_NEAREST
 
     def __post_init__(self) -> None:
-        before: Transform | None = None
-        names: set[str] = set()
-        for transform in self.transforms:
+        for i, transform in enumerate(self.transforms):
+            before = self.transforms[i - 1] if i else None
             if not isinstance(transform, Transform):
                 raise TypeError(
                     f"a chain is made of fusedbun's transformations, but {transform!r} is a {type(transform).__name__}"
                 )
-            if transform.name in names:
+            if transform.name in (t.name for t in self.transforms[:i]):
                 raise ValueError(
                     f"a chain takes one transformation of each name, for state is kept by name, "
                     f"but {transform.name!r} stands in it twice; subclass it with another name"
@@ -48,8 +47,6 @@ class Chain:
                     f"{transform.name} reads the second moment of the transformation directly before it, but that is "
                     f"{before.name if before else 'nothing'}; put an accumulator such as sm3_accumulate there"
                 )
-            names.add(transform.name)
-            before = transform
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.transforms)
@@ -86,10 +83,10 @@ class Chain:
             param: the parameter.
             name: the name that decides the noise of its rounding; None: the path's.
         """
-        here = Chain(tuple(t.at(path, param) for t in self), self.rounding) if self.has_rules else self
-        if not (keys := here.noisy(tuple(param.shape))):
-            return here
-        return Chain(here.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
+        chain = Chain(tuple(t.at(path, param) for t in self), self.rounding) if self.has_rules else self
+        if not (keys := chain.noisy(tuple(param.shape))):
+            return chain
+        return Chain(chain.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
 
     def named_as(self, other: Chain) -> Chain:
         """This chain for the parameter that the other one, of the same slots, is for."""

@@ -94,7 +94,7 @@ def _update(
     u = u.astype(dtype)
     if not u.size:
         return u, stored
-    here, slots = _at_leaf(transform, path, like, dtype)
+    transform, slots = _at_leaf(transform, path, like, dtype)
     if param is None and any(slot.code == "param" for slot in slots.values()):
         raise ValueError(
             f"{transform.name} keeps state in the parameters' dtype: call update(updates, state, params) with them"
@@ -104,7 +104,7 @@ def _update(
     storage = Differentiable(xp, Rounding(seed=seed, name=leaf.name(path)), u, like.dtype.name)
     before = {f"{transform.name}.{name}": jnp.asarray(x) for name, x in stored.items()}
     p = None if param is None else like.astype(dtype)
-    signal, after = advance(here, storage, Signal(u, signal.second_moment), before, p)
+    signal, after = advance(transform, storage, Signal(u, signal.second_moment), before, p)
     u = signal.update if signal.second_moment is None else WithSecondMoment(signal)
     return u, entries_of(transform, after)
 
@@ -112,10 +112,10 @@ def _update(
 def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:
     """The transformation for one leaf, its arrays among the hyper-parameters in the leaf's dtype, and its slots."""
     try:
-        here = transform.at(leaf.names(path), param)
-        arrays = {name: jnp.asarray(value, dtype) for name, value in vars(here).items() if isinstance(value, jax.Array)}
-        here = replace(here, **arrays) if arrays else here
-        return here, here.slots(param.shape)
+        transform = transform.at(leaf.names(path), param)
+        arrays = {name: jnp.asarray(x, dtype) for name, x in vars(transform).items() if isinstance(x, jax.Array)}
+        transform = replace(transform, **arrays) if arrays else transform
+        return transform, transform.slots(param.shape)
     except (TypeError, ValueError) as error:
         error.add_note(f"This is at {leaf.title(path)}.")
         raise

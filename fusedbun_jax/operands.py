@@ -20,7 +20,7 @@ from fusedbun_jax.state import Arrays, check_state
 class Leaf:
     """One parameter of a step.
 
-    It is made with its arrays (`checked`). `pack` puts `Operand`s in their place, so that the leaf can be hashed and is
+    `make_leaf` makes it with its arrays. `pack` puts `Operand`s in their place, so that the leaf can be hashed and is
     what JAX keeps of a step when it is traced; `unpack` puts the operands' values there.
 
     Args:
@@ -50,7 +50,7 @@ class Leaf:
         return [{name: next(arrays) for name in names} for names in self.names]
 
 
-def checked(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[Arrays]) -> Leaf:
+def make_leaf(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[Arrays]) -> Leaf:
     """The leaf at a path, its gradient in the parameter's dtype; an IrregularError where something does not fit."""
     try:
         param, dtype = floating(path, "parameter", param)

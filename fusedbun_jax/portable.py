@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fusedbun.chain import Chain
 from fusedbun.portable import entries
 from fusedbun.portable.entries import Group, Parameter
 from fusedbun.portable.file import Numbers
-from fusedbun.portable.match import Loading, Names, Target
+from fusedbun.portable.match import Loading, Names
 from fusedbun.recipe import INITIAL_LR
 from fusedbun_jax import leaf
 from fusedbun_jax.definition import arrays_by_state, split_state
@@ -49,13 +48,13 @@ def save_state(
             machine.
         OSError: the file cannot be written.
     """
-    here = Located("save_state", tx, state, params, check_arrays=True)
-    steps = max((int(here.arrays[address]) for address in here.counts), default=None)
+    located = Located("save_state", tx, state, params, check_arrays=True)
+    steps = max((int(located.arrays[address]) for address in located.counts), default=None)
 
     def content(parameter: Parameter, key: str) -> Numbers:
-        return _numbers(parameter.name, here.arrays[here.addresses[parameter.name][key]])
+        return _numbers(parameter.name, located.arrays[located.addresses[parameter.name][key]])
 
-    entries.write(Path(path), here.groups, here.parameters, content, steps)
+    entries.write(Path(path), located.groups, located.parameters, content, steps)
 
 
 def load_state(
@@ -101,62 +100,25 @@ def load_state(
         ValueError: the file is damaged or none of fusedbun's, or something does not fit: all of it is listed by name.
         OSError: the file cannot be read.
     """
-    here = Located("load_state", tx, state, params, check_arrays=False)
-    arrays = here.arrays
+    located = Located("load_state", tx, state, params, check_arrays=False)
+    arrays = located.arrays
     with entries.saved(Path(path)) as file:
-        loading = Loading(file, [*here.addresses], mapping, partial)
+        loading = Loading(file, [*located.addresses], mapping, partial)
         count = file.steps if steps is None else steps
-        if count is None and here.counts:
+        if count is None and located.counts:
             problem = "the file counts no steps, but the learning rate is a schedule here; give steps="
             loading.problems.insert(0, problem)
-        matches = loading.matches(here.parameters, here.groups, lambda parameter: [parameter.slots or {}])
+        matches = loading.matches(located.parameters, located.groups, lambda parameter: [parameter.slots or {}])
         loading.refuse("optimizer")
         for name, match in matches.items():
-            addresses = here.addresses[name]
+            addresses = located.addresses[name]
             if match.slots is None:
                 arrays |= {address: jnp.zeros_like(arrays[address]) for address in addresses.values()}
             for key, numbers in match.arrays(file):
                 arrays[addresses[key]] = _placed(numbers, arrays[addresses[key]])
-    arrays |= {address: jnp.asarray(count, arrays[address].dtype) for address in here.counts}
-    loaded = leaf.flatten(here.node)[1].unflatten([arrays[address] for address in _by_address(here.node)])
-    return jax.tree.map(lambda x: loaded if x is here.node else x, state, is_leaf=lambda x: x is here.node)
-
-
-def flax_mapping(params: optax.Params, modules: Mapping[str, str]) -> dict[str, Target]:
-    """The mapping for `load_state` from a torch model's parameters to a Flax model's; `inverse` leads back.
-
-    `kernel` is `weight` with its axes turned round: (out, in) to (in, out), (out, in, h, w) to (h, w, in, out).
-    `scale` and `embedding` are `weight`, other names the same ones.
-
-    For Linear, Conv, Embedding and norms. What Flax lays out in another number of axes (attention), or torch with its
-    channels the other way round (ConvTranspose), and a Linear behind flattened images, whose inputs are in another
-    order, it does not know.
-
-    >>> import jax.numpy as jnp
-    >>> flax_mapping({"Dense_0": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}, {"Dense_0": "fc"})
-    {'fc.bias': 'Dense_0.bias', 'fc.weight': ('Dense_0.kernel', (1, 0))}
-
-    Args:
-        params: the Flax model's parameters.
-        modules: the names of Flax's modules, as they lead to a leaf, and of torch's: `{"Dense_0": "fc"}`.
-
-    Raises:
-        ValueError: a module holds no parameter, or a parameter is in none.
-    """
-    found: dict[str, Target] = {}
-    used = set()
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        name = leaf.name(path)
-        module, _, kind = name.rpartition(".")
-        if module not in modules:
-            raise ValueError(f"{name!r} is in {module!r}, but modules has {', '.join(map(repr, modules)) or 'none'}")
-        used.add(module)
-        here = f"{modules[module]}.{'weight' if kind in ('kernel', 'scale', 'embedding') else kind}".lstrip(".")
-        axes = (*range(2, x.ndim), 1, 0)
-        found[here] = (name, axes) if kind == "kernel" and x.ndim > 1 else name
-    if unused := [module for module in modules if module not in used]:
-        raise ValueError(f"{', '.join(map(repr, unused))} of modules has no parameters; give the names of params")
-    return found
+    arrays |= {address: jnp.asarray(count, arrays[address].dtype) for address in located.counts}
+    loaded = leaf.flatten(located.node)[1].unflatten([arrays[address] for address in _by_address(located.node)])
+    return jax.tree.map(lambda x: loaded if x is located.node else x, state, is_leaf=lambda x: x is located.node)
 
 
 class Located:

@@ -46,14 +46,14 @@ class Step:
 def step(leaves: Sequence[Leaf], needs_kernels: bool) -> list[Sequence[Any]]:
     """What a step makes of each leaf's parameter and of its state's arrays; an empty leaf is left as it is."""
     operands, packed = pack([leaf for leaf in leaves if leaf.param.size])
-    changed = iter(_bound(*operands, step=Step(packed, needs_kernels)))
+    changed = iter(_jitted(*operands, step=Step(packed, needs_kernels)))
     return [[next(changed) for _ in leaf.changed] if leaf.param.size else leaf.changed for leaf in leaves]
 
 
 @partial(jax.jit, static_argnames="step", inline=True)
-def _bound(*operands: Any, step: Step) -> list[Any]:
-    found: list[Any] = _step.bind(*operands, step=step)
-    return found
+def _jitted(*operands: Any, step: Step) -> list[Any]:
+    changed: list[Any] = _step.bind(*operands, step=step)
+    return changed
 
 
 def _by_kernels(*operands: Any, step: Step) -> list[Any]:
@@ -80,29 +80,28 @@ def _abstract(*operands: Any, step: Step) -> list[Any]:
     return [operands[x.place].update(weak_type=False) for leaf in step.leaves for x in leaf.changed]
 
 
-def _instead(step: Step, where: str) -> Any:
-    """The definition, where there are no kernels; raises a KernelError where they are needed."""
+def _definition(step: Step, where: str) -> Any:
+    """The definition, for what has no kernels; raises a KernelError where they are needed."""
     if step.needs_kernels:
         raise KernelError(f'step(…, implementation="kernel"): there are no kernels {where}')
     return partial(_by_definition, step=step)
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step) -> Any:
-    return mlir.lower_fun(_instead(step, "for this platform"), multiple_results=True)(ctx, *operands)
+def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step, where: str = "for this platform") -> Any:
+    return mlir.lower_fun(_definition(step, where), multiple_results=True)(ctx, *operands)
 
 
 def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step) -> Any:
-    if getattr(ctx.module_context.axis_context, "num_devices", None) != 1:
-        where = "for more than one device, or under shard_map"
-        return mlir.lower_fun(_instead(step, where), multiple_results=True)(ctx, *operands)
-    try:
-        return mlir.lower_fun(_by_kernels, multiple_results=True)(ctx, *operands, step=step)
-    except BuildError as error:
-        _warn(f"the definition stands in for kernels: {error}")
-        instead = _instead(step, f"here: {error}")
-    except KernelError as error:
-        instead = _instead(step, f"for this chain: {error}")
-    return mlir.lower_fun(instead, multiple_results=True)(ctx, *operands)
+    where = "for more than one device, or under shard_map"
+    if getattr(ctx.module_context.axis_context, "num_devices", None) == 1:
+        try:
+            return mlir.lower_fun(_by_kernels, multiple_results=True)(ctx, *operands, step=step)
+        except BuildError as error:
+            _warn(f"the definition stands in for kernels: {error}")
+            where = f"here: {error}"
+        except KernelError as error:
+            where = f"for this chain: {error}"
+    return _lower(ctx, *operands, step=step, where=where)
 
 
 @cache
@@ -111,22 +110,22 @@ def _warn(message: str) -> None:
 
 
 def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, step: Step) -> tuple[list[Any], list[int]]:
-    found = jax.vmap(_instead(step, "under vmap"), in_axes=tuple(axes))(*operands)
-    return found, [0] * len(found)
+    changed = jax.vmap(_definition(step, "under vmap"), in_axes=tuple(axes))(*operands)
+    return changed, [0] * len(changed)
 
 
 def _differentiated(primals: Sequence[Any], tangents: Sequence[Any], *, step: Step) -> tuple[list[Any], list[Any]]:
-    definition, values = _instead(step, "for derivatives"), list(primals)
+    definition, values = _definition(step, "for derivatives"), list(primals)
     varied = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
 
     def of_varied(*some: Any) -> list[Any]:
         for i, x in zip(varied, some, strict=True):
             values[i] = x
-        found: list[Any] = definition(*values)
-        return found
+        changed: list[Any] = definition(*values)
+        return changed
 
-    after, moved = jax.jvp(of_varied, [primals[i] for i in varied], [tangents[i] for i in varied])
-    return after, [_or_zero(x, d) for x, d in zip(after, moved, strict=True)]
+    after, derivatives = jax.jvp(of_varied, [primals[i] for i in varied], [tangents[i] for i in varied])
+    return after, [_or_zero(x, d) for x, d in zip(after, derivatives, strict=True)]
 
 
 def _or_zero(x: Any, tangent: Any) -> Any:

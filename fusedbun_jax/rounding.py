@@ -32,7 +32,7 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
 
     def update(updates: optax.Updates, state: optax.EmptyState, params: Any = None, **_: Any) -> Any:
         if params is not None:
-            updates = jax.tree.map(lambda u, p: _round_to(u, jnp.asarray(p)), updates, params)
+            updates = jax.tree.map(lambda u, p: _round_to_nearest(u, jnp.asarray(p)), updates, params)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
@@ -72,7 +72,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
                 f"stochastic rounding counts the steps of each parameter in its state, but that is {state!r}; "
                 f"it belongs to an optimizer without it, so make one with init"
             )
-        return over_leaves(partial(_rounded, seed), updates, state, params)
+        return over_leaves(partial(_round_stochastically, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -88,7 +88,7 @@ def _bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     return param
 
 
-def _rounded(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
+def _round_stochastically(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
     param, update = _bfloat16(path, param), leaf.as_array(path, "update", update)
     leaf.check_shape(path, update, param)
     update = update.astype(jnp.float32)
@@ -105,7 +105,7 @@ def _rounded(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arr
     return with_derivative_of(update, stepped), {STEP: after[COUNTER]}
 
 
-def _round_to(update: Any, param: Any) -> Any:
+def _round_to_nearest(update: Any, param: Any) -> Any:
     if param.dtype.itemsize >= update.dtype.itemsize:
         return update.astype(param.dtype)
     return _nearest(update, param)

@@ -79,28 +79,28 @@ def _along_a_row(shape: Shape, trailing: tuple[Any, ...], sizes: Mapping[str, in
 
 
 def check_state(
-    owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, kept: Mapping[str, Any], by_dtype: bool
+    owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, arrays: Mapping[str, Any], by_dtype: bool
 ) -> None:
-    """Raises a ValueError where the arrays kept for a leaf are not those that are needed.
+    """Raises a ValueError where the arrays of a transformation's state are not those that the leaf needs.
 
     Args:
         owner: the transformation's name.
         path: the leaf's.
-        needed: the arrays that are.
+        needed: what the transformation declares for it.
         param: the parameter, or an array of its shape.
-        kept: the arrays that are kept.
-        by_dtype: look at their dtypes as well.
+        arrays: the state's arrays.
+        by_dtype: compare their dtypes as well.
     """
-    shapes, wanted = {n: x.shape for n, x in kept.items()}, {n: x.shape(param.shape) for n, x in needed.items()}
-    if shapes != wanted:
+    shapes, right = {n: x.shape for n, x in arrays.items()}, {n: x.shape(param.shape) for n, x in needed.items()}
+    if shapes != right:
         raise ValueError(
-            f"{owner}: the state of {leaf.title(path)} holds {shapes or 'nothing'}, but {wanted or 'nothing'} "
+            f"{owner}: the state of {leaf.title(path)} holds {shapes or 'nothing'}, but {right or 'nothing'} "
             f"is needed; it belongs to other parameters or other hyper-parameters, so make one with init"
         )
     for name, stored in needed.items():
-        if by_dtype and kept[name].dtype.name != stored.dtype:
+        if by_dtype and (dtype := arrays[name].dtype.name) != stored.dtype:
             raise ValueError(
-                f"{owner}: the state {name!r} of {leaf.title(path)} is {kept[name].dtype.name}, but {stored.dtype} is "
+                f"{owner}: the state {name!r} of {leaf.title(path)} is {dtype}, but {stored.dtype} is "
                 f"stored now; what it is stored in must not change in a run, so make one with init"
             )
 

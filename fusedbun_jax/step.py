@@ -18,7 +18,7 @@ from fusedbun_jax import primitive
 from fusedbun_jax.definition import IrregularError, join_state, split_state, transformation
 from fusedbun_jax.leaf import flatten
 from fusedbun_jax.lift import Descend, lift
-from fusedbun_jax.operands import checked
+from fusedbun_jax.operands import make_leaf
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.state import TransformState
 
@@ -146,7 +146,7 @@ class Driver:
             raise IrregularError("the state and the parameters are different trees") from error
         lr, rate_state = self._rate(rate_state)
         leaves = [
-            checked(self.chain, lr, path, param, grad, [slots[i] for slots in by_state])
+            make_leaf(self.chain, lr, path, param, grad, [slots[i] for slots in by_state])
             for i, ((path, grad), param) in enumerate(zip(with_paths, jax.tree.leaves(params), strict=True))
         ]
         stepped = primitive.step(leaves, needs_kernels)

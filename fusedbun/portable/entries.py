@@ -242,8 +242,8 @@ def saved(path: Path) -> Iterator[Saved]:
                 for key, text in metadata.items()
                 if key.startswith("parameter ")
             }
-            wanted = {entry.name: entry for *_, entry in listed(parameters.values())}
-            if wanted != {name: entry for name, (entry, _) in opened.entries.items()}:
+            declared = {entry.name: entry for *_, entry in listed(parameters.values())}
+            if declared != {name: entry for name, (entry, _) in opened.entries.items()}:
                 raise ValueError("its arrays are not those of its slots")
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = error if isinstance(error, ValueError) else type(error).__name__

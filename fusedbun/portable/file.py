@@ -206,11 +206,11 @@ def _parsed(path: Path, header: bytes, size: int) -> tuple[dict[str, str], list[
         ValueError: there is something else in the header, or the arrays do not take up the data.
     """
     try:
-        texts = {json.loads(found[1]): json.loads(found[2]) for found in _METADATA.finditer(header)}
+        texts = {json.loads(text[1]): json.loads(text[2]) for text in _METADATA.finditer(header)}
         metadata = {"sha256": header[_DIGITS].decode()} | texts
         entries = [
-            Entry(json.loads(found[1]), _NAMES[found[2]], tuple(int(n) for n in found[3].split(b",") if n))
-            for found in _ENTRY.finditer(header)
+            Entry(json.loads(entry[1]), _NAMES[entry[2]], tuple(int(n) for n in entry[3].split(b",") if n))
+            for entry in _ENTRY.finditer(header)
         ]
         if _header(metadata, entries)[8:].rstrip(b" ") != header[8:].rstrip(b" "):
             raise ValueError("its entries are not all that it holds, or not as they should be")

@@ -89,8 +89,6 @@ def mup_adamw(
 
     Args:
         weight_decay: decoupled weight decay, in [0, inf).
-        independent_weight_decay: divide weight_decay by the parameter's scaled initial learning rate, so that it
-            follows the schedule but not the learning rate's size.
 
     State: two arrays of the parameter's shape (amsgrad: three) and a step counter.
     Source: Blake et al. 2024 (arXiv 2407.17465); Loshchilov, Hutter 2019 (arXiv 1711.05101).
@@ -140,7 +138,6 @@ def mup_sgd(
     Args:
         momentum: the share of the past that the momentum keeps, in [0, 1); at 0 no momentum is stored.
         dampening: how much of a new gradient is left out, in [0, 1), except of the first.
-        weight_decay: added to the gradient as `weight_decay*p` (an L2 penalty), in [0, inf).
         nesterov: Nesterov's momentum; with a momentum and no dampening only.
         readout_constraint: "to_output_scale" where the model's readout layer has this constraint.
 

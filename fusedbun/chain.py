@@ -89,7 +89,7 @@ class Chain:
         return Chain(chain.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
 
     def named_as(self, other: Chain) -> Chain:
-        """This chain for the parameter that the other one, of the same slots, is for."""
+        """This chain with the noise of the parameter that `other` was made for; the two have the same slots."""
         keys = [key for key, _ in other.rounding.starts]
         return Chain(self.transforms, self.rounding.of(other.rounding.name, keys)) if keys else self
 

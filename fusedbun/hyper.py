@@ -163,7 +163,7 @@ def _check_one(label: str, hint: Any, value: Any) -> None:
     kind, origin = kinds[0], get_origin(kinds[0])
     takes_rules = origin is Annotated and "or a rule" in kind.__metadata__
     if len(kinds) > 1 or (value is None and takes_none) or (callable(value) and takes_rules):
-        return  # a union of several types its user checks
+        return  # a union of several types is checked by whoever uses it
     also = " or None" * takes_none + " or a rule" * takes_rules
     if origin is tuple:
         parts = get_args(kind)

@@ -1,8 +1,8 @@
 """A step of many leaves as one primitive of JAX: by kernels where XLA can call them, by the definition elsewhere.
 
-Which of the two it is shows when a program is lowered, for then its devices are known: kernels on one CPU, under jit
-and its control flow. On several devices XLA partitions the definition, on GPUs and TPUs it compiles it, and vmap and
-derivatives are those of the definition.
+Which of the two is decided when a program is lowered, for only then are its devices known: kernels on one CPU, under
+jit and its control flow. On several devices XLA partitions the definition, on GPUs and TPUs it compiles it, and vmap
+and derivatives are those of the definition.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ def zeros(stored: Stored, param: Any) -> jax.Array:
 
 
 def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
-    """The array's sharding; None where the parameter's does not show: under jit the compiler chooses then.
+    """The array's sharding; None where the parameter's is not known: under jit the compiler chooses then.
 
-    Of a traced parameter it shows along the explicit axes of its mesh, which is what `state_shardings` makes use of.
+    That of a traced parameter is known along the explicit axes of its mesh, which `state_shardings` makes use of.
     """
     if not isinstance(param, jax.Array):
         return None

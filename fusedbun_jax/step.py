@@ -112,10 +112,7 @@ class Driver:
     """
 
     def __init__(
-        self,
-        chain: Chain,
-        learning_rate: optax.ScalarOrSchedule,
-        made_by: tuple[str, Mapping[str, Any]] | None = None,
+        self, chain: Chain, learning_rate: optax.ScalarOrSchedule, made_by: tuple[str, Mapping[str, Any]] | None = None
     ) -> None:
         self.chain, self.learning_rate, self.made_by = chain, learning_rate, made_by
         if callable(learning_rate):

@@ -126,7 +126,7 @@ UNKNOWN = object()
 
 
 def portable(value: Any) -> Any:
-    """The value as JSON has it, tuples kept; `UNKNOWN` for a rule, a mapping and what else means nothing elsewhere."""
+    """The value as JSON has it, tuples kept; `UNKNOWN` for what a file cannot hold, such as a rule or a mapping."""
     value = plain(value)
     if hasattr(value, "dtype") and getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:
         value = value.item()

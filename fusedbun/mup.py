@@ -158,9 +158,7 @@ def entry_of(types: Types, path: tuple[str, ...], param: Any) -> Any:
         return types(path, param)
     if (name := ".".join(path)) in types:
         return types[name]
-    node: Any = types
+    entry: Any = types
     for key in path:
-        if not isinstance(node, Mapping) or key not in node:
-            return None
-        node = node[key]
-    return None if isinstance(node, Mapping) else node
+        entry = entry.get(key) if isinstance(entry, Mapping) else None
+    return None if isinstance(entry, Mapping) else entry

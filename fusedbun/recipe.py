@@ -42,10 +42,6 @@ ARGUMENTS = {
 }
 
 
-def no_notice(hyperparameters: Settings) -> None:
-    """There is nothing to warn of."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """An optimizer.
@@ -77,7 +73,7 @@ class Recipe:
     aliases: tuple[str, ...] = ()
     lr: float | None = None
     fixed_lr: bool = False
-    notice: Callable[[Settings], str | None] = no_notice
+    notice: Callable[[Settings], str | None] = lambda hyperparameters: None
     densifies_sparse_gradients: bool = False
     recommended: Settings = field(default_factory=dict)
     training_lr: float | None = None

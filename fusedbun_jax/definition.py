@@ -17,15 +17,8 @@ class IrregularError(Exception):
     """The definition must take the step, or say what is wrong; the message says why."""
 
 
-def transformation(
-    chain: Chain, scale: optax.GradientTransformation | optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
-    """The chain, the learning rate, and the rounding of the updates; its state is a tuple of theirs.
-
-    Args:
-        chain: the chain.
-        scale: multiplies by the negative learning rate.
-    """
+def transformation(chain: Chain, scale: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The chain, what scales by the negative learning rate, and rounding; its state is a tuple of theirs."""
     seed = chain.rounding.seed
     last = round_stochastically(seed) if chain.rounding.stochastic else round_to_params()
     return optax.chain(*(lift(t, seed) for t in chain), scale, last)

@@ -29,12 +29,7 @@ from fusedbun_jax.state import TransformState
 
 @dataclass(frozen=True, repr=False)
 class Step:
-    """What of a step is known when it is traced.
-
-    Args:
-        leaves: its leaves, packed.
-        needs_kernels: an error is raised where there are none.
-    """
+    """What of a step is known when it is traced: its leaves, packed, and whether to do without kernels is an error."""
 
     leaves: tuple[Leaf, ...]
     needs_kernels: bool

@@ -81,15 +81,15 @@ def _along_a_row(shape: Shape, trailing: tuple[Any, ...], sizes: Mapping[str, in
 def check_state(
     owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, arrays: Mapping[str, Any], by_dtype: bool
 ) -> None:
-    """Raises a ValueError where the arrays of a transformation's state are not those that the leaf needs.
+    """Raises a ValueError where the arrays of a transformation's state do not have the shapes that it declares.
 
     Args:
         owner: the transformation's name.
         path: the leaf's.
-        needed: what the transformation declares for it.
+        needed: what the transformation declares.
         param: the parameter, or an array of its shape.
-        arrays: the state's arrays.
-        by_dtype: compare their dtypes as well.
+        arrays: the state's.
+        by_dtype: compare dtypes as well.
     """
     shapes, right = {n: x.shape for n, x in arrays.items()}, {n: x.shape(param.shape) for n, x in needed.items()}
     if shapes != right:

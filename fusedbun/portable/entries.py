@@ -165,12 +165,11 @@ def write(
     content: Callable[[Parameter, str], Numbers],
     steps: int | None = None,
 ) -> None:
-    """Writes the file; see `fusedbun.portable.file.write`.
+    """Writes the file (`fusedbun.portable.file.write`).
 
     Args:
         path: the file.
-        groups: the groups.
-        parameters: the parameters.
+        groups, parameters: what is in it.
         content: the numbers of a parameter's array, asked for in the order of `listed`.
         steps: how many steps a schedule has counted; None where nothing counts them.
     """
@@ -201,18 +200,11 @@ def _text_of_parameter(p: Parameter) -> str:
 
 @dataclass(frozen=True)
 class Saved:
-    """A file, checked and open.
-
-    Args:
-        groups: the groups.
-        parameters: the parameters by name.
-        steps: how many steps a schedule had counted; None where nothing counted them.
-        opened: the file itself, whose arrays are called as `listed` calls them.
-    """
+    """A file, checked and open: what is in it, and the file itself, whose arrays are called as `listed` calls them."""
 
     groups: Sequence[Group]
-    parameters: Mapping[str, Parameter]
-    steps: int | None
+    parameters: Mapping[str, Parameter]  # by name
+    steps: int | None  # that a schedule had counted; None where nothing counted them
     opened: Opened
 
 

@@ -72,7 +72,7 @@ def write(path: Path, metadata: Mapping[str, str], entries: Sequence[Entry], con
     Args:
         path: the file.
         metadata: texts by key.
-        entries: the arrays.
+        entries: what the arrays are.
         content: the numbers of the i-th array, of its shape, called once for each in order; only one is held.
     """
     header = _header(metadata, entries)
@@ -126,18 +126,11 @@ def _sync(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """A file whose bytes are those that were written, open for reading.
-
-    Args:
-        path: where it is.
-        metadata: its texts by key.
-        entries: its arrays by name, each with the place of its first byte.
-        source: the open file.
-    """
+    """A file whose bytes are those that were written, open for reading."""
 
     path: Path
     metadata: Mapping[str, str]
-    entries: Mapping[str, tuple[Entry, int]]
+    entries: Mapping[str, tuple[Entry, int]]  # by name, each with the place of its first byte
     source: BufferedReader
 
     def read(self, name: str) -> Numbers:
@@ -194,16 +187,8 @@ def _check_digest(path: Path, source: BufferedReader, start: bytes) -> None:
 def _parsed(path: Path, header: bytes, size: int) -> tuple[dict[str, str], list[Entry]]:
     """The metadata and the arrays of a header.
 
-    Only what is written here is sought in it, so nothing is allocated for the rest; whether there is a rest shows when
-    what was found is written again.
-
-    Args:
-        path: the file, for messages.
-        header: the header with its length.
-        size: how many bytes of data there are.
-
-    Raises:
-        ValueError: there is something else in the header, or the arrays do not take up the data.
+    Only what is written here is sought in it, so nothing is allocated for the rest. That there is no rest shows when
+    what was found is written again: it must be the header, and the arrays must take up the data, of `size` bytes.
     """
     try:
         texts = {json.loads(text[1]): json.loads(text[2]) for text in _METADATA.finditer(header)}

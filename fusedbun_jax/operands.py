@@ -58,10 +58,13 @@ def make_leaf(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots
         check_shape(path, grad, param)
         chain = chain.at(names(path), param)
         needed = arrays_by_state(chain, param)
-        for owner, arrays in zip(needed, slots, strict=True):
-            check_state(owner, path, needed[owner], param, arrays, by_dtype=True)
     except (TypeError, ValueError) as error:
         raise IrregularError(str(error)) from error
+    try:
+        for owner, arrays in zip(needed, slots, strict=True):
+            check_state(owner, path, needed[owner], param, arrays, by_dtype=True)
+    except ValueError as error:
+        raise IrregularError(f"the state is not as it is declared: {error}") from error
     if grad.dtype != param.dtype and param.dtype != dtype:
         raise IrregularError(f"the parameter at {title(path)} has fewer bits than its gradient")
     stored = [arrays[name] for owner, arrays in zip(needed, slots, strict=True) for name in needed[owner]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from fusedbun_jax import leaf
 from fusedbun_jax.definition import arrays_by_state, split_state
 from fusedbun_jax.groups import Groups, only_group
 from fusedbun_jax.state import check_state
-from fusedbun_jax.step import Driver, SteppingTransformation
+from fusedbun_jax.step import Driver
 
 Address = tuple[str, ...]  # of an array of a state: the names that lead to it
 
@@ -141,7 +141,8 @@ class Located:
     """
 
     def __init__(self, owner: str, tx: Any, state: Any, params: Any, check_arrays: bool) -> None:
-        if not isinstance(tx, SteppingTransformation):
+        driver = getattr(tx.update, "__self__", None)
+        if not isinstance(driver, (Driver, Groups)):
             raise TypeError(
                 f"{owner}: tx must be an optimizer of fusedbun_jax's factories, of from_chain or of by_name, but it is "
                 f"{tx!r:.200}; of a wrapper such as optax.chain give the optimizer inside as tx, and its whole state"
@@ -154,13 +155,13 @@ class Located:
         self.parameters: list[Parameter] = []
         self.addresses: dict[str, dict[str, Address]] = {}
         self.counts: list[Address] = []
-        for driver, state_of_chain, stepped in _chains(owner, tx.driver, tree.unflatten(addresses), params):
-            states, rate_state = split_state(driver.chain, state_of_chain)
-            self.counts += [rate_state[1].count] if callable(driver.learning_rate) else []
-            leaves, tree = leaf.flatten(stepped)
+        for part in _parts(owner, driver, tree.unflatten(addresses), params):
+            states, rate_state = split_state(part.driver.chain, part.state)
+            self.counts += [rate_state[1].count] if callable(part.driver.learning_rate) else []
+            leaves, tree = leaf.flatten(part.params)
             for (path, x), *slots in zip(leaves, *(tree.flatten_up_to(s.slots) for s in states), strict=True):
-                self._add(owner, driver.chain, path, x, slots, check_arrays)
-            self.groups.append(_group(driver))
+                self._add(owner, part.driver.chain, path, x, slots, check_arrays)
+            self.groups.append(_group(part.driver))
 
     def _add(
         self, owner: str, chain: Chain, path: leaf.KeyPath, x: Any, slots: list[dict[str, Address]], check_arrays: bool
@@ -203,24 +204,32 @@ def _by_address(tree: Any) -> dict[Address, Any]:
     return {tuple(str(key) for key in path if key != value): x for path, x in leaves}
 
 
-def _chains(owner: str, driver: Driver | Groups, state: Any, params: Any) -> list[tuple[Driver, Any, Any]]:
-    """The chains of an optimizer, each with its state and its parameters: of `by_name` those of one group."""
+class Part(NamedTuple):
+    """What one chain steps, of `by_name` one group: what runs the chain, its state and its parameters."""
+
+    driver: Driver
+    state: Any
+    params: Any
+
+
+def _parts(owner: str, driver: Driver | Groups, state: Any, params: Any) -> list[Part]:
     if isinstance(driver, Driver):
-        return [(driver, state, params)]
-    chains = []
+        return [Part(driver, state, params)]
+    parts = []
     labels, optimizers = driver.groups(params)
     for label, tx in optimizers.items():
-        if not (isinstance(tx, SteppingTransformation) and isinstance(tx.driver, Driver)):
+        inner = getattr(tx.update, "__self__", None)
+        if not isinstance(inner, Driver):
             raise TypeError(f"{owner}: of by_name's optimizers each must be fusedbun's, but one is {tx!r:.200}")
-        chains.append((tx.driver, state.inner_states[label].inner_state, only_group(label, labels, params)))
-    return chains
+        parts.append(Part(inner, state.inner_states[label].inner_state, only_group(label, labels, params)))
+    return parts
 
 
 def _group(driver: Driver) -> Group:
     """A chain's hyper-parameters as the file has them."""
     recipe, named = driver.made_by or (None, driver.chain.hyperparameters())
-    arguments = {key: value for key, value in named.items() if recipe is None or key != INITIAL_LR}
-    initial_lr = named.get(INITIAL_LR) if recipe is not None else None
+    arguments = {**named}
+    initial_lr = arguments.pop(INITIAL_LR, None)
     return entries.group_of(driver.chain, recipe, arguments, driver.learning_rate, initial_lr)
 
 

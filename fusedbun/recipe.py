@@ -33,8 +33,7 @@ ARGUMENTS = {
     "eps": "added to the root, in [0, inf).",
     "amsgrad": "divide by the largest mean of squares so far.",
     "weight_decay": "added to the gradient as `weight_decay*p` (an L2 penalty), in [0, inf).",
-    "independent_weight_decay": "divide weight_decay by the parameter's scaled initial learning rate, so that it "
-    "follows the schedule but not the learning rate's size.",
+    "independent_weight_decay": "divide weight_decay by the parameter's scaled initial learning rate.",
     "allow_non_unit_scaling_params": "step a parameter without a type with the scale 1 instead of raising an error.",
     "mup": "the parameters' types, as a mapping by name, a tree of names or a rule `(path, param) -> type`; None reads "
     "the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.",

@@ -89,6 +89,8 @@ def mup_adamw(
 
     Args:
         weight_decay: decoupled weight decay, in [0, inf).
+        independent_weight_decay: divide weight_decay by the parameter's scaled initial learning rate, so that it
+            follows the schedule but not the learning rate's size.
 
     State: two arrays of the parameter's shape (amsgrad: three) and a step counter.
     Source: Blake et al. 2024 (arXiv 2407.17465); Loshchilov, Hutter 2019 (arXiv 1711.05101).

@@ -1,16 +1,18 @@
 """Prints a program as C++: one translation unit with the code that `runtime/kernel.h` describes.
 
-It has a plan for every way of going over memory that suits the program (`cpp_ways`, on the skeleton in `cpp_passes`),
-each made from a schedule, with the small values in between (`cpp_between`).
+It has a plan for every way of going over memory that suits the program (`ways.py`, on the skeleton in `passes.py`),
+each made from a schedule, with the small values in between (`between.py`).
 """
 
 from __future__ import annotations
 
 from fusedbun.compiler.cpp.between import Between
-from fusedbun.compiler.cpp.passes import Way, has_blocks
-from fusedbun.compiler.cpp.text import REDUCE, Arrays, Places, indented
+from fusedbun.compiler.cpp.blocks import CodedRows
+from fusedbun.compiler.cpp.passes import Way
+from fusedbun.compiler.cpp.text import REDUCE, Arrays, Places
 from fusedbun.compiler.cpp.ways import Columns, Flat, PackedRows, Rows
 from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.printer import has_blocks
 from fusedbun.compiler.schedule import Schedule, schedule
 from fusedbun.compiler.trace import Program
 
@@ -40,10 +42,11 @@ def emit(program: Program) -> str:
         plans["flat"] = "&flat::plan"
     else:
         is_coded = any(has_blocks(sweep) for work in rows.passes for sweep in work.sweeps)
-        is_one_row = program.graph.ndim == 1
-        by_row: list[type[Way]] = [Rows] if is_coded or is_one_row else [Rows, PackedRows]
+        by_row: list[type[Way]] = [CodedRows] if is_coded else [Rows] if program.graph.ndim == 1 else [Rows, PackedRows]
         lines += _plan("rows", rows, by_row)
-        plans |= {"rows": "&rows::plan", **({"packed": "&rows::packed_plan"} if PackedRows in by_row else {})}
+        plans["rows"] = "&rows::plan"
+        if PackedRows in by_row:
+            plans["packed"] = "&rows::packed_plan"
         try:
             columns = schedule(program, "columns")
         except UnplannableError:
@@ -74,28 +77,24 @@ def _check_order(program: Program) -> None:
 
 def _plan(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
     """A namespace with the functions of one schedule, and a `Plan` for every way of going over memory."""
-    arrays, places = Arrays(schedule.program), Places(schedule)
-    between, passes = Between(schedule, arrays), range(len(schedule.passes))
+    arrays, places, passes = Arrays(schedule.program), Places(schedule), range(len(schedule.passes))
+    functions = [Between(schedule, arrays).function(t) for t in (*passes, len(passes))]
+    functions += [_begin(schedule, places, t) for t in passes]
+    functions += [way(schedule, arrays).function(t) for way in ways for t in passes]
     lines = [f"namespace {name} {{", *(f"// {line}" for line in str(schedule).splitlines()), ""]
-    for t in range(len(schedule.passes) + 1):
-        lines += [*between.function(t), ""]
-    for t in passes:
-        lines += [*_begin(schedule, places, t), ""]
-    written = [way(schedule, arrays) for way in ways]
-    for way in written:
-        for t in passes:
-            lines += [*way.function(t), ""]
-    lines += [_table("between", "void (*const {}[])(const Work&)", [f"between{t}" for t in [*passes, len(passes)]])]
+    for function in functions:
+        lines += [*function, ""]
+    lines += [_table("between", "void (*const {}[])(const Work&)", [f"between{t}" for t in (*passes, len(passes))])]
     lines += [_table("begin", "void (*const {}[])(const Work&)", [f"begin{t}" for t in passes])]
-    vectors, scalars = places.counts(places.small)
-    partial_vectors, partial_scalars = places.counts(places.partial)
-    sizes = f"{len(passes)}, {vectors}, {scalars}, {partial_vectors}, {partial_scalars}, {len(places.kept)}"
-    for way in written:
+    counts = (*places.counts(places.small), *places.counts(places.partial), len(places.kept))
+    sizes = ", ".join(map(str, (len(passes), *counts)))
+    for way in ways:
         prefix = "" if way.name == "pass" else f"{way.name}_"
-        functions = [f"{way.name}{t}" for t in passes]
         lines += [
-            _table(f"{way.name}es", "void (*const {}[])(const Work&, Index, Index)", functions),
-            f"Index {prefix}buffer(const Leaf& leaf) {{ {way.buffer_size()} }}",
+            _table(
+                f"{way.name}es", "void (*const {}[])(const Work&, Index, Index)", [f"{way.name}{t}" for t in passes]
+            ),
+            f"Index {prefix}buffer(const Leaf& leaf) {{ {way(schedule, arrays).buffer_size()} }}",
             f"const Plan {prefix}plan = {{{sizes}, between, begin, {way.name}es, {prefix}buffer}};",
         ]
     return [*lines, f"}}  // namespace {name}", ""]
@@ -110,7 +109,7 @@ def _begin(schedule: Schedule, places: Places, t: int) -> list[str]:
     work = schedule.passes[t]
     started = [v for sweep in work.sweeps for v in sweep.reductions if v in places.partial] + work.totals
     lines = [
-        f"fill({places.of_partial(v)}, {f'w.leaf->{places.row}' if v.axes else '1'}, {REDUCE[v.detail]}::start<T>);"
+        f"  fill({places.of_partial(v)}, {f'w.leaf->{places.row}' if v.axes else '1'}, {REDUCE[v.detail]}::start<T>);"
         for v in started
     ]
-    return [f"void begin{t}(const Work& w) {{", *indented(lines or ["(void)w;"]), "}"]
+    return [f"void begin{t}(const Work& w) {{", *(lines or ["  (void)w;"]), "}"]

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.native import structure
-from fusedbun.compiler.cpp.passes import has_blocks
 from fusedbun.compiler.cpp.text import Arrays, Places
 from fusedbun.compiler.cpp.ways import PackedRows
 from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.printer import has_blocks
 from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
 from fusedbun.compiler.trace import trace, used
 from fusedbun.storage.codes import BLOCK, computed_in

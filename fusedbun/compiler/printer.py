@@ -83,7 +83,8 @@ class Printer(ABC):
         """The text of a value that is."""
 
     def line(self, *texts: str) -> None:
-        self.lines += [self.tab * self._depth + text for text in texts]
+        """Adds lines, one for each text that is not empty."""
+        self.lines += [self.tab * self._depth + text for text in texts if text]
 
     @contextmanager
     def deeper(self) -> Iterator[None]:

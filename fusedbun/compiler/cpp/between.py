@@ -20,7 +20,7 @@ class Between(Cpp):
             self._moves([(name, v) for name, v in self.schedule.stores if v.op == "input"])
             for name, v in self.schedule.stores:
                 if v.op != "input":
-                    self.line(f"copy({self.arrays.pointer(name)}, {self.pointer(v)}, {self._count(v.axes)});")
+                    self.line(f"copy({self.array(name)}, {self.pointer(v)}, {self._count(v.axes)});")
         if not self.lines:
             self.line("(void)w;")
         return [f"void between{t}(const Work& w) {{", *self.lines, "}"]
@@ -63,7 +63,7 @@ class Between(Cpp):
             with self.braces(f"for (Index j = 0; j < {self._count(axes)}; j++) {{"):
                 for v in dict.fromkeys(v for _, v in group):
                     self.line(f"const T m{v.number} = number<T>({self.pointer(v)} + j);")
-                self.line(*(f"put({self.arrays.pointer(name)} + j, m{v.number});" for name, v in group))
+                self.line(*(f"put({self.array(name)} + j, m{v.number});" for name, v in group))
 
     def _count(self, axes: frozenset[int]) -> str:
         return " * ".join(map(self.size, sorted(axes))) or "1"

@@ -9,47 +9,46 @@ the block has once, in every lane, is b7 or b7[k].
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fusedbun.compiler.cpp.passes import INLINED, LOOP
-from fusedbun.compiler.cpp.text import REDUCE, Arrays
+from fusedbun.compiler.cpp.passes import INLINED, reduced
 from fusedbun.compiler.cpp.ways import Rows
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.printer import has_blocks, name_of
-from fusedbun.compiler.schedule import Pass, Schedule
+from fusedbun.compiler.schedule import Schedule
 
+EACH_ROW = "for (int k = 0; k < K; k++) {"
 PLACE = "const auto lanes = lanes_of(r); const Index j = b * BLOCK + r * LANES<T>; (void)lanes; (void)j;"
+TAKEN = "a{0}[r] = lanes.only({1}::of(a{0}[r], {2}), a{0}[r]);"
 
 
 class CodedRows(Rows):
     """Blocks of rows, some of whose sweeps read or make codes."""
 
-    def __init__(self, schedule: Schedule, arrays: Arrays) -> None:
-        super().__init__(schedule, arrays)
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule)
         self._held: set[Value] = set()  # what a later stage needs
 
     def go_over(self, asks: list[str]) -> None:
-        sweep = self.sweep
-        if not has_blocks(sweep):
+        if not has_blocks(self.sweep):
             super().go_over(asks)
             return
-        by_stage, crossing = _stages(sweep.full), self.crossing([sweep])
-        stage_of = {v: stage for stage, values in by_stage.items() for v in values}
-        self._held = {a for v in sweep.full for a in v.args if stage_of.get(a, stage_of[v]) < stage_of[v]}
+        full, stage = self.sweep.full, _stages(self.sweep.full)
+        crossing = self.across_blocks([self.sweep])
+        self._held = {a for v in full for a in v.args if stage.get(a, stage[v]) < stage[v]}
         self._held |= {v for _, v in self.stores()}
         with self.braces(f"blocks<T>(n, [&](auto lanes_of, Index b) {INLINED} {{", "});"):
             self.line("constexpr int R = BLOCK / LANES<T>;")
-            self._load(self.small_vectors(Pass([sweep])), crossing)
+            self._load(self.small_vectors([self.sweep]), crossing)
             for v in sorted(self._held, key=lambda v: v.number):
                 self.line(f"{self.type(v)} {name_of(v)}[K]{'[R]' if v.span == Span.FULL else ''};")
-            for stage in sorted(by_stage):
-                with self._rows():
-                    self._stage(by_stage[stage], crossing, asks if stage == 0 else [])
-            with self._rows():
-                for number, v in self.stores():
-                    self._put(number, v)
+            for s in range(max(stage.values()) + 1):
+                with self.braces(EACH_ROW):
+                    self._stage([v for v in full if stage[v] == s], asks if s == 0 else [])
+            with self.braces(EACH_ROW):
+                for name, v in self.stores():
+                    self._put(name, v)
             if crossing:
                 with self._registers():
                     self.line(*(f"lanes.store(a{v.number}_ + j, a{v.number}[r]);" for v in crossing))
@@ -66,17 +65,12 @@ class CodedRows(Rows):
         self.names |= {v: f"{name_of(v)}[r]" for v in vectors}
 
     @contextmanager
-    def _rows(self) -> Iterator[None]:
-        with self.braces("for (int k = 0; k < K; k++) {"):
-            yield
-
-    @contextmanager
     def _registers(self) -> Iterator[None]:
-        with self.braces(LOOP.format("R", "r"), "});"):
+        with self.braces(f"each<R>([&](auto r) {INLINED} {{", "});"):
             self.line(PLACE)
             yield
 
-    def _stage(self, values: list[Value], crossing: list[Value], asks: list[str]) -> None:
+    def _stage(self, values: list[Value], asks: list[str]) -> None:
         full = [v for v in values if v.span == Span.FULL]
         for v in values:
             if v.span == Span.BLOCK:
@@ -88,9 +82,8 @@ class CodedRows(Rows):
                     self._assign(v)
                     self.save(v)
                 for v in (v for v in self.sweep.reductions if v.args[0] in full):
-                    into = f"a{v.number}[r]" if v in crossing else f"q{v.number}[k]"
-                    x = self.read(v.args[0])
-                    self.line(f"{into} = lanes.only({REDUCE[v.detail]}::of({into}, {x}), {into});")
+                    taken = TAKEN if v in self.places.partial else self.along_taken
+                    self.line(reduced(taken, v, self.read(v.args[0])))
 
     def _assign(self, v: Value) -> None:
         if v in self._held:
@@ -98,15 +91,15 @@ class CodedRows(Rows):
         else:
             self.read(v)
 
-    def _put(self, number: int, v: Value) -> None:
-        kind, bits = self.arrays.type(self.arrays.names[number]), self.arrays.bits(self.arrays.names[number])
+    def _put(self, name: str, v: Value) -> None:
+        p, bits = f"p{self.numbers[name]}", self.arrays[name].bits
         if v.span == Span.BLOCK:
-            self.line(f"p{number}[k][b] = {kind}({self.read(v)}[0]);")
+            self.line(f"{p}[k][b] = {self.stored(name)}({self.read(v)}[0]);")
         elif bits:
-            self.line(f"to_packed<T, {bits}>(p{number}[k], b, {name_of(v)}[k], lanes_of);")
+            self.line(f"to_packed<T, {bits}>({p}[k], b, {name_of(v)}[k], lanes_of);")
         else:
             with self._registers():
-                self.line(f"lanes.store(p{number}{self.spots[Span.FULL]}, {self.read(v)});")
+                self.line(f"lanes.store({self.element(name)}, {self.read(v)});")
 
     def read(self, v: Value) -> str:
         if v in self._held:
@@ -114,22 +107,19 @@ class CodedRows(Rows):
         return super().read(v)
 
     def loaded(self, v: Value) -> str:
-        number = self.arrays.number(v.detail) if v.op == "input" and v.span >= Span.BLOCK else None
         if v.span == Span.BLOCK:
-            return f"wide<Words<T>>(Word(p{number}[k][b]))"
-        if number is not None and (bits := self.arrays.bits(v.detail)):
-            return f"from_packed<T, {bits}>(p{number}[k], b, r)"
+            return f"wide<Words<T>>(Word(p{self.numbers[v.detail]}[k][b]))"
+        if v.span == Span.FULL and v.op == "input" and (bits := self.arrays[v.detail].bits):
+            return f"from_packed<T, {bits}>(p{self.numbers[v.detail]}[k], b, r)"
         return super().loaded(v)
 
     def computed(self, v: Value) -> str:
         return f"largest<T>({name_of(v.args[0])}[k], lanes_of)" if v.op == "block_max" else super().computed(v)
 
 
-def _stages(values: list[Value]) -> dict[int, list[Value]]:
-    """The values by the number of reductions within a block after which each is ready."""
+def _stages(values: list[Value]) -> dict[Value, int]:
+    """After how many reductions within a block each value is ready."""
     found: dict[Value, int] = {}
-    stages: dict[int, list[Value]] = defaultdict(list)
     for v in values:
         found[v] = max((found.get(a, 0) for a in v.args), default=0) + (v.op == "block_max")
-        stages[found[v]].append(v)
-    return stages
+    return found

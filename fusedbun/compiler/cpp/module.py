@@ -9,7 +9,7 @@ from __future__ import annotations
 from fusedbun.compiler.cpp.between import Between
 from fusedbun.compiler.cpp.blocks import CodedRows
 from fusedbun.compiler.cpp.passes import Way
-from fusedbun.compiler.cpp.text import REDUCE, Arrays, Places
+from fusedbun.compiler.cpp.text import REDUCE, Places
 from fusedbun.compiler.cpp.ways import Columns, Flat, PackedRows, Rows
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.printer import has_blocks
@@ -77,10 +77,10 @@ def _check_order(program: Program) -> None:
 
 def _plan(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
     """A namespace with the functions of one schedule, and a `Plan` for every way of going over memory."""
-    arrays, places, passes = Arrays(schedule.program), Places(schedule), range(len(schedule.passes))
-    functions = [Between(schedule, arrays).function(t) for t in (*passes, len(passes))]
+    places, passes = Places(schedule), range(len(schedule.passes))
+    functions = [Between(schedule).function(t) for t in (*passes, len(passes))]
     functions += [_begin(schedule, places, t) for t in passes]
-    functions += [way(schedule, arrays).function(t) for way in ways for t in passes]
+    functions += [way(schedule).function(t) for way in ways for t in passes]
     lines = [f"namespace {name} {{", *(f"// {line}" for line in str(schedule).splitlines()), ""]
     for function in functions:
         lines += [*function, ""]
@@ -94,7 +94,7 @@ def _plan(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
             _table(
                 f"{way.name}es", "void (*const {}[])(const Work&, Index, Index)", [f"{way.name}{t}" for t in passes]
             ),
-            f"Index {prefix}buffer(const Leaf& leaf) {{ {way(schedule, arrays).buffer_size()} }}",
+            f"Index {prefix}buffer(const Leaf& leaf) {{ {way(schedule).buffer_size()} }}",
             f"const Plan {prefix}plan = {{{sizes}, between, begin, {way.name}es, {prefix}buffer}};",
         ]
     return [*lines, f"}}  // namespace {name}", ""]

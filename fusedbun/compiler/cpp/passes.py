@@ -16,82 +16,99 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
-from fusedbun.compiler.cpp.text import REDUCE, Arrays, Cpp
+from fusedbun.compiler.cpp.text import REDUCE, Cpp
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
 from fusedbun.compiler.printer import is_single, name_of
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
 
 INLINED = "__attribute__((always_inline))"
-LOOP = "each<{0}>([&](auto {1}) " + INLINED + " {{"
+EACH_K = f"each<K>([&](auto k) {INLINED} {{"
 
 
-def each(*lines: str) -> str:
-    """Lines for every k of a block."""
-    return f"{LOOP.format('K', 'k')} {' '.join(lines)} }});"
+def each(text: str) -> str:
+    """A line for every k of a block."""
+    return f"{EACH_K} {text} }});"
 
 
 class Way(Cpp):
-    """A way of going over memory, of which this is one pass; see `Cpp`."""
+    """A way of going over memory, of which this is one pass; see `Cpp`.
+
+    Most of what is said of a reduction is a text of its number, its function, and what is taken up or where it lies.
+    """
 
     name: ClassVar[str]
     registers: ClassVar[tuple[Span, ...]]  # what the lanes run along
     spots: ClassVar[dict[Span, str]]  # where a number of each span lies, from where its array or vector begins
     indices: ClassVar[dict[Span, str]]  # the places of elements, by what these span
-    rows_of: ClassVar[str]  # declares p0, by its number, its type and its array
+    opening: ClassVar[tuple[str, ...]] = ()  # a function's first lines
+    vector: ClassVar[str] = "const auto* const {}_ = {};"  # declares a small vector: its name, place and type
+    rows_of: ClassVar[str]  # declares p0: its number, type and array
+    loop: ClassVar[tuple[str, str]]  # what a sweep along a block begins and ends with
     ask_ahead: ClassVar[str]  # asks for what is loaded from an array soon after this element, by its number
     ask_next: ClassVar[str] = ""  # for this element of the next block; nothing where memory need not be asked
-    chunk: ClassVar[str] = " + j"  # where a reduction over the chunk lies
-    saved: ClassVar[str] = ""  # likewise what is kept for a later sweep, by its place in the block's buffer
-    taken: ClassVar[str] = "{0} = {1}::of({0}, {2});"  # takes an element up in a reduction over the chunk
-    ended: ClassVar[str] = "q{0}[k]"  # the result of a reduction along a block, by its number and function
-    total: ClassVar[str] = "{1}"  # a block's value as one number, by the function and its name
+    saved: ClassVar[str] = ""  # where a value lies in the block's buffer, by its number there
+    buffer: ClassVar[str] = "(void)leaf; return 0;"  # the bytes of a chunk's buffer, by what `buffer_size` counts
+    # a reduction over the chunk: declared, where it lies, and with an element taken up
+    crossing: ClassVar[str] = ""
+    chunk: ClassVar[str] = " + j"
+    crossing_taken: ClassVar[str] = "a{0} = {1}::of(a{0}, {2});"
+    # one along a block: declared, with an element taken up, its result, and this as one number
+    along: ClassVar[str] = ""
+    along_taken: ClassVar[str] = "q{0}[k] = lanes.only({1}::of(q{0}[k], {2}), q{0}[k]);"
+    along_ended: ClassVar[str] = "q{0}[k]"
+    total: ClassVar[str] = "{2}"
 
-    def __init__(self, schedule: Schedule, arrays: Arrays) -> None:
-        super().__init__(schedule, arrays)
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule)
         spans = (Span.ROW, Span.COLUMN)
         self.of_block, self.small = spans if schedule.blocks == "rows" else spans[::-1]
         self.work, self.sweep = Pass([]), Sweep()
 
     @abstractmethod
     def blocks(self, t: int) -> AbstractContextManager[None]:
-        """What a function begins and ends with, and the loops over its blocks."""
-
-    @abstractmethod
-    def loop(self, sweep: Sweep) -> AbstractContextManager[None]:
-        """The loop of a sweep along a block."""
-
-    def buffer_size(self) -> str:
-        """The body of the function that says how many bytes a chunk's buffer takes."""
-        return "(void)leaf; return 0;"
+        """The loops over the blocks."""
 
     def function(self, t: int) -> list[str]:
         work = self.schedule.passes[t]
         self.hoist([v for sweep in work.sweeps for v in (*sweep.block, *sweep.full)] + work.after, is_single)
         self.work = work
+        self.line(*self.opening)
+        for v in self.small_vectors(work.sweeps):
+            self.line(self.vector.format(name_of(v), self.pointer(v), "Word" if v.is_word else "T"))
+        for v in self.across_blocks(work.sweeps):
+            self.line(reduced(self.crossing, v, self.places.of_partial(v)))
         with self.blocks(t):
             self._block()
         return [f"void {self.name}{t}(const Work& w, Index begin, Index end) {{", *self.lines, "}"]
 
+    def buffer_size(self) -> str:
+        """The body of the function that says how many bytes a chunk's buffer takes."""
+        return self.buffer.format(len(self.schedule.partials), self.places.buffered, self.repeated())
+
+    def repeated(self) -> int:
+        """How many values are as long as a block of packed rows."""
+        sweeps = [sweep for work in self.schedule.passes for sweep in work.sweeps]
+        reductions = sum(len(sweep.reductions) for sweep in sweeps)
+        return 1 + len(self.small_vectors(sweeps)) + reductions + self.places.buffered
+
     def _block(self) -> None:
         work = self.work
         for sweep, asks in zip(work.sweeps, self._asks(), strict=True):
+            along = [v for v in sweep.reductions if v not in self.places.partial]
             self.sweep = sweep
             self._read(sweep.block)
-            along = [v for v in sweep.reductions if v not in self.places.partial]
-            for v in along:
-                self.start(v)
+            self.line(*(reduced(self.along, v) for v in along))
             self.go_over(asks)
             for v in along:
-                self.declare(v, self.ended.format(v.number, REDUCE[v.detail]))
+                self.declare(v, reduced(self.along_ended, v))
         self._read(work.after)
         for v in work.keeps:
             self._store(v, self._kept(v))
         for v in work.totals:
-            function, x = REDUCE[v.detail], self.read(v.args[0])
-            self.line(f"T& a{v.number} = *{self.places.of_partial(v)};")
-            self.line(each(f"a{v.number} = {function}::of(a{v.number}, {self.total.format(function, x)});"))
+            total = reduced(self.total, v, self.read(v.args[0]))
+            self.line(f"T& a{v.number} = *{self.places.of_partial(v)};", each(reduced(self.crossing_taken, v, total)))
         for name, v in work.stores:
-            self._store(v, self.arrays.pointer(name))
+            self._store(v, self.array(name))
 
     def _read(self, values: Iterable[Value]) -> None:
         for v in values:
@@ -113,47 +130,40 @@ class Way(Cpp):
         first: dict[str, int] = {}
         for s, sweep in enumerate(sweeps):
             for v in sweep.full:
-                is_long = v.op == "input" and self.arrays.has_every_element(v.detail)
+                is_long = v.op == "input" and not self.arrays[v.detail].is_by_blocks
                 if is_long and first.setdefault(v.detail, s) == s:
                     is_next = s == 0 and len(sweeps) > 1
-                    ask = (self.ask_next if is_next else self.ask_ahead).format(self.arrays.number(v.detail))
-                    asks[-1 if is_next else s] += [ask] if ask else []
+                    ask = self.ask_next if is_next else self.ask_ahead
+                    asks[-1 if is_next else s].append(ask.format(self.numbers[v.detail]))
         return asks
 
     def go_over(self, asks: list[str]) -> None:
         """The loop of the sweep, with what it asks memory for."""
-        sweep, crossing, stores = self.sweep, self.crossing([self.sweep]), self.stores()
-        with self.loop(sweep):
-            self._read(self.small_vectors(Pass([sweep])))
+        sweep, crossing, stores = self.sweep, self.across_blocks([self.sweep]), self.stores()
+        with self.braces(*self.loop):
+            self.enter()
             for v in crossing:
                 self.line(f"auto a{v.number} = lanes.template load<T>(a{v.number}_{self.chunk});")
-            for number, v in stores:
-                self.line(f"{self.type(v)} o{number}[K];")
-            with self.braces(LOOP.format("K", "k"), "});"):
+            for name, v in stores:
+                self.line(f"{self.type(v)} o{self.numbers[name]}[K];")
+            with self.braces(EACH_K, "});"):
                 self.line(*asks)
                 for v in sweep.full:
                     self.read(v)
                     self.save(v)
                 for v in sweep.reductions:
-                    if v in crossing:
-                        self.line(self.taken.format(f"a{v.number}", REDUCE[v.detail], self.read(v.args[0])))
-                    else:
-                        self.take_up(v)
-                self.line(*(f"o{number}[k] = {self.read(v)};" for number, v in stores))
+                    taken = self.crossing_taken if v in crossing else self.along_taken
+                    self.line(reduced(taken, v, self.read(v.args[0])))
+                for name, v in stores:
+                    self.line(f"o{self.numbers[name]}[k] = {self.read(v)};")
             for v in crossing:
                 self.line(f"lanes.store(a{v.number}_{self.chunk}, a{v.number});")
-            for number, _ in stores:  # when all is loaded: a store may be to what the compiler thinks is read next
-                self.line(each(f"lanes.store(p{number}{self.spots[Span.FULL]}, o{number}[k]);"))
+            for name, _ in stores:  # when all is loaded: a store may be to what the compiler thinks is read next
+                self.line(each(f"lanes.store({self.element(name)}, o{self.numbers[name]}[k]);"))
 
-    def start(self, v: Value) -> None:
-        """Starts a reduction along a block, before its sweep."""
-        q = f"q{v.number}"
-        self.line(f"Vector<T> {q}[K]; {each(f'{q}[k] = wide<Vector<T>>({REDUCE[v.detail]}::start<T>);')}")
-
-    def take_up(self, v: Value) -> None:
-        """Takes an element up in it."""
-        q = f"q{v.number}[k]"
-        self.line(f"{q} = lanes.only({REDUCE[v.detail]}::of({q}, {self.read(v.args[0])}), {q});")
+    def enter(self) -> None:
+        """What a sweep's loop begins with."""
+        self._read(self.small_vectors([self.sweep]))
 
     def save(self, v: Value) -> None:
         """Keeps an element for a later sweep, if one needs it."""
@@ -177,15 +187,18 @@ class Way(Cpp):
     def loaded(self, v: Value) -> str:
         if v in self.work.buffer:
             return f"(Words<T>)lanes.template load<T>({self._saved(v)})" if v.is_word else self.load(v, self._saved(v))
-        return self.load(v, self._start(v) + self.spots[v.span]) if v.span in self.spots else super().loaded(v)
-
-    def _start(self, v: Value) -> str:
-        """Where what a value is loaded from begins."""
         if v.span == Span.FULL:
-            return f"p{self.arrays.number(v.detail)}"
+            return self.load(v, self.element(v.detail))
         if v.span == self.small:
-            return f"{name_of(v)}_"
-        return self._kept(v) if v in self.places.kept else self.pointer(v)
+            return self.load(v, f"{name_of(v)}_{self.spots[v.span]}")
+        if v.span == self.of_block:
+            array = self._kept(v) if v in self.places.kept else self.pointer(v)
+            return self.load(v, f"{array}{self.spots[v.span]}")
+        return super().loaded(v)
+
+    def element(self, name: str) -> str:
+        """A pointer to an element of an array."""
+        return f"p{self.numbers[name]}{self.spots[Span.FULL]}"
 
     def _kept(self, v: Value) -> str:
         return f"kept<T>(w, {self.places.kept[v]}, w.leaf->{self.schedule.blocks})"
@@ -201,24 +214,24 @@ class Way(Cpp):
         """Declares pointers to the arrays of full size that sweeps read or write."""
         used = {v.detail for sweep in sweeps for v in sweep.full if v.op == "input"}
         used |= {name for sweep in sweeps for name, _ in sweep.stores}
-        for number, name in enumerate(self.arrays.names):
+        for name, number in self.numbers.items():
             if name in used:
-                self.line(self.rows_of.format(number, self.arrays.type(name), self.arrays.pointer(name)))
+                self.line(self.rows_of.format(number, self.stored(name), self.array(name)))
 
-    def stores(self) -> list[tuple[int, Value]]:
-        """What the sweep stores, by the arrays' numbers.
+    def stores(self) -> list[tuple[str, Value]]:
+        """What the sweep stores. Of numbers made of words, bfloat16 takes the words' upper halves as they are."""
+        low = [name for name, _ in self.sweep.stores if self.arrays[name].dtype == "bfloat16"]
+        return [(name, v.args[0] if name in low and v.op == "from_bits" else v) for name, v in self.sweep.stores]
 
-        Of numbers made of words, bfloat16 takes the words' upper halves as they are.
-        """
-        return [
-            (self.arrays.number(name), v.args[0] if v.op == "from_bits" and self.arrays.is_bfloat16(name) else v)
-            for name, v in self.sweep.stores
-        ]
-
-    def crossing(self, sweeps: list[Sweep]) -> list[Value]:
+    def across_blocks(self, sweeps: list[Sweep]) -> list[Value]:
         """The reductions over the chunk that sweeps add to."""
         return [v for sweep in sweeps for v in sweep.reductions if v in self.places.partial]
 
-    def small_vectors(self, work: Pass) -> list[Value]:
-        found = {a for sweep in work.sweeps for v in sweep.full for a in v.args if a.span == self.small}
+    def small_vectors(self, sweeps: list[Sweep]) -> list[Value]:
+        found = {a for sweep in sweeps for v in sweep.full for a in v.args if a.span == self.small}
         return sorted(found, key=lambda v: v.number)
+
+
+def reduced(text: str, v: Value, of: str = "") -> str:
+    """A text of a reduction."""
+    return text.format(v.number, REDUCE[v.detail], of)

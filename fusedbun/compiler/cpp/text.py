@@ -9,7 +9,7 @@ from math import inf
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.printer import Printer, name_of
 from fusedbun.compiler.schedule import Schedule
-from fusedbun.compiler.trace import GRAD, Program
+from fusedbun.compiler.trace import GRAD
 from fusedbun.operations import OPERATIONS
 from fusedbun.storage.codes import Stored
 from fusedbun.storage.rounding import PARAM
@@ -25,34 +25,6 @@ STORED = {  # by dtype
 }
 REDUCE = {"sum": "Sum", "max": "Max", "min": "Min"}
 SPECIAL = {"nan": "NAN", "inf": "INFINITY", "-inf": "-INFINITY"}
-
-
-class Arrays:
-    """A leaf's arrays as the code numbers and types them: the parameter, the gradient, and the state in its order."""
-
-    def __init__(self, program: Program) -> None:
-        given = Stored(program.dtype, tuple(program.graph.every))
-        self._stored = {PARAM: given, GRAD: given, **program.arrays}
-        self.names = [*self._stored]
-
-    def type(self, name: str) -> str:
-        return "P" if name in (PARAM, GRAD) else STORED[self._stored[name].dtype]
-
-    def bits(self, name: str) -> int | None:
-        """Of a number, where several are packed in a byte."""
-        return self._stored[name].bits
-
-    def has_every_element(self, name: str) -> bool:
-        return not self._stored[name].is_by_blocks
-
-    def is_bfloat16(self, name: str) -> bool:
-        return self._stored[name].dtype == "bfloat16"
-
-    def number(self, name: str) -> int:
-        return self.names.index(name)
-
-    def pointer(self, name: str) -> str:
-        return f"(({self.type(name)}*)w.arrays[{self.number(name)}])"
 
 
 class Places:
@@ -96,18 +68,21 @@ def _numbered(values: Iterable[Value]) -> dict[Value, int]:
 class Cpp(Printer):
     """The lines of one function of C++.
 
+    The leaf's arrays are numbered: the parameter, the gradient, and the state in its order.
+
     Args:
         schedule: what is done.
-        arrays: the leaf's arrays.
     """
 
     tab = "  "
     declaration = "const auto {} = {};"
 
-    def __init__(self, schedule: Schedule, arrays: Arrays) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        self.schedule, self.arrays, self.places = schedule, arrays, Places(schedule)
-        self.program = schedule.program
+        self.schedule, self.program, self.places = schedule, schedule.program, Places(schedule)
+        given = Stored(self.program.dtype, tuple(self.program.graph.every))
+        self.arrays = {PARAM: given, GRAD: given, **self.program.arrays}
+        self.numbers = {name: number for number, name in enumerate(self.arrays)}
 
     @contextmanager
     def braces(self, head: str, end: str = "}") -> Iterator[None]:
@@ -170,7 +145,14 @@ class Cpp(Printer):
 
     def pointer(self, v: Value) -> str:
         """Where a small value begins."""
-        return self.arrays.pointer(v.detail) if v.op == "input" else self.places.of_small(v)
+        return self.array(v.detail) if v.op == "input" else self.places.of_small(v)
+
+    def array(self, name: str) -> str:
+        return f"(({self.stored(name)}*)w.arrays[{self.numbers[name]}])"
+
+    def stored(self, name: str) -> str:
+        """The type of an array's elements."""
+        return "P" if name in (PARAM, GRAD) else STORED[self.arrays[name].dtype]
 
     def size(self, axis: int) -> str:
         return f"w.leaf->sizes[{self.program.graph.order.index(axis)}]"

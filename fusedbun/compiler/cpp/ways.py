@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
-from fusedbun.compiler.cpp.passes import INLINED, Way
-from fusedbun.compiler.cpp.text import REDUCE
+from fusedbun.compiler.cpp.passes import INLINED, Way, reduced
 from fusedbun.compiler.graph import Span, Value
-from fusedbun.compiler.printer import name_of
-from fusedbun.compiler.schedule import Pass, Sweep
+
+SWEEP = f"sweep<T>({{}}, [&](auto lanes, Index j) {INLINED} {{{{"
+BEGUN = f"Vector<T> q{{0}}[K]; each<K>([&](auto k) {INLINED} {{{{ q{{0}}[k] = wide<Vector<T>>({{1}}::start<T>); }}}});"
+ROOM_OF_ROWS = "{1} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T))"
 
 
 class Rows(Way):
@@ -20,19 +21,19 @@ class Rows(Way):
     registers = (Span.FULL, Span.BLOCK, Span.COLUMN)
     spots: ClassVar = {Span.FULL: "[k] + j", Span.ROW: " + i + k", Span.COLUMN: " + j"}
     indices: ClassVar = {Span.FULL: "places<T>(j)", Span.ROW: "Word(i + k)"}
+    opening = ("const Index n = w.leaf->columns;",)
     rows_of = "const RowsOf<{1}, K> p{0}(w, {0}, i);"
+    loop = (SWEEP.format("n"), "});")
     ask_ahead = "if constexpr (K == ROWS) p{}.ask_ahead(k, j, n);"
     ask_next = "if constexpr (K == ROWS) p{}.ask_next(k, j);"
     saved = " + ({} * K + k) * width + j"
-    ended = "fold<{1}>(q{0}[k])"
+    buffer = f"return {ROOM_OF_ROWS};"
+    crossing = "T* const a{0}_ = {2};"
+    along = BEGUN
+    along_ended = "fold<{1}>(q{0}[k])"
 
     @contextmanager
     def blocks(self, t: int) -> Iterator[None]:
-        self.line("const Index n = w.leaf->columns;")
-        for v in self.small_vectors(self.work):
-            self.line(f"const auto* const {name_of(v)}_ = {self.pointer(v)};")
-        for v in self.crossing(self.work.sweeps):
-            self.line(f"T* const a{v.number}_ = {self.places.of_partial(v)};")
         if self.work.buffer:
             self.line("T* const saved = (T*)w.buffer;", "const Index width = up(n, LANES<T>);")
         with self.braces(f"const auto block = [&](auto count, Index i) {INLINED} {{", "};"):
@@ -43,42 +44,35 @@ class Rows(Way):
         self.line("for (; i + ROWS <= end; i += ROWS) block(Count<ROWS>{}, i);")
         self.line("for (; i < end; i++) block(Count<1>{}, i);")
 
-    @contextmanager
-    def loop(self, sweep: Sweep) -> Iterator[None]:
-        with self.braces(f"sweep<T>(n, [&](auto lanes, Index j) {INLINED} {{", "});"):
-            yield
-
-    def buffer_size(self) -> str:
-        return f"return {self.places.buffered} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T));"
-
 
 class PackedRows(Way):
     """Blocks of as many rows as a register has lanes, for rows shorter than two registers; the lanes along memory.
 
     Small vectors and the reductions over a chunk are repeated for every row of a block, so that a register meets the
-    columns that its elements belong to. A block's values fill one register, a lane for each row.
+    columns that its elements belong to. A block's values fill one register, a lane for each row. What is reduced along
+    a row is kept for all rows, and reduced behind the sweep.
     """
 
     name = "packed"
     registers = (Span.FULL, Span.ROW, Span.COLUMN)
     spots: ClassVar = {Span.FULL: " + j", Span.ROW: " + i", Span.COLUMN: " + j"}
     indices: ClassVar = {Span.ROW: "places<T>(i)"}
+    opening = (*Rows.opening, "Room room(w.buffer);", "const auto* const row_of = rows_of_lanes<T>(room, n);")
+    vector = "const auto* const {0}_ = repeat<{2}>(room, {1}, n);"
     rows_of = "auto* const p{0} = {2} + i * n;"
+    loop = ("for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {", "}")
     ask_ahead = ask_next = "ask(p{} + j + LONG_AHEAD);"
     saved = " + {} * n * LANES<T> + j"
-    ended = "fold_rows<{1}>(q{0}_, n)"
-    total = "fold<{0}>({1})"
+    # with the buffer of the rows that are left over
+    buffer = f"return {{2}} * up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT) + {ROOM_OF_ROWS};"
+    crossing = "T* const a{0}_ = start<{1}, T>(room, n * LANES<T>);"
+    along_taken = "lanes.store(q{0}_ + j, {2});"
+    along_ended = "fold_rows<{1}>(q{0}_, n)"
+    total = "fold<{1}>({2})"
 
     @contextmanager
     def blocks(self, t: int) -> Iterator[None]:
-        crossing = self.crossing(self.work.sweeps)
-        self.line("const Index n = w.leaf->columns;", "Room room(w.buffer);")
-        self.line("const auto* const row_of = rows_of_lanes<T>(room, n);")
-        for v in self.small_vectors(self.work):
-            kind = "Word" if v.is_word else "T"
-            self.line(f"const auto* const {name_of(v)}_ = repeat<{kind}>(room, {self.pointer(v)}, n);")
-        for v in crossing:
-            self.line(f"T* const a{v.number}_ = start<{REDUCE[v.detail]}, T>(room, n * LANES<T>);")
+        crossing = self.across_blocks(self.work.sweeps)
         for v in (v for sweep in self.work.sweeps for v in sweep.reductions if v not in crossing):
             self.line(f"T* const q{v.number}_ = room.take<T>(n * LANES<T>);")
         if self.work.buffer:
@@ -87,33 +81,12 @@ class PackedRows(Way):
         with self.braces("for (; i + LANES<T> <= end; i += LANES<T>) {"):
             self.point(self.work.sweeps)
             yield
-        for v in crossing:
-            self.line(f"collapse<{REDUCE[v.detail]}>({self.places.of_partial(v)}, a{v.number}_, n);")
+        self.line(*(reduced("collapse<{1}>({2}, a{0}_, n);", v, self.places.of_partial(v)) for v in crossing))
         self.line(f"if (i < end) {Rows.name}{t}(w, i, end);")
-
-    @contextmanager
-    def loop(self, sweep: Sweep) -> Iterator[None]:
-        with self.braces("for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {"):
-            yield
-
-    def start(self, v: Value) -> None:
-        """There is nothing to start: all elements are kept, and reduced behind the sweep."""
-
-    def take_up(self, v: Value) -> None:
-        self.line(f"lanes.store(q{v.number}_ + j, {self.read(v.args[0])});")
 
     def operand(self, v: Value, of: Value) -> str:
         text = super().operand(v, of)
         return f"spread({text}, row_of + j)" if v.span == Span.ROW and of.span == Span.FULL else text
-
-    def buffer_size(self) -> str:
-        sweeps = [sweep for work in self.schedule.passes for sweep in work.sweeps]
-        vectors = self.small_vectors(Pass(sweeps))
-        blocks = 1 + len(vectors) + sum(len(sweep.reductions) for sweep in sweeps) + self.places.buffered
-        block = "up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT)"
-        # and for the rows that are left over
-        rows = f"{self.places.buffered} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T))"
-        return f"return {blocks} * {block} + {rows};"
 
 
 class Columns(Way):
@@ -123,20 +96,19 @@ class Columns(Way):
     registers = (Span.FULL, Span.COLUMN)
     spots: ClassVar = {Span.FULL: " + k * LANES<T>", Span.COLUMN: " + j + k * LANES<T>", Span.ROW: " + i"}
     indices: ClassVar = dict.fromkeys(registers, "places<T>(j + k * LANES<T>)")
+    opening = ("const Index m = w.leaf->rows;", "Room room(w.buffer);")
     rows_of = "auto* const p{0} = row<{1}>(w, {0}, i) + j;"
+    loop = ("for (Index i = 0; i < m; i++) {", "}")
     ask_ahead = "if constexpr (K == ROWS) ask(p{} + k * LANES<T> + AHEAD);"
-    chunk = " + i * LANES<T>"
     saved = " + (({} * m + i) * K + k) * LANES<T>"
-    taken = "{0} = lanes.only({1}::of({0}, {2}), {0});"
+    buffer = "return ({0} + {1} * ROWS) * up(leaf.rows * BYTES, ALIGNMENT);"
+    crossing = "T* const a{0}_ = start<{1}, T>(room, m * LANES<T>);"
+    chunk = " + i * LANES<T>"
+    crossing_taken = "a{0} = lanes.only({1}::of(a{0}, {2}), a{0});"
+    along = BEGUN
 
     @contextmanager
     def blocks(self, t: int) -> Iterator[None]:
-        crossing = self.crossing(self.work.sweeps)
-        self.line("const Index m = w.leaf->rows;", "Room room(w.buffer);")
-        for v in self.small_vectors(self.work):
-            self.line(f"const auto* const {name_of(v)}_ = {self.pointer(v)};")
-        for v in crossing:
-            self.line(f"T* const a{v.number}_ = start<{REDUCE[v.detail]}, T>(room, m * LANES<T>);")
         if self.work.buffer:
             self.line(f"T* const saved = room.take<T>({len(self.work.buffer)} * m * ROWS * LANES<T>);")
         with self.braces(f"const auto block = [&](auto count, auto lanes, Index j) {INLINED} {{", "};"):
@@ -146,20 +118,13 @@ class Columns(Way):
         self.line("for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) block(Count<ROWS>{}, Whole{}, j);")
         self.line("for (; j + LANES<T> <= end; j += LANES<T>) block(Count<1>{}, Whole{}, j);")
         self.line("if (j < end) block(Count<1>{}, First{int(end - j)}, j);")
-        for v in crossing:
-            function, into = REDUCE[v.detail], f"{self.places.of_partial(v)}[i]"
-            folded = f"fold<{function}>(Whole::load<T>(a{v.number}_ + i * LANES<T>))"
-            self.line(f"for (Index i = 0; i < m; i++) {into} = {function}::of({into}, {folded});")
+        ended = "for (Index i = 0; i < m; i++) {2} = {1}::of({2}, fold<{1}>(Whole::load<T>(a{0}_ + i * LANES<T>)));"
+        for v in self.across_blocks(self.work.sweeps):
+            self.line(reduced(ended, v, f"{self.places.of_partial(v)}[i]"))
 
-    @contextmanager
-    def loop(self, sweep: Sweep) -> Iterator[None]:
-        with self.braces("for (Index i = 0; i < m; i++) {"):
-            self.point([sweep])
-            yield
-
-    def buffer_size(self) -> str:
-        registers = f"({len(self.schedule.partials)} + {self.places.buffered} * ROWS)"
-        return f"return {registers} * up(leaf.rows * BYTES, ALIGNMENT);"
+    def enter(self) -> None:
+        self.point([self.sweep])
+        super().enter()
 
 
 class Flat(Way):
@@ -170,6 +135,7 @@ class Flat(Way):
     spots: ClassVar = {Span.FULL: " + j"}
     indices: ClassVar = {Span.FULL: "places<T>(begin + j)"}
     rows_of = "auto* const p{0} = {2} + begin;"
+    loop = (SWEEP.format("end - begin"), "});")
     ask_ahead = "ask(p{} + j + LONG_AHEAD);"
 
     @contextmanager
@@ -177,8 +143,3 @@ class Flat(Way):
         self.point(self.work.sweeps)
         self.line("constexpr int K = 1;")
         yield
-
-    @contextmanager
-    def loop(self, sweep: Sweep) -> Iterator[None]:
-        with self.braces(f"sweep<T>(end - begin, [&](auto lanes, Index j) {INLINED} {{", "});"):
-            yield

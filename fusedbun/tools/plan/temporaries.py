@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.native import structure
-from fusedbun.compiler.cpp.text import Arrays, Places
+from fusedbun.compiler.cpp.text import Places
 from fusedbun.compiler.cpp.ways import PackedRows
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.printer import has_blocks
-from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
+from fusedbun.compiler.schedule import WIDE, Schedule, schedule
 from fusedbun.compiler.trace import trace, used
 from fusedbun.storage.codes import BLOCK, computed_in
 from fusedbun.tools.plan.sizes import BITS
@@ -136,11 +136,8 @@ def _program(key: _Key, ndim: int, dtype: str) -> Program:
 
 def _sizes(plan: Schedule) -> _Sizes:
     places = Places(plan)
-    sweeps = [sweep for work in plan.passes for sweep in work.sweeps]
-    vectors = PackedRows(plan, Arrays(plan.program)).small_vectors(Pass(sweeps))
-    packed_blocks = 1 + len(vectors) + sum(len(sweep.reductions) for sweep in sweeps) + places.buffered
     counts = (*places.counts(places.small), *places.counts(places.partial), len(places.kept))
-    return _Sizes(*counts, len(plan.partials), places.buffered, packed_blocks)
+    return _Sizes(*counts, len(plan.partials), places.buffered, PackedRows(plan).repeated())
 
 
 def _room(program: Program, rows: int, columns: int, element: int, register: int) -> Room:

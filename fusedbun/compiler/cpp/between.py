@@ -30,7 +30,7 @@ class Between(Cpp):
         self.line(f"{kind}* const out = {self.pointer(v)};")
         if v in self.places.partial:
             count = f"w.leaf->{self.places.row}" if v.axes else "1"
-            partial = self.places.of_partial(v)
+            partial = self.places.partial[v]
             self.line(f"combine<{REDUCE[v.detail]}>(out, {partial}, {count}, w.chunks, w.partial_bytes);")
         elif v.op in ("within", "down"):
             self._reduction(v, *v.args)

@@ -109,7 +109,7 @@ def _begin(schedule: Schedule, places: Places, t: int) -> list[str]:
     work = schedule.passes[t]
     started = [v for sweep in work.sweeps for v in sweep.reductions if v in places.partial] + work.totals
     lines = [
-        f"  fill({places.of_partial(v)}, {f'w.leaf->{places.row}' if v.axes else '1'}, {REDUCE[v.detail]}::start<T>);"
+        f"  fill({places.partial[v]}, {f'w.leaf->{places.row}' if v.axes else '1'}, {REDUCE[v.detail]}::start<T>);"
         for v in started
     ]
     return [f"void begin{t}(const Work& w) {{", *(lines or ["  (void)w;"]), "}"]

@@ -76,7 +76,7 @@ class Way(Cpp):
         for v in self.small_vectors(work.sweeps):
             self.line(self.vector.format(name_of(v), self.pointer(v), "Word" if v.is_word else "T"))
         for v in self.across_blocks(work.sweeps):
-            self.line(reduced(self.crossing, v, self.places.of_partial(v)))
+            self.line(reduced(self.crossing, v, self.places.partial[v]))
         with self.blocks(t):
             self._block()
         return [f"void {self.name}{t}(const Work& w, Index begin, Index end) {{", *self.lines, "}"]
@@ -106,7 +106,7 @@ class Way(Cpp):
             self._store(v, self._kept(v))
         for v in work.totals:
             total = reduced(self.total, v, self.read(v.args[0]))
-            self.line(f"T& a{v.number} = *{self.places.of_partial(v)};", each(reduced(self.crossing_taken, v, total)))
+            self.line(f"T& a{v.number} = *{self.places.partial[v]};", each(reduced(self.crossing_taken, v, total)))
         for name, v in work.stores:
             self._store(v, self.array(name))
 

@@ -32,37 +32,23 @@ class Places:
 
     def __init__(self, schedule: Schedule) -> None:
         self.row = "rows" if schedule.blocks == "columns" else "columns"  # what a vector has a number for
-        self.small = _numbered(schedule.small)
-        self.partial = _numbered(schedule.partials)
+        self.small = self._placed("w.small", schedule.small)
+        self.partial = self._placed("w.partial", schedule.partials)
         self.kept = {v: n for n, v in enumerate(schedule.kept)}
         self.buffered = max((len(p.buffer) for p in schedule.passes), default=0)
 
-    def of_small(self, v: Value) -> str:
-        return self._place("w.small", self.small, v)
-
-    def of_partial(self, v: Value) -> str:
-        return self._place("w.partial", self.partial, v)
-
-    def counts(self, placed: dict[Value, int]) -> tuple[int, int]:
+    def counts(self, placed: Iterable[Value]) -> tuple[int, int]:
         """How many of them are vectors, and how many are single numbers."""
-        vectors = sum(bool(v.axes) for v in placed)
-        return vectors, len(placed) - vectors
+        is_vector = [bool(v.axes) for v in placed]
+        return sum(is_vector), len(is_vector) - sum(is_vector)
 
-    def _place(self, memory: str, placed: dict[Value, int], v: Value) -> str:
-        vectors, _ = self.counts(placed)
-        if v.axes:
-            text = f"vector<T>({memory}, w.leaf->{self.row}, {placed[v]})"
-        else:
-            text = f"single<T>({memory}, w.leaf->{self.row}, {vectors}, {placed[v]})"
-        return f"((Word*){text})" if v.is_word else text
-
-
-def _numbered(values: Iterable[Value]) -> dict[Value, int]:
-    """A number for each, counted among the vectors and among the single numbers apart."""
-    placed: dict[bool, list[Value]] = {True: [], False: []}
-    for v in values:
-        placed[bool(v.axes)].append(v)
-    return {v: n for same in placed.values() for n, v in enumerate(same)}
+    def _placed(self, memory: str, values: list[Value]) -> dict[Value, str]:
+        """Pointers to them: first come the vectors, then the single numbers."""
+        vectors, singles = [v for v in values if v.axes], [v for v in values if not v.axes]
+        start = f"<T>({memory}, w.leaf->{self.row}"
+        found = {v: f"vector{start}, {n})" for n, v in enumerate(vectors)}
+        found |= {v: f"single{start}, {len(vectors)}, {n})" for n, v in enumerate(singles)}
+        return {v: f"((Word*){text})" if v.is_word else text for v, text in found.items()}
 
 
 class Cpp(Printer):
@@ -145,7 +131,7 @@ class Cpp(Printer):
 
     def pointer(self, v: Value) -> str:
         """Where a small value begins."""
-        return self.array(v.detail) if v.op == "input" else self.places.of_small(v)
+        return self.array(v.detail) if v.op == "input" else self.places.small[v]
 
     def array(self, name: str) -> str:
         return f"(({self.stored(name)}*)w.arrays[{self.numbers[name]}])"

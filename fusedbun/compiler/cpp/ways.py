@@ -81,7 +81,7 @@ class PackedRows(Way):
         with self.braces("for (; i + LANES<T> <= end; i += LANES<T>) {"):
             self.point(self.work.sweeps)
             yield
-        self.line(*(reduced("collapse<{1}>({2}, a{0}_, n);", v, self.places.of_partial(v)) for v in crossing))
+        self.line(*(reduced("collapse<{1}>({2}, a{0}_, n);", v, self.places.partial[v]) for v in crossing))
         self.line(f"if (i < end) {Rows.name}{t}(w, i, end);")
 
     def operand(self, v: Value, of: Value) -> str:
@@ -120,7 +120,7 @@ class Columns(Way):
         self.line("if (j < end) block(Count<1>{}, First{int(end - j)}, j);")
         ended = "for (Index i = 0; i < m; i++) {2} = {1}::of({2}, fold<{1}>(Whole::load<T>(a{0}_ + i * LANES<T>)));"
         for v in self.across_blocks(self.work.sweeps):
-            self.line(reduced(ended, v, f"{self.places.of_partial(v)}[i]"))
+            self.line(reduced(ended, v, f"{self.places.partial[v]}[i]"))
 
     def enter(self) -> None:
         self.point([self.sweep])

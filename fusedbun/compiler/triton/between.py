@@ -26,8 +26,7 @@ def combine(name: str, table: Table, values: list[Value]) -> Kernel:
         for v in values:
             k.accumulate(v, f"tl.load({k.pointer(table.parts[v])} + b * C + j, m)", "m")
     for v in values:
-        k.declare(v, k.reduced(v, f"q{v.number}", 0))
-        k.keep(v)
+        k.end(v, 0)
     return k.finish("columns")
 
 
@@ -44,57 +43,37 @@ class Between(Writer):
             group = list(same)
             if is_reduced:
                 for v in group:
-                    self._reduction(v)
-            elif axes:
+                    self._columns(v, *v.args) if axes else self._number(v, *v.args)
+                continue
+            if axes:
                 self._before_loop(a for v in group for a in v.args)
-                with self._elements("k", axes):
-                    for v in group:
-                        self.compute(v)
                 self._unseen |= set(group)
-            else:
+            with self._elements(axes):
                 for v in group:
                     self.compute(v)
-        if stores:
-            self._outputs(stores)
-        return self.finish("leaf")
-
-    def _outputs(self, stores: list[tuple[str, Value]]) -> None:
-        """The small outputs, at the end, for the values are made of what they overwrite."""
-        if self.lines:
+        if stores and self.lines:  # at the end, for the values are made of what is overwritten
             self.line("tl.debug_barrier()")
         for name, v in stores:
-            if v.axes:
-                with self._elements("k", v.axes):
-                    self.store(name, v)
-            else:
+            with self._elements(v.axes):
                 self.store(name, v)
+        return self.finish("leaf")
 
-    def _reduction(self, v: Value) -> None:
+    def _number(self, v: Value, x: Value) -> None:
+        """A reduction to one number: of what each block of rows has reduced, or of all columns or rows."""
         if v in self.table.parts:
-            self._of_blocks(v)
-        elif v.axes:
-            self._of_columns(v, *v.args)
+            self.start(v, "(BR * BC,)")
+            with self.loop("b0", self.size("B"), "BR * BC"):
+                self.line(f"b = b0 + {TILE}")
+                self.accumulate(v, f"tl.load({self.pointer(self.table.parts[v])} + b, b < B)", "b < B")
         else:
-            self._of_all(v, *v.args)
+            self._before_loop([x])
+            self.start(v, "(BR * BC,)")
+            with self._elements(x.axes):
+                self.accumulate(v, self.read(x), "m")
+        self.end(v, None)
 
-    def _of_blocks(self, v: Value) -> None:
-        """One number from what each block of rows has reduced."""
-        self.start(v, "(BR * BC,)")
-        with self.loop("b0", self.size("B"), "BR * BC"):
-            self.line(f"b = b0 + {TILE}")
-            self.accumulate(v, f"tl.load({self.pointer(self.table.parts[v])} + b, b < B)", "b < B")
-        self._end(v, None)
-
-    def _of_all(self, v: Value, x: Value) -> None:
-        """One number from all columns, or from all rows."""
-        self._before_loop([x])
-        self.start(v, "(BR * BC,)")
-        with self._elements("k", x.axes):
-            self.accumulate(v, self.read(x), "m")
-        self._end(v, None)
-
-    def _of_columns(self, v: Value, x: Value) -> None:
-        """Fewer columns from all of them."""
+    def _columns(self, v: Value, x: Value) -> None:
+        """A reduction of all columns to fewer."""
         outer, inner = (self.size(*self.table.sizes(axes)) for axes in (v.axes, x.axes - v.axes))
         self._before_loop([x])
         with self.loop("k0", outer, "BR"):
@@ -105,21 +84,20 @@ class Between(Writer):
                 self._count({"k": v.axes, "l": x.axes - v.axes})
                 self.accumulate(v, self.read(x), "m")
             self._count({"k": v.axes}, f"k < {outer}")
-            self._end(v, 1)
+            self.end(v, 1)
         self._count({})
         self._unseen.add(v)
 
-    def _end(self, v: Value, axis: int | None) -> None:
-        self.declare(v, self.reduced(v, f"q{v.number}", axis))
-        self.keep(v)
-
     @contextmanager
-    def _elements(self, index: str, axes: frozenset[int]) -> Iterator[None]:
-        """A loop over every index along some axes."""
+    def _elements(self, axes: frozenset[int]) -> Iterator[None]:
+        """A loop over every index along some axes, if there are any."""
+        if not axes:
+            yield
+            return
         size = self.size(*self.table.sizes(axes))
-        with self.loop(f"{index}0", size, "BR * BC"):
-            self.line(f"{index} = {index}0 + {TILE}", f"m = {index} < {size}")
-            self._count({index: axes})
+        with self.loop("k0", size, "BR * BC"):
+            self.line(f"k = k0 + {TILE}", f"m = k < {size}")
+            self._count({"k": axes})
             yield
         self._count({})
 
@@ -142,13 +120,10 @@ class Between(Writer):
         for name, axes in self._variables.items():
             if axes == v.axes:
                 return f" + {name}", self._mask
-        text = ""
-        for axis in ordered(self.table.graph, v.axes):
-            if text:
-                faster = f"({text})" if "+" in text else text
-                text = f"{faster} * {self.size(f'n{axis}')} + {self._place(axis)}"
-            else:
-                text = self._place(axis)
+        slowest, *others = ordered(self.table.graph, v.axes)
+        text = self._place(slowest)
+        for n, axis in enumerate(others):
+            text = f"{f'({text})' if n else text} * {self.size(f'n{axis}')} + {self._place(axis)}"
         return f" + {text}", self._mask
 
     def index(self, v: Value) -> str:

@@ -100,9 +100,8 @@ class Table:
         self.parts = {v: f"q{v.number}" for v in schedule.partials}
         self.temporary = {name: v for place in (self.place, self.parts) for v, name in place.items()}
         self.dtype = {**arrays, **{name: WORD if v.is_word else NUMBER for name, v in self.temporary.items()}}
-        self.addresses = [*arrays, "scalars", *self.temporary]
-        given = [v.detail for v in self.words]
-        self.names = [*self.addresses, *given, *(f"n{axis}" for axis in range(self.graph.ndim)), "R", "C", "B"]
+        given, sizes = [v.detail for v in self.words], [f"n{axis}" for axis in range(self.graph.ndim)]
+        self.names = [*arrays, "scalars", *self.temporary, *given, *sizes, "R", "C", "B"]
         self.identifiers: list[str] = []
         for name in self.names:
             text = re.sub(r"\W", "_", name)

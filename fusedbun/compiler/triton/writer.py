@@ -111,6 +111,11 @@ class Writer(Printer):
         x = f"tl.where({mask}, {x}, {START[v.detail]})"
         self.line(f"{q} = {f'{q} + {x}' if v.detail == 'sum' else self.call(COMBINE[v.detail], q, x)}")
 
+    def end(self, v: Value, axis: int | None) -> None:
+        """Ends it, and keeps the result."""
+        self.declare(v, self.reduced(v, f"q{v.number}", axis))
+        self.keep(v)
+
     def reduced(self, v: Value, x: str, axis: int | None) -> str:
         """A reduction of a tile along one axis of it, or to one number."""
         keep = "" if axis is None else ", keep_dims=True"

@@ -7,7 +7,7 @@ it is one number; it is q7 while it is reduced.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -57,7 +57,8 @@ class Printer(ABC):
     tab: ClassVar[str]
     declaration: ClassVar[str]  # of a name and its text
 
-    def __init__(self) -> None:
+    def __init__(self, placed: Mapping[Value, str]) -> None:
+        self.placed = placed  # where small values lie in memory
         self.names: dict[Value, str] = {}  # the values that have been read
         self.lines: list[str] = []
         self._depth = 1
@@ -75,25 +76,27 @@ class Printer(ABC):
         """The elements' places along an axis."""
 
     @abstractmethod
-    def is_loaded(self, v: Value) -> bool:
-        """Whether a value is given or in memory, and not made of others here."""
-
-    @abstractmethod
     def loaded(self, v: Value) -> str:
-        """The text of a value that is."""
+        """The text of a value that is given or in memory."""
+
+    def is_loaded(self, v: Value) -> bool:
+        """Whether a value is, and not made of others here."""
+        return v.op in ("input", "count") or v.span == Span.HOST or v in self.placed
 
     def line(self, *texts: str) -> None:
         """Adds lines, one for each text that is not empty."""
         self.lines += [self.tab * self._depth + text for text in texts if text]
 
     @contextmanager
-    def deeper(self) -> Iterator[None]:
-        """Lines further in; what is read in them is forgotten at their end."""
+    def within(self, head: str, end: str = "") -> Iterator[None]:
+        """Lines further in, between two others; what is read in them is forgotten at their end."""
+        self.line(head)
         names = dict(self.names)
         self._depth += 1
         yield
         self._depth -= 1
         self.names = names
+        self.line(end)
 
     def read(self, v: Value) -> str:
         """What a value is called, once it has been loaded or computed."""

@@ -14,7 +14,7 @@ class Between(Cpp):
 
     def function(self, t: int) -> list[str]:
         for v in self.schedule.between[t]:
-            with self.braces(f"{{  // %{v.number}"):
+            with self.within(f"{{  // %{v.number}", "}"):
                 self._place(v)
         if t == len(self.schedule.passes):
             self._moves([(name, v) for name, v in self.schedule.stores if v.op == "input"])
@@ -60,7 +60,7 @@ class Between(Cpp):
         """Slots become what other slots were: of each element all are read before any is written."""
         for axes in dict.fromkeys(v.axes for _, v in moved):
             group = [(name, v) for name, v in moved if v.axes == axes]
-            with self.braces(f"for (Index j = 0; j < {self._count(axes)}; j++) {{"):
+            with self.within(f"for (Index j = 0; j < {self._count(axes)}; j++) {{", "}"):
                 for v in dict.fromkeys(v for _, v in group):
                     self.line(f"const T m{v.number} = number<T>({self.pointer(v)} + j);")
                 self.line(*(f"put({self.array(name)} + j, m{v.number});" for name, v in group))
@@ -90,7 +90,7 @@ class Between(Cpp):
         for axis in self._ordered(axes):
             self.line(f"for (Index i{axis} = 0; i{axis} < {self.size(axis)}; i{axis}++)")
         if axes:
-            with self.braces("{"):
+            with self.within("{", "}"):
                 yield
         else:
             yield

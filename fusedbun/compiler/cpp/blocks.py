@@ -18,7 +18,7 @@ from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.printer import has_blocks, name_of
 from fusedbun.compiler.schedule import Schedule
 
-EACH_ROW = "for (int k = 0; k < K; k++) {"
+EACH_ROW = ("for (int k = 0; k < K; k++) {", "}")
 PLACE = "const auto lanes = lanes_of(r); const Index j = b * BLOCK + r * LANES<T>; (void)lanes; (void)j;"
 TAKEN = "a{0}[r] = lanes.only({1}::of(a{0}[r], {2}), a{0}[r]);"
 
@@ -38,15 +38,15 @@ class CodedRows(Rows):
         crossing = self.across_blocks([self.sweep])
         self._held = {a for v in full for a in v.args if stage.get(a, stage[v]) < stage[v]}
         self._held |= {v for _, v in self.stores()}
-        with self.braces(f"blocks<T>(n, [&](auto lanes_of, Index b) {INLINED} {{", "});"):
+        with self.within(f"blocks<T>(n, [&](auto lanes_of, Index b) {INLINED} {{", "});"):
             self.line("constexpr int R = BLOCK / LANES<T>;")
             self._load(self.small_vectors([self.sweep]), crossing)
             for v in sorted(self._held, key=lambda v: v.number):
                 self.line(f"{self.type(v)} {name_of(v)}[K]{'[R]' if v.span == Span.FULL else ''};")
             for s in range(max(stage.values()) + 1):
-                with self.braces(EACH_ROW):
+                with self.within(*EACH_ROW):
                     self._stage([v for v in full if stage[v] == s], asks if s == 0 else [])
-            with self.braces(EACH_ROW):
+            with self.within(*EACH_ROW):
                 for name, v in self.stores():
                     self._put(name, v)
             if crossing:
@@ -66,7 +66,7 @@ class CodedRows(Rows):
 
     @contextmanager
     def _registers(self) -> Iterator[None]:
-        with self.braces(f"each<R>([&](auto r) {INLINED} {{", "});"):
+        with self.within(f"each<R>([&](auto r) {INLINED} {{", "});"):
             self.line(PLACE)
             yield
 

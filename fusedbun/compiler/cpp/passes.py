@@ -140,13 +140,13 @@ class Way(Cpp):
     def go_over(self, asks: list[str]) -> None:
         """The loop of the sweep, with what it asks memory for."""
         sweep, crossing, stores = self.sweep, self.across_blocks([self.sweep]), self.stores()
-        with self.braces(*self.loop):
+        with self.within(*self.loop):
             self.enter()
             for v in crossing:
                 self.line(f"auto a{v.number} = lanes.template load<T>(a{v.number}_{self.chunk});")
             for name, v in stores:
                 self.line(f"{self.type(v)} o{self.numbers[name]}[K];")
-            with self.braces(EACH_K, "});"):
+            with self.within(EACH_K, "});"):
                 self.line(*asks)
                 for v in sweep.full:
                     self.read(v)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from math import inf
 
 from fusedbun.compiler.graph import Span, Value
@@ -64,18 +63,11 @@ class Cpp(Printer):
     declaration = "const auto {} = {};"
 
     def __init__(self, schedule: Schedule) -> None:
-        super().__init__()
         self.schedule, self.program, self.places = schedule, schedule.program, Places(schedule)
+        super().__init__(self.places.small)
         given = Stored(self.program.dtype, tuple(self.program.graph.every))
         self.arrays = {PARAM: given, GRAD: given, **self.program.arrays}
         self.numbers = {name: number for number, name in enumerate(self.arrays)}
-
-    @contextmanager
-    def braces(self, head: str, end: str = "}") -> Iterator[None]:
-        self.line(head)
-        with self.deeper():
-            yield
-        self.line(end)
 
     def is_register(self, v: Value) -> bool:
         """Whether it is computed a register at a time."""
@@ -108,9 +100,6 @@ class Cpp(Printer):
     def hoisted(self, values: list[Value]) -> list[Value]:
         return sorted(values, key=lambda v: v.number if self.is_loaded(v) else inf)
 
-    def is_loaded(self, v: Value) -> bool:
-        return v.span == Span.HOST or v.op in ("input", "count") or v in self.places.small
-
     def loaded(self, v: Value) -> str:
         if v.op == "count":
             return f"T({' * '.join(map(self.size, v.detail))})"
@@ -131,7 +120,7 @@ class Cpp(Printer):
 
     def pointer(self, v: Value) -> str:
         """Where a small value begins."""
-        return self.array(v.detail) if v.op == "input" else self.places.small[v]
+        return self.array(v.detail) if v.op == "input" else self.placed[v]
 
     def array(self, name: str) -> str:
         return f"(({self.stored(name)}*)w.arrays[{self.numbers[name]}])"

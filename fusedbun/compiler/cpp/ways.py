@@ -36,7 +36,7 @@ class Rows(Way):
     def blocks(self, t: int) -> Iterator[None]:
         if self.work.buffer:
             self.line("T* const saved = (T*)w.buffer;", "const Index width = up(n, LANES<T>);")
-        with self.braces(f"const auto block = [&](auto count, Index i) {INLINED} {{", "};"):
+        with self.within(f"const auto block = [&](auto count, Index i) {INLINED} {{", "};"):
             self.line("constexpr int K = count;")
             self.point(self.work.sweeps)
             yield
@@ -78,7 +78,7 @@ class PackedRows(Way):
         if self.work.buffer:
             self.line(f"T* const saved = room.take<T>({len(self.work.buffer)} * n * LANES<T>);")
         self.line("constexpr int K = 1;", "const Whole lanes;", "Index i = begin;")
-        with self.braces("for (; i + LANES<T> <= end; i += LANES<T>) {"):
+        with self.within("for (; i + LANES<T> <= end; i += LANES<T>) {", "}"):
             self.point(self.work.sweeps)
             yield
         self.line(*(reduced("collapse<{1}>({2}, a{0}_, n);", v, self.places.partial[v]) for v in crossing))
@@ -111,7 +111,7 @@ class Columns(Way):
     def blocks(self, t: int) -> Iterator[None]:
         if self.work.buffer:
             self.line(f"T* const saved = room.take<T>({len(self.work.buffer)} * m * ROWS * LANES<T>);")
-        with self.braces(f"const auto block = [&](auto count, auto lanes, Index j) {INLINED} {{", "};"):
+        with self.within(f"const auto block = [&](auto count, auto lanes, Index j) {INLINED} {{", "};"):
             self.line("constexpr int K = count;")
             yield
         self.line("Index j = begin;")

@@ -21,7 +21,7 @@ def combine(name: str, table: Table, values: list[Value]) -> Kernel:
     k.line(f"columns = j < {k.size('C')}")
     for v in values:
         k.start(v, "(BR, BC)")
-    with k.loop("b0", k.size("B"), "BR"):
+    with k.within(f"for b0 in range(0, {k.size('B')}, BR):"):
         k.line("b = b0 + tl.arange(0, BR)[:, None]", "m = (b < B) & columns")
         for v in values:
             k.accumulate(v, f"tl.load({k.pointer(table.parts[v])} + b * C + j, m)", "m")
@@ -42,8 +42,9 @@ class Between(Writer):
         for (is_reduced, axes), same in groupby(values, lambda v: (v.op in REDUCTIONS, v.axes)):
             group = list(same)
             if is_reduced:
+                reduction = self._columns if axes else self._number
                 for v in group:
-                    self._columns(v, *v.args) if axes else self._number(v, *v.args)
+                    reduction(v, *v.args)
                 continue
             if axes:
                 self._before_loop(a for v in group for a in v.args)
@@ -62,7 +63,7 @@ class Between(Writer):
         """A reduction to one number: of what each block of rows has reduced, or of all columns or rows."""
         if v in self.table.parts:
             self.start(v, "(BR * BC,)")
-            with self.loop("b0", self.size("B"), "BR * BC"):
+            with self.within(f"for b0 in range(0, {self.size('B')}, BR * BC):"):
                 self.line(f"b = b0 + {TILE}")
                 self.accumulate(v, f"tl.load({self.pointer(self.table.parts[v])} + b, b < B)", "b < B")
         else:
@@ -76,10 +77,10 @@ class Between(Writer):
         """A reduction of all columns to fewer."""
         outer, inner = (self.size(*self.table.sizes(axes)) for axes in (v.axes, x.axes - v.axes))
         self._before_loop([x])
-        with self.loop("k0", outer, "BR"):
+        with self.within(f"for k0 in range(0, {outer}, BR):"):
             self.line("k = k0 + tl.arange(0, BR)[:, None]")
             self.start(v, "(BR, BC)")
-            with self.loop("l0", inner, "BC"):
+            with self.within(f"for l0 in range(0, {inner}, BC):"):
                 self.line("l = l0 + tl.arange(0, BC)[None, :]", f"m = (k < {outer}) & (l < {inner})")
                 self._count({"k": v.axes, "l": x.axes - v.axes})
                 self.accumulate(v, self.read(x), "m")
@@ -95,7 +96,7 @@ class Between(Writer):
             yield
             return
         size = self.size(*self.table.sizes(axes))
-        with self.loop("k0", size, "BR * BC"):
+        with self.within(f"for k0 in range(0, {size}, BR * BC):"):
             self.line(f"k = k0 + {TILE}", f"m = k < {size}")
             self._count({"k": axes})
             yield

@@ -20,6 +20,8 @@ SPOTS = {
     Span.BLOCK: (" + i * N + b", ", blocks"),
     Span.FULL: (" + at", ", m"),
 }
+# until all threads have read what is overwritten next: several read a number that many elements share
+WAIT = "tl.debug_barrier()"
 
 
 def has_blocks(work: Pass) -> bool:
@@ -63,7 +65,7 @@ class OfRows(Writer):
             x = f"tl.where(rows, {self.read(v.args[0])}, {START[v.detail]})"
             self.line(f"tl.store({self.pointer(self.table.parts[v])} + block, {self.reduced(v, x, None)})")
         if work.stores:
-            self._wait()
+            self.line(WAIT)
         for name, v in work.stores:
             self.store(name, v)
         return self.finish("rows")
@@ -74,7 +76,7 @@ class OfRows(Writer):
         self.hoist(goals, lambda v: v.span == Span.ROW or is_single(v))
         for v in across:
             self.start(v, "(BR, BC)")
-        with self.loop("j0", self.size("C"), "BC"):
+        with self.within(f"for j0 in range(0, {self.size('C')}, BC):"):
             self.line("j = j0 + tl.arange(0, BC)[None, :]", "columns = j < C", "m = rows & columns", "at = i * C + j")
             if has_blocks:
                 self.line(f"b = j0 // {BLOCK} + tl.arange(0, BC // {BLOCK})[None, :]", "blocks = rows & (b < N)")
@@ -86,20 +88,16 @@ class OfRows(Writer):
                 else:
                     self._down(v)
             if has_blocks and sweep.stores:
-                self._wait()
+                self.line(WAIT)
             for name, v in sweep.stores:
                 self.store(name, v)
         for v in across:
             self.declare(v, self.reduced(v, f"q{v.number}", 1))
 
-    def _wait(self) -> None:
-        """Until all threads have read what is overwritten next: several read a number that many elements share."""
-        self.line("tl.debug_barrier()")
-
     def _down(self, v: Value) -> None:
-        self.line(f"q{v.number} = tl.where(m, {self.read(v.args[0])}, {START[v.detail]})")
-        parts = self.pointer(self.table.parts[v])
-        self.line(f"tl.store({parts} + block * C + j, {self.reduced(v, f'q{v.number}', 0)}, columns)")
+        q, parts = f"q{v.number}", self.pointer(self.table.parts[v])
+        self.line(f"{q} = tl.where(m, {self.read(v.args[0])}, {START[v.detail]})")
+        self.line(f"tl.store({parts} + block * C + j, {self.reduced(v, q, 0)}, columns)")
 
     def load(self, v: Value, name: str) -> str:
         if name not in self.table.bits:
@@ -107,7 +105,7 @@ class OfRows(Writer):
         bits = self.table.bits[name]
         size = BLOCK * bits // 8  # bytes of a block
         at = f"i * (N * {size}) + j // {BLOCK} * {size} + j % {size}"
-        return self.call("from_packed", f"tl.load({self.pointer(name)} + {at}, m)", "j", str(bits))
+        return f"{self.helper('from_packed')}(tl.load({self.pointer(name)} + {at}, m), j, {bits})"
 
     def store(self, name: str, v: Value) -> None:
         if name not in self.table.bits:
@@ -116,15 +114,16 @@ class OfRows(Writer):
         bits = self.table.bits[name]
         size = BLOCK * bits // 8
         self.line(f"p = j0 // {8 // bits} + tl.arange(0, BC // {8 // bits})[None, :]")
-        packed = self.call("to_packed", f"tl.where(m, {self.read(v)}, 0)", "j", str(bits), "BR", "BC")
-        cast = f".to({self.table.dtype[name]})"
-        self.line(f"tl.store({self.pointer(name)} + i * (N * {size}) + p, {packed}{cast}, rows & (p < N * {size}))")
+        packed = f"{self.helper('to_packed')}(tl.where(m, {self.read(v)}, 0), j, {bits}, BR, BC)"
+        packed = f"{packed}.to({self.table.dtype[name]})"
+        self.line(f"tl.store({self.pointer(name)} + i * (N * {size}) + p, {packed}, rows & (p < N * {size}))")
 
     def computed(self, v: Value) -> str:
         if v.op == "block_max":
-            return self.call("block_max", f"tl.where(m, {self.read(v.args[0])}, 0)", "BR", "BC")
+            return f"{self.helper('block_max')}(tl.where(m, {self.read(v.args[0])}, 0), BR, BC)"
         return super().computed(v)
 
     def operand(self, v: Value, of: Value) -> str:
         text = super().operand(v, of)
-        return self.call("spread", text, "BR", "BC") if v.span == Span.BLOCK and of.span == Span.FULL else text
+        is_spread = v.span == Span.BLOCK and of.span == Span.FULL
+        return f"{self.helper('spread')}({text}, BR, BC)" if is_spread else text

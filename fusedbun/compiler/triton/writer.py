@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -35,7 +34,7 @@ class Writer(Printer):
     def __init__(
         self, name: str, table: Table, spots: Mapping[Span, tuple[str, str]], along: Mapping[int, str]
     ) -> None:
-        super().__init__()
+        super().__init__(table.place)
         self.name, self.table, self._spots, self._along = name, table, spots, along
         self._head: dict[int, str] = {}  # by the column of the table
         self._helpers: set[str] = set()
@@ -48,12 +47,6 @@ class Writer(Printer):
         signature = "leaves, work, P: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr"
         lines = ["@triton.jit", f"def {self.name}({signature}):", *head, "", *self.lines]
         return Kernel(self.name, work, "\n".join(lines), frozenset(self._helpers))
-
-    @contextmanager
-    def loop(self, index: str, stop: str, by: str) -> Iterator[None]:
-        self.line(f"for {index} in range(0, {stop}, {by}):")
-        with self.deeper():
-            yield
 
     def size(self, *names: str) -> str:
         """A size, or the product of some, made known at the kernel's head."""
@@ -72,11 +65,8 @@ class Writer(Printer):
         column = self.table.names.index(name)
         self._head[column] = f"    {text.format(column)}"
 
-    def call(self, helper: str, *args: str) -> str:
-        """The call of a helper, which the module then has."""
-        return f"{self._helper(helper)}({', '.join(args)})"
-
-    def _helper(self, name: str) -> str:
+    def helper(self, name: str) -> str:
+        """The name of a helper, which the module then has."""
         self._helpers.add(name)
         return name
 
@@ -91,7 +81,7 @@ class Writer(Printer):
 
     def keep(self, v: Value) -> None:
         """Stores a value that has just been computed in its place."""
-        self._write(self.table.place[v], v, ".to(T)" if v.is_condition else "")
+        self._write(self.placed[v], v, ".to(T)" if v.is_condition else "")
 
     def store(self, name: str, v: Value) -> None:
         """Stores a value in one of the leaf's own arrays."""
@@ -109,7 +99,7 @@ class Writer(Printer):
         """Takes `x` up in it."""
         q = f"q{v.number}"
         x = f"tl.where({mask}, {x}, {START[v.detail]})"
-        self.line(f"{q} = {f'{q} + {x}' if v.detail == 'sum' else self.call(COMBINE[v.detail], q, x)}")
+        self.line(f"{q} = {f'{q} + {x}' if v.detail == 'sum' else f'{self.helper(COMBINE[v.detail])}({q}, {x})'}")
 
     def end(self, v: Value, axis: int | None) -> None:
         """Ends it, and keeps the result."""
@@ -121,7 +111,7 @@ class Writer(Printer):
         keep = "" if axis is None else ", keep_dims=True"
         if v.detail == "sum":
             return f"tl.sum({x}, {axis}{keep})"
-        return f"tl.reduce({x}, {axis}, {self._helper(COMBINE[v.detail])}{keep})"
+        return f"tl.reduce({x}, {axis}, {self.helper(COMBINE[v.detail])}{keep})"
 
     def literal(self, v: Value) -> str:
         number = word(v.detail) if v.is_word else v.detail
@@ -141,9 +131,6 @@ class Writer(Printer):
     def index(self, v: Value) -> str:
         return f"{self._along[v.detail]}.to({WORD})"
 
-    def is_loaded(self, v: Value) -> bool:
-        return v.op in ("input", "count") or v.span == Span.HOST or v in self.table.place
-
     def loaded(self, v: Value) -> str:
         if v.op == "count":
             sizes = self.table.sizes(v.detail)
@@ -153,7 +140,7 @@ class Writer(Printer):
         if v.span == Span.HOST:
             decode = " != 0" if v.is_condition else ""
             return f"tl.load({self.pointer('scalars')} + {self.table.numbers.index(v)}){decode}  # {_formula(v)}"
-        return self.load(v, v.detail if v.op == "input" else self.table.place[v])
+        return self.load(v, v.detail if v.op == "input" else self.placed[v])
 
     def load(self, v: Value, name: str) -> str:
         """The text of a value that is in memory."""

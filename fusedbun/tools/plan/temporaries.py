@@ -1,7 +1,7 @@
 """An upper bound of what a step takes in memory beside its arrays, from the schedules of the kernels for the CPU.
 
-The sizes are those of `runtime/driver.cpp` and of the generated code (`compiler.cpp_ways`), whichever way of going over
-memory serves a shape; they hold for arrays whose elements follow one another in the order of their axes.
+The sizes are those of `runtime/driver.cpp` and of the generated code (`compiler/cpp/ways.py`), whichever way of going
+over memory serves a shape; they hold for arrays whose elements follow one another in the order of their axes.
 """
 
 from __future__ import annotations

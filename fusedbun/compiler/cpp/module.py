@@ -6,6 +6,9 @@ each made from a schedule, with the small values in between (`between.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+
 from fusedbun.compiler.cpp.between import Between
 from fusedbun.compiler.cpp.blocks import CodedRows
 from fusedbun.compiler.cpp.passes import Way
@@ -34,36 +37,22 @@ def emit(program: Program) -> str:
     computed, stored = TYPES[program.dtype]
     rows = schedule(program)
     _check_order(program)
-    lines = ['#include "vectors.h"', "", *(f"// {line}" for line in str(program).splitlines()), ""]
-    lines += ["namespace {", f"using T = {computed};", f"using P = {stored};", ""]
-    plans = {"flat": "nullptr", "rows": "nullptr", "packed": "nullptr", "columns": "nullptr"}
+    found: dict[str, tuple[Schedule, list[type[Way]]]] = {}  # schedules, by the namespace of their code
     if rows.is_elementwise:
-        lines += _plan("flat", rows, [Flat])
-        plans["flat"] = "&flat::plan"
+        found["flat"] = rows, [Flat]
     else:
         is_coded = any(has_blocks(sweep) for work in rows.passes for sweep in work.sweeps)
-        by_row: list[type[Way]] = [CodedRows] if is_coded else [Rows] if program.graph.ndim == 1 else [Rows, PackedRows]
-        lines += _plan("rows", rows, by_row)
-        plans["rows"] = "&rows::plan"
-        if PackedRows in by_row:
-            plans["packed"] = "&rows::packed_plan"
-        try:
-            columns = schedule(program, "columns")
-        except UnplannableError:
-            pass
-        else:
-            lines += _plan("columns", columns, [Columns])
-            plans["columns"] = "&columns::plan"
-    return "\n".join(
-        [
-            *lines,
-            f"const Kernel kernel = {{sizeof(T), LANES<T>, {', '.join(plans.values())}}};",
-            "}  // namespace",
-            "",
-            "EXPORT const Kernel* fusedbun_kernel() { return &kernel; }",
-            "",
-        ]
-    )
+        found["rows"] = rows, [CodedRows] if is_coded else [Rows] if program.graph.ndim == 1 else [Rows, PackedRows]
+        with suppress(UnplannableError):
+            found["columns"] = schedule(program, "columns"), [Columns]
+    lines = ['#include "vectors.h"', "", *(f"// {line}" for line in str(program).splitlines()), ""]
+    lines += ["namespace {", f"using T = {computed};", f"using P = {stored};", ""]
+    plans = dict.fromkeys(("flat", "rows", "packed", "columns"), "nullptr")
+    for name, (scheduled, ways) in found.items():
+        lines += _plans(name, scheduled, ways)
+        plans |= {way.name: f"&{name}::{way.name}_plan" for way in ways}
+    lines += [f"const Kernel kernel = {{sizeof(T), LANES<T>, {', '.join(plans.values())}}};", "}  // namespace", ""]
+    return "\n".join([*lines, "EXPORT const Kernel* fusedbun_kernel() { return &kernel; }", ""])
 
 
 def _check_order(program: Program) -> None:
@@ -75,7 +64,7 @@ def _check_order(program: Program) -> None:
             raise UnplannableError(f"the state {key} has the axes {sorted(axes)}, but in memory they follow as {axes}")
 
 
-def _plan(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
+def _plans(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
     """A namespace with the functions of one schedule, and a `Plan` for every way of going over memory."""
     places, passes = Places(schedule), range(len(schedule.passes))
     functions = [Between(schedule).function(t) for t in (*passes, len(passes))]
@@ -84,24 +73,22 @@ def _plan(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
     lines = [f"namespace {name} {{", *(f"// {line}" for line in str(schedule).splitlines()), ""]
     for function in functions:
         lines += [*function, ""]
-    lines += [_table("between", "void (*const {}[])(const Work&)", [f"between{t}" for t in (*passes, len(passes))])]
-    lines += [_table("begin", "void (*const {}[])(const Work&)", [f"begin{t}" for t in passes])]
+    lines += [_table("between", "", (f"between{t}" for t in (*passes, len(passes))))]
+    lines += [_table("begin", "", (f"begin{t}" for t in passes))]
     counts = (*places.counts(places.small), *places.counts(places.partial), len(places.kept))
     sizes = ", ".join(map(str, (len(passes), *counts)))
     for way in ways:
-        prefix = "" if way.name == "pass" else f"{way.name}_"
         lines += [
-            _table(
-                f"{way.name}es", "void (*const {}[])(const Work&, Index, Index)", [f"{way.name}{t}" for t in passes]
-            ),
-            f"Index {prefix}buffer(const Leaf& leaf) {{ {way(schedule).buffer_size()} }}",
-            f"const Plan {prefix}plan = {{{sizes}, between, begin, {way.name}es, {prefix}buffer}};",
+            _table(f"{way.name}_passes", ", Index, Index", (f"{way.name}{t}" for t in passes)),
+            f"Index {way.name}_buffer(const Leaf& leaf) {{ {way(schedule).buffer_size()} }}",
+            f"const Plan {way.name}_plan = {{{sizes}, between, begin, {way.name}_passes, {way.name}_buffer}};",
         ]
     return [*lines, f"}}  // namespace {name}", ""]
 
 
-def _table(name: str, kind: str, functions: list[str]) -> str:
-    return f"{kind.format(name)} = {{{', '.join(functions)}}};"
+def _table(name: str, others: str, functions: Iterable[str]) -> str:
+    """Pointers to functions of some work and other arguments."""
+    return f"void (*const {name}[])(const Work&{others}) = {{{', '.join(functions)}}};"
 
 
 def _begin(schedule: Schedule, places: Places, t: int) -> list[str]:

@@ -17,7 +17,7 @@ ROOM_OF_ROWS = "{1} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T))"
 class Rows(Way):
     """Blocks of four rows, the lanes along the columns."""
 
-    name = "pass"
+    name = "rows"
     registers = (Span.FULL, Span.BLOCK, Span.COLUMN)
     spots: ClassVar = {Span.FULL: "[k] + j", Span.ROW: " + i + k", Span.COLUMN: " + j"}
     indices: ClassVar = {Span.FULL: "places<T>(j)", Span.ROW: "Word(i + k)"}
@@ -92,7 +92,7 @@ class PackedRows(Way):
 class Columns(Way):
     """Blocks of four registers of columns with all their rows, for few and very long rows."""
 
-    name = "pass"
+    name = "columns"
     registers = (Span.FULL, Span.COLUMN)
     spots: ClassVar = {Span.FULL: " + k * LANES<T>", Span.COLUMN: " + j + k * LANES<T>", Span.ROW: " + i"}
     indices: ClassVar = dict.fromkeys(registers, "places<T>(j + k * LANES<T>)")
@@ -130,7 +130,7 @@ class Columns(Way):
 class Flat(Way):
     """Every element for itself: the leaf is one long row, and its elements are counted from the first."""
 
-    name = "pass"
+    name = "flat"
     registers = (Span.FULL,)
     spots: ClassVar = {Span.FULL: " + j"}
     indices: ClassVar = {Span.FULL: "places<T>(begin + j)"}

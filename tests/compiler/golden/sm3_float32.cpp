@@ -70,7 +70,7 @@ void begin0(const Work& w) {
   fill(vector<T>(w.partial, w.leaf->columns, 0), w.leaf->columns, Max::start<T>);
 }
 
-void pass0(const Work& w, Index begin, Index end) {
+void rows0(const Work& w, Index begin, Index end) {
   const T s4 = T(w.leaf->scalars[0]);
   const T s5 = T(w.leaf->scalars[1]);
   const Index n = w.leaf->columns;
@@ -168,17 +168,17 @@ void packed0(const Work& w, Index begin, Index end) {
     each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(((float*)w.arrays[2]) + i, r11[k]); });
   }
   collapse<Max>(vector<T>(w.partial, w.leaf->columns, 0), a12_, n);
-  if (i < end) pass0(w, i, end);
+  if (i < end) rows0(w, i, end);
 }
 
 void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
-void (*const passes[])(const Work&, Index, Index) = {pass0};
-Index buffer(const Leaf& leaf) { return 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan plan = {1, 2, 0, 1, 0, 0, between, begin, passes, buffer};
-void (*const packedes[])(const Work&, Index, Index) = {packed0};
+void (*const rows_passes[])(const Work&, Index, Index) = {rows0};
+Index rows_buffer(const Leaf& leaf) { return 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
+const Plan rows_plan = {1, 2, 0, 1, 0, 0, between, begin, rows_passes, rows_buffer};
+void (*const packed_passes[])(const Work&, Index, Index) = {packed0};
 Index packed_buffer(const Leaf& leaf) { return 4 * up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT) + 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan packed_plan = {1, 2, 0, 1, 0, 0, between, begin, packedes, packed_buffer};
+const Plan packed_plan = {1, 2, 0, 1, 0, 0, between, begin, packed_passes, packed_buffer};
 }  // namespace rows
 
 namespace columns {
@@ -219,7 +219,7 @@ void begin0(const Work& w) {
   fill(vector<T>(w.partial, w.leaf->rows, 0), w.leaf->rows, Max::start<T>);
 }
 
-void pass0(const Work& w, Index begin, Index end) {
+void columns0(const Work& w, Index begin, Index end) {
   const T s4 = T(w.leaf->scalars[0]);
   const T s5 = T(w.leaf->scalars[1]);
   const Index m = w.leaf->rows;
@@ -273,12 +273,12 @@ void pass0(const Work& w, Index begin, Index end) {
 
 void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
-void (*const passes[])(const Work&, Index, Index) = {pass0};
-Index buffer(const Leaf& leaf) { return (1 + 0 * ROWS) * up(leaf.rows * BYTES, ALIGNMENT); }
-const Plan plan = {1, 2, 0, 1, 0, 0, between, begin, passes, buffer};
+void (*const columns_passes[])(const Work&, Index, Index) = {columns0};
+Index columns_buffer(const Leaf& leaf) { return (1 + 0 * ROWS) * up(leaf.rows * BYTES, ALIGNMENT); }
+const Plan columns_plan = {1, 2, 0, 1, 0, 0, between, begin, columns_passes, columns_buffer};
 }  // namespace columns
 
-const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::plan, &rows::packed_plan, &columns::plan};
+const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::rows_plan, &rows::packed_plan, &columns::columns_plan};
 }  // namespace
 
 EXPORT const Kernel* fusedbun_kernel() { return &kernel; }

@@ -253,7 +253,9 @@ struct Whole {
 #elif FUSEDBUN_AVX2
       return (Vector<T>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-      return one_by_one<T>(p, n);
+      Vector<T> x{};
+      for (int i = 0; i < n; i++) x[i] = number<T>(p + i);
+      return x;
 #endif
     } else return __builtin_convertvector(*(const Loose<S, n>*)p, Vector<T>);
   }
@@ -317,12 +319,6 @@ struct Whole {
   }
   template <class V>
   static inline INLINE V only(V x, V) { return x; }
-  template <class T, class S>
-  static inline INLINE Vector<T> one_by_one(const S* p, int n) {
-    Vector<T> x{};
-    for (int i = 0; i < n; i++) x[i] = number<T>(p + i);
-    return x;
-  }
 };
 
 // The first `n` lanes of a register; the others load as 0, and are neither stored nor taken up by a reduction.

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 from fusedbun.compiler.graph import Span, Value
-from fusedbun.compiler.schedule import Sweep
+from fusedbun.compiler.schedule import Schedule, Sweep
+from fusedbun.compiler.trace import Program
 
 LETTER = {Span.HOST: "s", Span.SCALAR: "s", Span.COLUMN: "c", Span.ROW: "r", Span.BLOCK: "b", Span.FULL: "x"}
 
@@ -27,9 +28,20 @@ def is_single(v: Value) -> bool:
     return v.span in (Span.HOST, Span.SCALAR)
 
 
-def has_blocks(sweep: Sweep) -> bool:
-    """Whether codes are read or made in it that share an exponent."""
-    return any(v.span == Span.BLOCK for v in sweep.full)
+def has_blocks(program: Program, sweeps: Iterable[Sweep]) -> bool:
+    """Whether some sweeps read or write arrays that are laid out by blocks of a row."""
+    used = {name for sweep in sweeps for name in arrays_of(sweep)}
+    return any(x.is_by_blocks for name, x in program.arrays.items() if name in used)
+
+
+def is_coded(schedule: Schedule) -> bool:
+    """Whether any of its sweeps do."""
+    return any(has_blocks(schedule.program, work.sweeps) for work in schedule.passes)
+
+
+def arrays_of(sweep: Sweep) -> set[str]:
+    """The arrays of full size that it reads or writes."""
+    return {v.detail for v in sweep.full if v.op == "input"} | {name for name, _ in sweep.stores}
 
 
 def behind(goals: Iterable[Value], stop: Callable[[Value], bool]) -> list[Value]:

@@ -1,4 +1,4 @@
-"""Codes of any few bits for tests: whole numbers in blocks that share an exponent, in planes of 1, 2 and 4 bits."""
+"""Codes of any few bits, for tests: whole numbers of 1, 2 or 4 bits, and planes of them that share an exponent."""
 
 from __future__ import annotations
 
@@ -55,17 +55,40 @@ class Planes(Code):
         return {**planes, EXPONENTS: exponents}
 
 
-CODES = {f"planes{'_'.join(map(str, widths))}": widths for widths in ((2,), (4,), (4, 1), (1, 2, 4))}
+@dataclass(frozen=True)
+class Whole(Code):
+    """The lowest bits of whole numbers, and nothing beside them."""
+
+    bits: int = 1
+
+    def arrays(self, axes: tuple[int, ...]) -> dict[str, Stored]:
+        return {"": Stored("uint8", axes, "packed", self.bits)}
+
+    def decode(self, xp: Any, stored: Mapping[str, Any], shape: tuple[int, ...], dtype: Any) -> Any:
+        return xp.astype(xp.from_blocks(xp.unpack(stored[""], self.bits), shape), dtype)
+
+    def encode(self, xp: Any, value: Any, noise: Any) -> dict[str, Any]:
+        return {"": xp.pack(xp.to_blocks(xp.whole(value)), self.bits)}
+
+
+CODES: dict[str, Code] = {
+    code.name: code
+    for code in (
+        Whole("whole2", bits=2),
+        Planes("planes4_1", widths=(4, 1)),
+        Planes("planes1_2_4", widths=(1, 2, 4)),
+    )
+}
 
 
 def register() -> None:
     """Adds them to the table of codes, in this process."""
-    codes.CODES.update({name: Planes(name, widths=widths) for name, widths in CODES.items()})
+    codes.CODES.update(CODES)
 
 
 def mean_in(code: str) -> Chain:
     """A chain that keeps a mean of a matrix in this code."""
-    return stateful({"mean": Slot((0, 1), code)}, lambda xp, u, state: {"mean": 0.5 * state["mean"] + u})
+    return stateful({"mean": Slot((0, 1), code)}, lambda xp, u, state: {"mean": 0.5 * state["mean"] + 2.0 * u})
 
 
 def take(code: str, arrays: Arrays, **named: Any) -> Arrays:

@@ -31,7 +31,7 @@ class CodedRows(Rows):
         self._held: set[Value] = set()  # what a later stage needs
 
     def go_over(self, asks: list[str]) -> None:
-        if not has_blocks(self.sweep):
+        if not has_blocks(self.program, [self.sweep]):
             super().go_over(asks)
             return
         full, stage = self.sweep.full, _stages(self.sweep.full)

@@ -15,7 +15,7 @@ from fusedbun.compiler.cpp.passes import Way
 from fusedbun.compiler.cpp.text import REDUCE, Places
 from fusedbun.compiler.cpp.ways import Columns, Flat, PackedRows, Rows
 from fusedbun.compiler.graph import UnplannableError
-from fusedbun.compiler.printer import has_blocks
+from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import Schedule, schedule
 from fusedbun.compiler.trace import Program
 
@@ -38,11 +38,12 @@ def emit(program: Program) -> str:
     rows = schedule(program)
     _check_order(program)
     found: dict[str, tuple[Schedule, list[type[Way]]]] = {}  # schedules, by the namespace of their code
-    if rows.is_elementwise:
+    if is_coded(rows):
+        found["rows"] = rows, [CodedRows]
+    elif rows.is_elementwise:
         found["flat"] = rows, [Flat]
     else:
-        is_coded = any(has_blocks(sweep) for work in rows.passes for sweep in work.sweeps)
-        found["rows"] = rows, [CodedRows] if is_coded else [Rows] if program.graph.ndim == 1 else [Rows, PackedRows]
+        found["rows"] = rows, [Rows] if program.graph.ndim == 1 else [Rows, PackedRows]
         with suppress(UnplannableError):
             found["columns"] = schedule(program, "columns"), [Columns]
     lines = ['#include "vectors.h"', "", *(f"// {line}" for line in str(program).splitlines()), ""]

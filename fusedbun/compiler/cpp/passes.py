@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from fusedbun.compiler.cpp.text import REDUCE, Cpp
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
-from fusedbun.compiler.printer import is_single, name_of
+from fusedbun.compiler.printer import arrays_of, is_single, name_of
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
 
 INLINED = "__attribute__((always_inline))"
@@ -212,8 +212,7 @@ class Way(Cpp):
 
     def point(self, sweeps: list[Sweep]) -> None:
         """Declares pointers to the arrays of full size that sweeps read or write."""
-        used = {v.detail for sweep in sweeps for v in sweep.full if v.op == "input"}
-        used |= {name for sweep in sweeps for name, _ in sweep.stores}
+        used = {name for sweep in sweeps for name in arrays_of(sweep)}
         for name, number in self.numbers.items():
             if name in used:
                 self.line(self.rows_of.format(number, self.stored(name), self.array(name)))

@@ -12,6 +12,7 @@ a division costs less than memory. Words are int32, whose products and sums wrap
 from __future__ import annotations
 
 from fusedbun.compiler.graph import Span
+from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.triton.between import Between, combine
 from fusedbun.compiler.triton.passes import OfRows, flat
@@ -47,11 +48,7 @@ def kernels(schedule: Schedule) -> list[Kernel]:
         if small or stores:
             found.append(Between(f"between_{t}", table).kernel(small, stores))
         if t < len(schedule.passes):
-            work = OfRows(f"pass_{t}", table)
-            found.append(flat(schedule, table) if is_flat(schedule) else work.kernel(schedule.passes[t]))
+            is_flat = schedule.is_elementwise and not is_coded(schedule)
+            of_rows = OfRows(f"pass_{t}", table)
+            found.append(flat(schedule, table) if is_flat else of_rows.kernel(schedule.passes[t]))
     return found
-
-
-def is_flat(schedule: Schedule) -> bool:
-    """Whether rows and columns make no difference to the pass, so that a block is a run of elements."""
-    return schedule.is_elementwise and not any(work.stores for work in schedule.passes)

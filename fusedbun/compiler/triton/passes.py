@@ -6,9 +6,8 @@ are. Where codes share an exponent, b are the blocks of 32 columns; a tile then 
 
 from __future__ import annotations
 
-from fusedbun.compiler import printer
 from fusedbun.compiler.graph import Span, Value
-from fusedbun.compiler.printer import is_single
+from fusedbun.compiler.printer import has_blocks, is_single
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
 from fusedbun.compiler.triton.text import Kernel, Table
 from fusedbun.compiler.triton.writer import START, Writer
@@ -22,11 +21,6 @@ SPOTS = {
 }
 # until all threads have read what is overwritten next: several read a number that many elements share
 WAIT = "tl.debug_barrier()"
-
-
-def has_blocks(work: Pass) -> bool:
-    """Whether codes are read or made in it that share an exponent."""
-    return any(map(printer.has_blocks, work.sweeps))
 
 
 def flat(schedule: Schedule, table: Table) -> Kernel:
@@ -53,10 +47,11 @@ class OfRows(Writer):
     def kernel(self, work: Pass) -> Kernel:
         self.line("i = block * BR + tl.arange(0, BR)[:, None]")
         self.line(f"rows = i < {self.size('R')}")
-        if has_blocks(work):
+        is_coded = has_blocks(self.table.program, work.sweeps)
+        if is_coded:
             self.line(f"N = ({self.size('C')} + {BLOCK - 1}) // {BLOCK}")
         for sweep in work.sweeps:
-            self._sweep(sweep, has_blocks(work))
+            self._sweep(sweep, is_coded)
         for v in work.keeps:
             self.keep(v)
         for v in (*(total.args[0] for total in work.totals), *(v for _, v in work.stores)):
@@ -70,7 +65,7 @@ class OfRows(Writer):
             self.store(name, v)
         return self.finish("rows")
 
-    def _sweep(self, sweep: Sweep, has_blocks: bool) -> None:
+    def _sweep(self, sweep: Sweep, is_coded: bool) -> None:
         goals = [*(v.args[0] for v in sweep.reductions), *(v for _, v in sweep.stores)]
         across = [v for v in sweep.reductions if v.op == "across"]
         self.hoist(goals, lambda v: v.span == Span.ROW or is_single(v))
@@ -78,7 +73,7 @@ class OfRows(Writer):
             self.start(v, "(BR, BC)")
         with self.within(f"for j0 in range(0, {self.size('C')}, BC):"):
             self.line("j = j0 + tl.arange(0, BC)[None, :]", "columns = j < C", "m = rows & columns", "at = i * C + j")
-            if has_blocks:
+            if is_coded:
                 self.line(f"b = j0 // {BLOCK} + tl.arange(0, BC // {BLOCK})[None, :]", "blocks = rows & (b < N)")
             for v in goals:
                 self.read(v)
@@ -87,7 +82,7 @@ class OfRows(Writer):
                     self.accumulate(v, self.read(v.args[0]), "m")
                 else:
                     self._down(v)
-            if has_blocks and sweep.stores:
+            if is_coded and sweep.stores:
                 self.line(WAIT)
             for name, v in sweep.stores:
                 self.store(name, v)

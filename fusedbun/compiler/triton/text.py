@@ -91,7 +91,7 @@ class Table:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        program = schedule.program
+        self.program = program = schedule.program
         self.graph = program.graph
         self.numbers, self.words = numbers(program), words(program)
         arrays = {PARAM: "P", GRAD: "P", **{key: _stored(x.dtype, program) for key, x in program.arrays.items()}}

@@ -15,7 +15,7 @@ from fusedbun.compiler.cpp.native import structure
 from fusedbun.compiler.cpp.text import Places
 from fusedbun.compiler.cpp.ways import PackedRows
 from fusedbun.compiler.graph import UnplannableError
-from fusedbun.compiler.printer import has_blocks
+from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import WIDE, Schedule, schedule
 from fusedbun.compiler.trace import trace, used
 from fusedbun.storage.codes import BLOCK, computed_in
@@ -124,14 +124,15 @@ class _Key:
 @cache
 def _program(key: _Key, ndim: int, dtype: str) -> Program:
     by_row = schedule(trace(key.chain, ndim, dtype=dtype))
+    if is_coded(by_row):
+        return Program(False, False, _sizes(by_row), None)
     if by_row.is_elementwise:
         return Program(True, False, _sizes(by_row), None)
     try:
         columns = _sizes(schedule(by_row.program, "columns"))
     except UnplannableError:
         columns = None
-    has_packed = not any(has_blocks(sweep) for work in by_row.passes for sweep in work.sweeps)
-    return Program(False, has_packed, _sizes(by_row), columns)
+    return Program(False, True, _sizes(by_row), columns)
 
 
 def _sizes(plan: Schedule) -> _Sizes:

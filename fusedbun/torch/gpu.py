@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fusedbun.compiler.cpp.build import cache_folder
 from fusedbun.compiler.graph import Value
-from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD
 from fusedbun.compiler.triton.module import emit, kernels
@@ -102,7 +101,7 @@ class GpuStep:
         self._leaves, self._scalars = tuple(leaves), scalars
         self._order = schedule.program.graph.order
         self._table = Table(schedule)
-        self._tiles = (TILE_OF_BLOCKS,) if is_coded(schedule) else TILES
+        self._tiles = (TILE_OF_BLOCKS,) if self._table.is_coded else TILES
         self._host = np.zeros((len(leaves), len(self._table.names)), np.int64)
         for leaf, row in zip(leaves, self._host, strict=True):
             self._fill(leaf, row)

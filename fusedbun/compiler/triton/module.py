@@ -12,7 +12,6 @@ a division costs less than memory. Words are int32, whose products and sums wrap
 from __future__ import annotations
 
 from fusedbun.compiler.graph import Span
-from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.triton.between import Between, combine
 from fusedbun.compiler.triton.passes import OfRows, flat
@@ -48,7 +47,7 @@ def kernels(schedule: Schedule) -> list[Kernel]:
         if small or stores:
             found.append(Between(f"between_{t}", table).kernel(small, stores))
         if t < len(schedule.passes):
-            is_flat = schedule.is_elementwise and not is_coded(schedule)
+            is_flat = schedule.is_elementwise and not table.is_coded
             of_rows = OfRows(f"pass_{t}", table)
             found.append(flat(schedule, table) if is_flat else of_rows.kernel(schedule.passes[t]))
     return found

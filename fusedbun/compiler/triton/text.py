@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from fusedbun.compiler.graph import Graph, Value
-from fusedbun.compiler.printer import name_of
+from fusedbun.compiler.printer import is_coded, name_of
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD, Program
 from fusedbun.storage.codes import BLOCK, computed_in
@@ -92,7 +92,7 @@ class Table:
 
     def __init__(self, schedule: Schedule) -> None:
         self.program = program = schedule.program
-        self.graph = program.graph
+        self.graph, self.is_coded = program.graph, is_coded(schedule)
         self.numbers, self.words = numbers(program), words(program)
         arrays = {PARAM: "P", GRAD: "P", **{key: _stored(x.dtype, program) for key, x in program.arrays.items()}}
         self.bits = {key: x.bits for key, x in program.arrays.items() if x.bits}  # of what is packed

@@ -124,15 +124,13 @@ class _Key:
 @cache
 def _program(key: _Key, ndim: int, dtype: str) -> Program:
     by_row = schedule(trace(key.chain, ndim, dtype=dtype))
-    if is_coded(by_row):
-        return Program(False, False, _sizes(by_row), None)
     if by_row.is_elementwise:
         return Program(True, False, _sizes(by_row), None)
     try:
         columns = _sizes(schedule(by_row.program, "columns"))
     except UnplannableError:
         columns = None
-    return Program(False, True, _sizes(by_row), columns)
+    return Program(False, not is_coded(by_row), _sizes(by_row), columns)
 
 
 def _sizes(plan: Schedule) -> _Sizes:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fusedbun.compiler.cpp.text import REDUCE, Cpp
-from fusedbun.compiler.graph import Value
+from fusedbun.compiler.graph import REDUCTIONS, Value
 
 
 class Between(Cpp):
@@ -32,17 +32,17 @@ class Between(Cpp):
             count = f"w.leaf->{self.places.row}" if v.axes else "1"
             partial = self.places.partial[v]
             self.line(f"combine<{REDUCE[v.detail]}>(out, {partial}, {count}, w.chunks, w.partial_bytes);")
-        elif v.op in ("within", "down"):
+            return
+        self.hoist(v.args, lambda a: not a.axes)
+        if v.op in REDUCTIONS:
             self._reduction(v, *v.args)
         else:
-            self.hoist(v.args, lambda a: not a.axes)
             with self._nest(v.axes):
                 text = self.computed(v)
                 self.line(f"{f'out[{self._at(v)}]' if v.axes else '*out'} = {kind}({text});")
 
     def _reduction(self, v: Value, x: Value) -> None:
         function = REDUCE[v.detail]
-        self.hoist([x], lambda a: not a.axes)
         if v.axes:
             with self._nest(v.axes):
                 self.line(f"out[{self._at(v)}] = {function}::start<T>;")

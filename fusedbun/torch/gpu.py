@@ -29,7 +29,6 @@ from fusedbun.compiler.graph import Value
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD
 from fusedbun.compiler.triton.module import emit, kernels
-from fusedbun.compiler.triton.passes import has_blocks
 from fusedbun.compiler.triton.text import Table, numbers, words
 from fusedbun.storage.rounding import PARAM
 from fusedbun.torch.state import compute_dtype, stored_dtype
@@ -102,7 +101,7 @@ class GpuStep:
         self._leaves, self._scalars = tuple(leaves), scalars
         self._order = schedule.program.graph.order
         self._table = Table(schedule)
-        self._tiles = (TILE_OF_BLOCKS,) if any(map(has_blocks, schedule.passes)) else TILES
+        self._tiles = (TILE_OF_BLOCKS,) if self._table.is_coded else TILES
         self._host = np.zeros((len(leaves), len(self._table.names)), np.int64)
         for leaf, row in zip(leaves, self._host, strict=True):
             self._fill(leaf, row)

@@ -19,7 +19,7 @@ from functools import partial, reduce
 
 from fusedbun.compiler.graph import REDUCTIONS, Graph, Span, Value
 from fusedbun.compiler.schedule import WIDE
-from fusedbun.compiler.trace import FIRST, SIZE, Program, scalars, used
+from fusedbun.compiler.trace import FIRST, SIZE, Program, used
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
 
@@ -159,7 +159,7 @@ class _Made:
         program = self.cutter.program
         outputs = self.outputs
         arrays = {**program.arrays, **self.arrays}
-        return Phase(Program(self.graph, program.dtype, arrays, outputs, scalars(outputs.values())), self.crossings)
+        return Phase(Program(self.graph, program.dtype, arrays, outputs), self.crossings)
 
     def _build(self, v: Value) -> Value:
         cutter = self.cutter

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from numbers import Real
 from typing import Any
 
@@ -17,11 +17,13 @@ from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
 from fusedbun.storage.rounding import PARAM
 from fusedbun.storage.storage import Storage
-from fusedbun.transform import Namespace, Transform
+from fusedbun.transform import Namespace
 
 GRAD, LR = "grad", "lr"
-START = ".start"  # behind the name of an array: where its noise begins
-SIZE, FIRST = "size.{}", "first.{}"  # along an axis, of a whole parameter, and the place of a shard's first element
+# The names of hyper-parameters beside those of a chain: where the noise of an array begins, and of a shard, along an
+# axis, the size of the whole parameter and the place of the first element.
+START = ".start"
+SIZE, FIRST = "size.{}", "first.{}"
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,18 @@ class Program:
         dtype: the parameters' dtype.
         arrays: the state's arrays, by `<transformation>.<slot>` and what its code appends.
         outputs: what is written, by name: the parameter and the arrays that change.
-        scalars: the numbers made of hyper-parameters that the rest is computed with, in the order of the graph.
     """
 
     graph: Graph
     dtype: str
     arrays: Mapping[str, Stored]
     outputs: Mapping[str, Value]
-    scalars: tuple[Value, ...]
+
+    @cached_property
+    def scalars(self) -> tuple[Value, ...]:
+        """The numbers made of hyper-parameters that the rest is computed with, in the order of the graph."""
+        found = {a for v in used(self.outputs.values()) if v.span for a in v.args if not a.span and a.op != "const"}
+        return tuple(sorted(found, key=lambda v: v.number))
 
     def __str__(self) -> str:
         """The values that are used, one on each line, and what is written."""
@@ -77,9 +83,9 @@ def trace(
     stored = {name: Symbol(graph, value) for name, value in inputs.items()}
     param, grad = stored.pop(PARAM), stored.pop(GRAD)
     lr = Symbol(graph, graph.hyperparameter(LR))
-    symbolic = Chain(tuple(_with_inputs(graph, t) for t in chain))
-    xp = Symbolic(graph, bool(ndim))
-    storage = Storage(xp, _Starts(graph, chain.rounding.stochastic), like, dtype)
+    changing = [name for name, x in chain.hyperparameters().items() if is_input(x)]
+    symbolic = chain.with_hyperparameters(**{name: Symbol(graph, graph.hyperparameter(name)) for name in changing})
+    storage = Storage(Symbolic(graph, bool(ndim)), _Starts(graph, chain.rounding.stochastic), like, dtype)
     if maximize:
         grad = Symbol(graph, graph.apply("neg", grad.value))
     try:
@@ -91,13 +97,7 @@ def trace(
     for name, value in outputs.items():
         if value.axes != inputs[name].axes:
             raise UnplannableError(f"the new {name} does not have the axes that it is declared with")
-    return Program(graph, dtype, arrays, outputs, scalars(outputs.values()))
-
-
-def scalars(outputs: Iterable[Value]) -> tuple[Value, ...]:
-    """The numbers made of hyper-parameters that these are computed with, in the order of the graph."""
-    found = {a for v in used(outputs) if v.span for a in v.args if not a.span and a.op != "const"}
-    return tuple(sorted(found, key=lambda v: v.number))
+    return Program(graph, dtype, arrays, outputs)
 
 
 def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
@@ -116,43 +116,45 @@ def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp:
         xp: the functions of arrays, where some of them may be arrays; Python computes with numbers itself.
     """
     known: dict[Value, Any] = {}
-
-    def value(v: Value) -> Any:
-        if v not in known:
-            if v.op == "const":
-                known[v] = v.detail
-            elif v.op == "input":
-                known[v] = hyperparameters[v.detail]
-            else:
-                known[v] = computed(v.op, [value(a) for a in v.args])
-        return known[v]
-
-    def computed(op: str, args: list[Any]) -> Any:
-        if xp is None or OPERATIONS[op].method or all(isinstance(x, Real) for x in args):
-            return OPERATIONS[op].host(*args)
-        return getattr(xp, op)(*args)
-
-    return [value(v) for v in scalars]
+    for v in used(scalars):
+        args = [known[a] for a in v.args]
+        if not args:
+            known[v] = v.detail if v.op == "const" else hyperparameters[v.detail]
+        elif xp is None or OPERATIONS[v.op].method or all(isinstance(x, Real) for x in args):
+            known[v] = OPERATIONS[v.op].host(*args)
+        else:
+            known[v] = getattr(xp, v.op)(*args)
+    return [known[v] for v in scalars]
 
 
-def used(outputs: Iterable[Value]) -> list[Value]:
-    """The values that these are made of, each after its own operands."""
+def used(
+    goals: Iterable[Value],
+    counts: Callable[[Value], bool] = lambda v: True,
+    ends: Callable[[Value], bool] = lambda v: False,
+) -> list[Value]:
+    """The values that these are made of, themselves among them, each after its own operands.
+
+    Args:
+        goals: the values.
+        counts: whether a value is one of them; where it is not, what only it is made of is left out too.
+        ends: whether what a value is made of is left out.
+    """
     found: dict[Value, None] = {}
 
     def visit(v: Value) -> None:
-        if v not in found:
-            for a in v.args:
+        if v not in found and counts(v):
+            for a in () if ends(v) else v.args:
                 visit(a)
             found[v] = None
 
-    for v in outputs:
+    for v in goals:
         visit(v)
     return list(found)
 
 
 @dataclass(frozen=True)
 class _Starts:
-    """Where noise begins is a number that is given with every step."""
+    """The rounding of a step that is traced: where noise begins is a number that is given with every step."""
 
     graph: Graph
     stochastic: bool
@@ -199,19 +201,11 @@ class Symbolic:
     def block_max(self, words: Symbol) -> Symbol:
         return Symbol(words.graph, words.graph.block_max(words.value))
 
-    def single(self, x: Symbol) -> Symbol:
+    def _unchanged(self, x: Symbol, *_: Any) -> Symbol:
+        """Symbols have no shape, and kernels pack words where they store them, and unpack where they load them."""
         return x
 
-    to_blocks = single  # symbols have no shape
-
-    def from_blocks(self, x: Symbol, shape: Any) -> Symbol:
-        return x
-
-    def pack(self, x: Symbol, bits: int) -> Symbol:
-        """The same words, which kernels pack where they store them, and unpack where they load them."""
-        return x
-
-    unpack = pack
+    single = to_blocks = from_blocks = pack = unpack = _unchanged
 
     def mean(self, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
         over = x.value.axes & _axes(x, axis, keepdims)
@@ -251,16 +245,6 @@ def _define_operator(operation: Operation) -> None:
 for operation in OPERATIONS.values():
     if operation.method:
         _define_operator(operation)
-
-
-def _with_inputs(graph: Graph, transform: Transform) -> Transform:
-    named = {f.name: getattr(transform, f.name) for f in fields(transform)}
-    inputs = {
-        name: Symbol(graph, graph.hyperparameter(f"{transform.name}.{name}"))
-        for name, x in named.items()
-        if is_input(x)
-    }
-    return replace(transform, **inputs) if inputs else transform
 
 
 def is_input(value: Any) -> bool:

@@ -27,6 +27,7 @@ Blocks = Literal["rows", "columns"]
 Store = tuple[str, Value]  # the name of an array, and what is written to it
 Time = tuple[int, int]  # a pass, and a sweep of it
 WIDE = (Span.FULL, Span.BLOCK)  # what a sweep computes
+OF_BLOCKS = {"rows": Span.ROW, "columns": Span.COLUMN}  # the span of one number for each row, or column, of the blocks
 COSTLY = ("div", "sqrt")  # operations that cost more than to store their result in the cache and load it again
 
 
@@ -119,11 +120,16 @@ def schedule(program: Program, blocks: Blocks = "rows") -> Schedule:
     return _Scheduler(program, blocks).run()
 
 
+def is_small(v: Value, blocks: Blocks) -> bool:
+    """Whether a value is computed between the passes over such blocks, or given: no pass is needed to go over it."""
+    return v.span not in (*WIDE, OF_BLOCKS[blocks])
+
+
 class _Scheduler:
     def __init__(self, program: Program, blocks: Blocks) -> None:
         self.program, self.blocks = program, blocks
-        # the reduction that ends within a block, and the span of its results
-        self.along, self.block = ("across", Span.ROW) if blocks == "rows" else ("down", Span.COLUMN)
+        self.along = "across" if blocks == "rows" else "down"  # the reduction that ends within a block
+        self.block = OF_BLOCKS[blocks]
         self.values = used(program.outputs.values())
         if blocks == "columns" and any(v.op in ("within", "expand") for v in self.values):
             raise UnplannableError("blocks of columns do not suit reductions along some of the columns")
@@ -154,8 +160,7 @@ class _Scheduler:
         return Schedule(self.program, self.blocks, passes, self._between(last + 2), self.partials, self.small_stores)
 
     def _is_small(self, v: Value) -> bool:
-        """Whether it is computed between the passes."""
-        return v.span not in (*WIDE, self.block)
+        return is_small(v, self.blocks)
 
     def _is_over_all_blocks(self, v: Value) -> bool:
         """Whether it is a reduction that takes up something of every block."""

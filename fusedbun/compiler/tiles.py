@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.graph import REDUCTIONS, Span, UnplannableError, Value
-from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
-from fusedbun.compiler.trace import Program, trace
+from fusedbun.compiler.schedule import Pass, Schedule, Store, is_small, schedule
+from fusedbun.compiler.trace import Program, trace, used
 from fusedbun.operations import OPERATIONS
 from fusedbun.storage.rounding import PARAM
 from fusedbun.transform import Array, Shape
@@ -73,10 +74,10 @@ class Tiles:
         self.schedule, self.xp = schedule, xp
         graph = schedule.program.graph
         self.axis = graph.order[schedule.blocks == "columns" and graph.ndim > 1]
-        self._tile_span = Span.ROW if schedule.blocks == "rows" else Span.COLUMN
         self.inputs = [v for v in graph.values if v.op == "input" and v.span > Span.HOST and self._is_small(v)]
         self.counts = [v for v in graph.values if v.op == "count"]
-        self._known = set(self.inputs)
+        self._known = set(self.inputs)  # the small values that are computed before what is looked at
+        self._kept: list[Value] = []  # what earlier passes keep
         self._viewed = {v.args[0] for v in graph.values if v.op in VIEWS}
         self.between = [self._small(schedule.between[0])]
         self.passes: list[_Work] = []
@@ -99,11 +100,11 @@ class Tiles:
             _Run(self, scalars, arrays if shape else {k: a[None] for k, a in arrays.items()}, dtype).run(elements)
 
     def _is_small(self, v: Value) -> bool:
-        return v.span not in (*WIDE, self._tile_span)
+        return is_small(v, self.schedule.blocks)
 
     def _small(self, goals: list[Value]) -> list[_Step]:
         """The steps to small values. They may lead over values of the leaf's rows, where these are made of slots."""
-        found = _made_of(goals, lambda v: v in self._known)
+        found = _computed(goals, lambda v: v in self._known)
         small = {v for v in found if self._is_small(v)}
         self._known |= small
         return list(self._steps(found, keep=small))
@@ -113,12 +114,16 @@ class Tiles:
         partials = [v for v in reductions if v in self.schedule.partials]
         stores = [*(store for sweep in work.sweeps for store in sweep.stores), *work.stores]
         stored = [v for _, v in stores]
-        kept = [v for earlier in self.passes for v in earlier.keeps]
-        found = _made_of([*reductions, *stored], lambda v: v in kept or (self._is_small(v) and v not in partials))
+        found = _computed(
+            [*reductions, *stored], lambda v: v in self._kept or (self._is_small(v) and v not in partials)
+        )
+        steps = list(self._steps(found, {*partials, *work.keeps, *stored}))
         self._known |= set(partials)
-        return _Work(list(self._steps(found, {*partials, *work.keeps, *stored})), partials, stores, work.keeps, kept)
+        self._kept += work.keeps
+        return _Work(steps, partials, stores, work.keeps)
 
     def _steps(self, values: list[Value], keep: set[Value]) -> Iterator[_Step]:
+        """The computation of these values in their order; those that are not kept end where they are last needed."""
         last = {a: v for v in values for a in v.args}
         passing = set(values) - keep
         for v in values:
@@ -127,56 +132,43 @@ class Tiles:
             yield _Step(v, function, args, tuple(a.number for a in ends))
 
     def _function(self, v: Value, ends: set[Value]) -> tuple[Callable[..., Array] | None, tuple[int, ...]]:
-        """What computes a value, and of which arguments."""
-        args = tuple(a.number for a in v.args)
+        """What computes a value, and of which arguments; None for what is loaded."""
+        args, xp = tuple(a.number for a in v.args), self.xp
         if v.op in ("input", "index"):
             return None, args
         if v.op in REDUCTIONS:
-            return self._reduction(v), args
+            return partial(getattr(xp, v.detail), axis=tuple(sorted(v.args[0].axes - v.axes)), keepdims=True), args
         if v.op == "block_max":
-            return lambda x: self.xp.block_max(self.xp.to_blocks(x)), args
-        if v.span == Span.FULL and any(a.span == Span.BLOCK for a in v.args):
-            return self._over_blocks(v), args
+            return lambda x: xp.block_max(xp.to_blocks(x)), args
         if v.op == "expand":
-            return lambda x, like: self.xp.where(like == like, x, x), (*args, LIKE)
+            return lambda x, like: xp.where(like == like, x, x), (*args, LIKE)
         if v.op == "real" and self.schedule.program.dtype == "float64":
-            return lambda x, like: self.xp.astype(x, like.dtype), (*args, LIKE)
-        return self._arithmetic(v, ends) if v.op in ARITHMETIC else (self._plain(v), args)
-
-    def _plain(self, v: Value) -> Callable[..., Array]:
-        """What computes a value from new arrays of its arguments."""
+            return lambda x, like: xp.astype(x, like.dtype), (*args, LIKE)
         operation = OPERATIONS[v.op]
-        function: Callable[..., Array] = operation.host if operation.method else getattr(self.xp, v.op)
-        return function
+        function = operation.host if operation.method else getattr(xp, v.op)
+        if v.span == Span.FULL and any(a.span == Span.BLOCK for a in v.args):
+            return self._over_blocks(v, function), args
+        if v.op in ARITHMETIC:  # in place of an argument that ends, if it can be: that spares the cache a tile
+            for operands in (v.args, v.args[::-1]) if operation.commutes else (v.args,):
+                if operands[0] in ends and _is_buffer(operands[0]) and operands[0] not in self._viewed:
+                    return getattr(operator, f"__i{operation.method}__"), tuple(a.number for a in operands)
+        return function, args
 
-    def _over_blocks(self, v: Value) -> Callable[..., Array]:
+    def _over_blocks(self, v: Value, function: Callable[..., Array]) -> Callable[..., Array]:
         """What computes a value of full size from numbers of blocks among others: it repeats them for the elements."""
-        compute, xp = self._plain(v), self.xp
-        of_blocks = [a.span == Span.BLOCK for a in v.args]
-        like = next(i for i, a in enumerate(v.args) if a.span == Span.FULL)
+        xp, spans = self.xp, [a.span for a in v.args]
 
         def over_blocks(*args: Array) -> Array:
-            zeros = xp.to_blocks(args[like] != args[like])
-            spread = [
-                xp.from_blocks(xp.where(zeros, x, x), args[like].shape) if is_block else x
-                for x, is_block in zip(args, of_blocks, strict=True)
-            ]
-            return compute(*spread)
+            like = args[spans.index(Span.FULL)]
+            zeros = xp.to_blocks(like != like)
+            return function(
+                *(
+                    xp.from_blocks(xp.where(zeros, x, x), like.shape) if span == Span.BLOCK else x
+                    for x, span in zip(args, spans, strict=True)
+                )
+            )
 
         return over_blocks
-
-    def _arithmetic(self, v: Value, ends: set[Value]) -> tuple[Callable[..., Array], tuple[int, ...]]:
-        """In place of an argument that ends, if it can be: that spares the cache a tile."""
-        operation = OPERATIONS[v.op]
-        for args in (v.args, v.args[::-1]) if operation.commutes else (v.args,):
-            if args[0] in ends and _is_buffer(args[0]) and args[0] not in self._viewed:
-                return getattr(operator, f"__i{operation.method}__"), tuple(a.number for a in args)
-        return operation.host, tuple(a.number for a in v.args)
-
-    def _reduction(self, v: Value) -> Callable[[Array], Array]:
-        reduce = getattr(self.xp, v.detail)
-        axis = tuple(sorted(v.args[0].axes - v.axes))
-        return lambda x: reduce(x, axis=axis, keepdims=True)
 
 
 class _Step(NamedTuple):
@@ -184,7 +176,7 @@ class _Step(NamedTuple):
 
     Args:
         value: the value.
-        function: what computes it from the arguments; None for an input.
+        function: what computes it from the arguments; None for what is loaded.
         args: the arguments.
         ends: those that no later step needs.
     """
@@ -201,23 +193,21 @@ class _Work(NamedTuple):
     Args:
         steps: the steps, of all its sweeps in one.
         partials: the reductions that every tile adds to.
-        stores: what is written, by name.
+        stores: what is written.
         keeps: the values of each tile that are kept for later passes.
-        kept: those that earlier passes kept.
     """
 
     steps: list[_Step]
     partials: list[Value]
-    stores: list[tuple[str, Value]]
+    stores: list[Store]
     keeps: list[Value]
-    kept: list[Value]
 
 
 class _Run:
     """One step of one leaf."""
 
     def __init__(self, tiles: Tiles, scalars: Sequence[Any], arrays: Mapping[str, Array], dtype: Any) -> None:
-        self.tiles, self.arrays, self.dtype = tiles, arrays, dtype
+        self.tiles, self.xp, self.arrays, self.dtype = tiles, tiles.xp, arrays, dtype
         program = tiles.schedule.program
         self.shape: Shape = tuple(arrays[PARAM].shape)
         self.values: list[Any] = [v.detail for v in program.graph.values]  # a constant's is its number
@@ -228,35 +218,35 @@ class _Run:
             self.values[v.number] = number
         for v in tiles.inputs:
             self.values[v.number] = self._load(v, ())
-        self.kept: dict[Value, list[Array]] = {v: [] for v in tiles.schedule.kept}
+        self.kept: dict[Value, list[Array]] = {}  # of every tile, what earlier passes keep
 
     def run(self, elements: int) -> None:
-        cuts = self._cuts(elements)
+        length = self.shape[self.tiles.axis]
+        size = max(1, elements * length // math.prod(self.shape))
+        cuts = [_slice(self.tiles.axis, start, start + size) for start in range(0, length, size)]
         for small, work in zip(self.tiles.between, self.tiles.passes, strict=False):
             self._compute(small, ())
             self._pass(work, cuts)
         self._compute(self.tiles.between[-1], ())
         self._store(self.tiles.schedule.stores, ())
 
-    def _cuts(self, elements: int) -> list[tuple[slice, ...]]:
-        """The tiles, as slices of an array that spans the axis which is cut."""
-        length = self.shape[self.tiles.axis]
-        size = max(1, elements * length // math.prod(self.shape))
-        return [_slice(self.tiles.axis, start, start + size) for start in range(0, length, size)]
-
     def _pass(self, work: _Work, cuts: list[tuple[slice, ...]]) -> None:
-        totals = [_Total(self._combination(v)) for v in work.partials]
+        """Goes over all tiles, which are slices of an array that spans the axis which is cut."""
+        combine = {"sum": operator.add, "max": self.xp.maximum, "min": self.xp.minimum}
+        totals = [_Total(combine[v.detail]) for v in work.partials]
+        keeps: dict[Value, list[Array]] = {v: [] for v in work.keeps}
         for number, cut in enumerate(cuts):
-            for v in work.kept:
-                self.values[v.number] = self.kept[v][number]
+            for v, of_tiles in self.kept.items():
+                self.values[v.number] = of_tiles[number]
             self._compute(work.steps, cut)
-            for v in work.keeps:
-                self.kept[v].append(self.values[v.number])
+            for v, of_tiles in keeps.items():
+                of_tiles.append(self.values[v.number])
             for v, total in zip(work.partials, totals, strict=True):
                 total.add(self.values[v.number])
             self._store(work.stores, cut)
         for v, total in zip(work.partials, totals, strict=True):
             self.values[v.number] = total.result()
+        self.kept |= keeps
 
     def _compute(self, steps: list[_Step], cut: tuple[slice, ...]) -> None:
         values = self.values
@@ -266,11 +256,12 @@ class _Run:
                 values[number] = None
 
     def _place(self, name: str, v: Value, cut: tuple[slice, ...]) -> Array:
+        """A tile's part of an array that a value is read from, or written to."""
         array = self.arrays[name]
         return array[cut] if self.tiles.axis in v.axes and cut else array
 
     def _load(self, v: Value, cut: tuple[slice, ...]) -> Array:
-        xp, axis = self.tiles.xp, self.tiles.axis
+        xp, axis = self.xp, self.tiles.axis
         if v.op == "index":
             (places,) = xp.index(self.arrays[PARAM][cut], [v.detail])
             return places + cut[axis].start if cut and v.detail == axis else places
@@ -282,12 +273,12 @@ class _Run:
         return stored if stored.dtype == self.dtype else xp.astype(stored, self.dtype)
 
     def _packed(self, name: str) -> int | None:
-        """The bits of its numbers, where they are packed."""
+        """The bits of an array's numbers, where they are packed."""
         arrays = self.tiles.schedule.program.arrays
         return arrays[name].bits if name in arrays else None
 
-    def _store(self, stores: list[tuple[str, Value]], cut: tuple[slice, ...]) -> None:
-        xp, values = self.tiles.xp, self.values
+    def _store(self, stores: list[Store], cut: tuple[slice, ...]) -> None:
+        xp, values = self.xp, self.values
         for _, v in stores:
             if v.op == "input":  # a view of what another store may write
                 values[v.number] = xp.maximum(values[v.number], values[v.number])
@@ -297,32 +288,23 @@ class _Run:
         for _, v in stores:
             values[v.number] = None
 
-    def _combination(self, v: Value) -> Callable[[Array, Array], Array]:
-        xp = self.tiles.xp
-        combinations: dict[str, Callable[[Array, Array], Array]]
-        combinations = {"sum": operator.add, "max": xp.maximum, "min": xp.minimum}
-        return combinations[v.detail]
-
 
 class _Total:
     """A reduction over all tiles: theirs are combined two by two, so that long sums stay accurate."""
 
     def __init__(self, combine: Callable[[Array, Array], Array]) -> None:
         self._combine = combine
-        self._parts: list[tuple[int, Array]] = []  # each of more tiles than the next
+        self._tiles = 0
+        self._parts: list[Array] = []  # each of more tiles than the next: the powers of two that make their number
 
     def add(self, part: Array) -> None:
-        tiles = 1
-        while self._parts and self._parts[-1][0] == tiles:
-            _, before = self._parts.pop()
-            tiles, part = 2 * tiles, self._combine(before, part)
-        self._parts.append((tiles, part))
+        self._tiles += 1
+        for _ in range((self._tiles & -self._tiles).bit_length() - 1):
+            part = self._combine(self._parts.pop(), part)
+        self._parts.append(part)
 
     def result(self) -> Array:
-        _, total = self._parts.pop()
-        while self._parts:
-            total = self._combine(self._parts.pop()[1], total)
-        return total
+        return reduce(lambda total, before: self._combine(before, total), reversed(self._parts))
 
 
 def _schedule(chain: Chain, in_memory: list[int], row: int, maximize: bool, dtype: str) -> Schedule:
@@ -340,16 +322,6 @@ def _is_buffer(v: Value) -> bool:
     return v.span == Span.FULL and v.op not in ("input", "index", *VIEWS) and any(a.span > Span.HOST for a in numbers)
 
 
-def _made_of(goals: Iterable[Value], stop: Callable[[Value], bool]) -> list[Value]:
-    """The values that these are made of, each after its own arguments; none that `stop` names, nor what is given."""
-    found: dict[Value, None] = {}
-
-    def visit(v: Value) -> None:
-        if v not in found and v.span != Span.HOST and v.op != "count" and not stop(v):
-            for a in v.args:
-                visit(a)
-            found[v] = None
-
-    for v in goals:
-        visit(v)
-    return list(found)
+def _computed(goals: Iterable[Value], is_given: Callable[[Value], bool]) -> list[Value]:
+    """What has to be loaded and computed for these values, beside what is given."""
+    return used(goals, lambda v: v.span != Span.HOST and v.op != "count" and not is_given(v))

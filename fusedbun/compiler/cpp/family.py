@@ -69,16 +69,20 @@ def build(folder: Path, for_this_machine: bool = False) -> None:
     except BuildError as error:
         print(f"fusedbun: no kernels are compiled now: {str(error).splitlines()[0]}")
         return
-    jobs = [(code, 1, "") for code in (jax_handler(),) if code]  # where the build environment has jaxlib
+    handler = jax_handler()  # where the build environment has jaxlib
+    jobs = [(handler, 1, "")] if handler else []
     for registers, dtype in product(chosen, TYPES):
         jobs += [(code, registers, bundle_prefix(registers)) for code in bundles(dtype, registers)]
     with ThreadPoolExecutor(_processors()) as pool:
         waiting = [pool.submit(compile_in, folder, *job, STRIP) for job in jobs]
-    failures = [job.exception() for job in waiting if isinstance(job.exception(), BuildError)]
+    failures = []
+    for job in waiting:
+        try:
+            made.add(job.result())
+        except BuildError as error:
+            failures.append(str(error).splitlines()[0])
     if failures:
-        reason = str(failures[0]).splitlines()[0]
-        print(f"fusedbun: {len(failures)} of {len(jobs)} libraries of kernels did not compile: {reason}")
-    made |= {job.result() for job in waiting if job.exception() not in failures}
+        print(f"fusedbun: {len(failures)} of {len(jobs)} libraries of kernels did not compile: {failures[0]}")
     for path in set(folder.glob("*.so")) - made:
         path.unlink()
 

@@ -70,6 +70,16 @@ class Pass:
     keeps: list[Value] = field(default_factory=list)
     buffer: list[Value] = field(default_factory=list)
 
+    @property
+    def all_reductions(self) -> list[Value]:
+        """Those of its sweeps, and the totals."""
+        return [*(v for sweep in self.sweeps for v in sweep.reductions), *self.totals]
+
+    @property
+    def all_stores(self) -> list[Store]:
+        """Those of its sweeps, and those for each of the block's rows."""
+        return [*(store for sweep in self.sweeps for store in sweep.stores), *self.stores]
+
 
 @dataclass
 class Schedule:
@@ -155,8 +165,7 @@ class _Scheduler:
         passes = [self._pass(t, t == last) for t in range(last + 1)]
         for t, work in enumerate(passes):
             later = {v for p in passes[t + 1 :] for values in (p.after, *(s.block for s in p.sweeps)) for v in values}
-            ended = [v for sweep in work.sweeps for v in sweep.reductions if v not in self.partials]
-            work.keeps = [v for v in ended if v in later]
+            work.keeps = [v for v in work.all_reductions if v in later and v not in self.partials]
         return Schedule(self.program, self.blocks, passes, self._between(last + 2), self.partials, self.small_stores)
 
     def _is_small(self, v: Value) -> bool:

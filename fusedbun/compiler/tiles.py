@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from fusedbun.transform import Array, Shape
 ELEMENTS = 1 << 17  # in a tile: few enough for its buffers to stay in the cache, many enough to be worth a call
 ARITHMETIC = ("add", "sub", "mul", "div")  # what Python computes in place
 VIEWS = ("bits", "from_bits", "whole", "real")  # their results may be their operand's memory
+Cut = tuple[slice, ...]  # a tile, as slices of an array that spans the axis which is cut; () for the whole
 LIKE = -1  # the place, after all values, of an array of the columns' shape
 
 
@@ -47,14 +48,15 @@ def schedule_for(
     """
     in_memory = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
     fitting = [axis for axis in in_memory if math.prod(shape) <= elements * shape[axis]]
-    longest = sorted(in_memory, key=lambda axis: -shape[axis])[:1]
-    *rows, last = dict.fromkeys((*(fitting or longest)[:1], *in_memory)) or [0]
-    for row in rows:
+    longest = sorted(in_memory, key=lambda axis: -shape[axis])
+    refusals = []
+    for row in dict.fromkeys((*(fitting or longest)[:1], *in_memory)) or [0]:
+        order = (row, *(axis for axis in in_memory if axis != row))
         try:
-            return _schedule(chain, in_memory, row, maximize, dtype)
-        except UnplannableError:
-            pass  # another axis may suit the rules
-    return _schedule(chain, in_memory, last, maximize, dtype)
+            return schedule_of(trace(chain, len(shape), order, maximize, dtype))
+        except UnplannableError as error:  # another axis may suit the rules
+            refusals.append(error)
+    raise refusals[-1]
 
 
 def schedule_of(program: Program) -> Schedule:
@@ -72,18 +74,20 @@ class Tiles:
 
     def __init__(self, schedule: Schedule, xp: Any) -> None:
         self.schedule, self.xp = schedule, xp
-        graph = schedule.program.graph
+        graph, arrays = schedule.program.graph, schedule.program.arrays
         self.axis = graph.order[schedule.blocks == "columns" and graph.ndim > 1]
-        self.inputs = [v for v in graph.values if v.op == "input" and v.span > Span.HOST and self._is_small(v)]
-        self.counts = [v for v in graph.values if v.op == "count"]
-        self._known = set(self.inputs)  # the small values that are computed before what is looked at
-        self._kept: list[Value] = []  # what earlier passes keep
+        small = [v for v in graph.values if is_small(v, schedule.blocks)]
+        self.inputs = [v for v in small if v.op == "input" and v.span > Span.HOST]
+        self.counts = [v for v in small if v.op == "count"]
+        self.bits = {name: stored.bits for name, stored in arrays.items() if stored.bits}  # of packed numbers
+        # what is given, or computed before what is looked at
+        self._known = {*self.inputs, *self.counts, *(v for v in small if v.span == Span.HOST)}
         self._viewed = {v.args[0] for v in graph.values if v.op in VIEWS}
         self.between = [self._small(schedule.between[0])]
-        self.passes: list[_Work] = []
-        for work, small in zip(schedule.passes, schedule.between[1:], strict=True):
-            self.passes.append(self._work(work))
-            self.between.append(self._small(small))
+        self.passes: list[tuple[Pass, list[_Step]]] = []  # each with the steps of all its sweeps in one
+        for work, goals in zip(schedule.passes, schedule.between[1:], strict=True):
+            self.passes.append((work, self._of_pass(work)))
+            self.between.append(self._small(goals))
 
     def run(self, scalars: Sequence[Any], arrays: Mapping[str, Array], dtype: Any, elements: int = ELEMENTS) -> None:
         """Steps one leaf.
@@ -99,28 +103,28 @@ class Tiles:
             # an array of no axes is one of one element here, as it was traced
             _Run(self, scalars, arrays if shape else {k: a[None] for k, a in arrays.items()}, dtype).run(elements)
 
-    def _is_small(self, v: Value) -> bool:
-        return is_small(v, self.schedule.blocks)
+    def partials(self, work: Pass) -> list[Value]:
+        """The reductions of a pass that every tile adds to."""
+        return [v for v in work.all_reductions if v in self.schedule.partials]
 
     def _small(self, goals: list[Value]) -> list[_Step]:
         """The steps to small values. They may lead over values of the leaf's rows, where these are made of slots."""
-        found = _computed(goals, lambda v: v in self._known)
-        small = {v for v in found if self._is_small(v)}
+        found = self._computed(goals)
+        small = {v for v in found if is_small(v, self.schedule.blocks)}
         self._known |= small
         return list(self._steps(found, keep=small))
 
-    def _work(self, work: Pass) -> _Work:
-        reductions = [*(v for sweep in work.sweeps for v in sweep.reductions), *work.totals]
-        partials = [v for v in reductions if v in self.schedule.partials]
-        stores = [*(store for sweep in work.sweeps for store in sweep.stores), *work.stores]
-        stored = [v for _, v in stores]
-        found = _computed(
-            [*reductions, *stored], lambda v: v in self._kept or (self._is_small(v) and v not in partials)
-        )
-        steps = list(self._steps(found, {*partials, *work.keeps, *stored}))
-        self._known |= set(partials)
-        self._kept += work.keeps
-        return _Work(steps, partials, stores, work.keeps)
+    def _of_pass(self, work: Pass) -> list[_Step]:
+        """The steps to what a pass reduces and stores of each tile."""
+        stored = [v for _, v in work.all_stores]
+        found = self._computed([*work.all_reductions, *stored])
+        handed_on = {*work.keeps, *self.partials(work)}
+        self._known |= handed_on
+        return list(self._steps(found, keep={*handed_on, *stored}))
+
+    def _computed(self, goals: list[Value]) -> list[Value]:
+        """What has to be loaded and computed for these values."""
+        return used(goals, lambda v: v not in self._known)
 
     def _steps(self, values: list[Value], keep: set[Value]) -> Iterator[_Step]:
         """The computation of these values in their order; those that are not kept end where they are last needed."""
@@ -172,35 +176,12 @@ class Tiles:
 
 
 class _Step(NamedTuple):
-    """The computation of one value. Values are given by their number in the graph.
-
-    Args:
-        value: the value.
-        function: what computes it from the arguments; None for what is loaded.
-        args: the arguments.
-        ends: those that no later step needs.
-    """
+    """The computation of one value; its arguments are numbers of values."""
 
     value: Value
-    function: Callable[..., Array] | None
+    function: Callable[..., Array] | None  # None for what is loaded
     args: tuple[int, ...]
-    ends: tuple[int, ...]
-
-
-class _Work(NamedTuple):
-    """What a pass does with each tile.
-
-    Args:
-        steps: the steps, of all its sweeps in one.
-        partials: the reductions that every tile adds to.
-        stores: what is written.
-        keeps: the values of each tile that are kept for later passes.
-    """
-
-    steps: list[_Step]
-    partials: list[Value]
-    stores: list[Store]
-    keeps: list[Value]
+    ends: tuple[int, ...]  # the arguments that no later step needs
 
 
 class _Run:
@@ -224,67 +205,63 @@ class _Run:
         length = self.shape[self.tiles.axis]
         size = max(1, elements * length // math.prod(self.shape))
         cuts = [_slice(self.tiles.axis, start, start + size) for start in range(0, length, size)]
-        for small, work in zip(self.tiles.between, self.tiles.passes, strict=False):
+        for small, (work, steps) in zip(self.tiles.between, self.tiles.passes, strict=False):
             self._compute(small, ())
-            self._pass(work, cuts)
+            self._pass(work, steps, cuts)
         self._compute(self.tiles.between[-1], ())
         self._store(self.tiles.schedule.stores, ())
 
-    def _pass(self, work: _Work, cuts: list[tuple[slice, ...]]) -> None:
-        """Goes over all tiles, which are slices of an array that spans the axis which is cut."""
+    def _pass(self, work: Pass, steps: list[_Step], cuts: list[Cut]) -> None:
+        """Goes over all tiles."""
         combine = {"sum": operator.add, "max": self.xp.maximum, "min": self.xp.minimum}
-        totals = [_Total(combine[v.detail]) for v in work.partials]
+        stores = work.all_stores
+        totals = {v: _Total(combine[v.detail]) for v in self.tiles.partials(work)}
         keeps: dict[Value, list[Array]] = {v: [] for v in work.keeps}
         for number, cut in enumerate(cuts):
             for v, of_tiles in self.kept.items():
                 self.values[v.number] = of_tiles[number]
-            self._compute(work.steps, cut)
+            self._compute(steps, cut)
             for v, of_tiles in keeps.items():
                 of_tiles.append(self.values[v.number])
-            for v, total in zip(work.partials, totals, strict=True):
+            for v, total in totals.items():
                 total.add(self.values[v.number])
-            self._store(work.stores, cut)
-        for v, total in zip(work.partials, totals, strict=True):
+            self._store(stores, cut)
+        for v, total in totals.items():
             self.values[v.number] = total.result()
         self.kept |= keeps
 
-    def _compute(self, steps: list[_Step], cut: tuple[slice, ...]) -> None:
+    def _compute(self, steps: list[_Step], cut: Cut) -> None:
         values = self.values
         for v, function, args, ends in steps:
             values[v.number] = self._load(v, cut) if function is None else function(*[values[a] for a in args])
             for number in ends:
                 values[number] = None
 
-    def _place(self, name: str, v: Value, cut: tuple[slice, ...]) -> Array:
+    def _place(self, name: str, v: Value, cut: Cut) -> Array:
         """A tile's part of an array that a value is read from, or written to."""
         array = self.arrays[name]
         return array[cut] if self.tiles.axis in v.axes and cut else array
 
-    def _load(self, v: Value, cut: tuple[slice, ...]) -> Array:
+    def _load(self, v: Value, cut: Cut) -> Array:
         xp, axis = self.xp, self.tiles.axis
         if v.op == "index":
             (places,) = xp.index(self.arrays[PARAM][cut], [v.detail])
             return places + cut[axis].start if cut and v.detail == axis else places
         stored = self._place(v.detail, v, cut)
-        if bits := self._packed(v.detail):
+        if bits := self.tiles.bits.get(v.detail):
             return xp.from_blocks(xp.unpack(stored, bits), (len(stored), *self.shape[1:]))
         if v.is_word:
             return xp.whole(stored)
         return stored if stored.dtype == self.dtype else xp.astype(stored, self.dtype)
 
-    def _packed(self, name: str) -> int | None:
-        """The bits of an array's numbers, where they are packed."""
-        arrays = self.tiles.schedule.program.arrays
-        return arrays[name].bits if name in arrays else None
-
-    def _store(self, stores: list[Store], cut: tuple[slice, ...]) -> None:
+    def _store(self, stores: list[Store], cut: Cut) -> None:
         xp, values = self.xp, self.values
         for _, v in stores:
             if v.op == "input":  # a view of what another store may write
                 values[v.number] = xp.maximum(values[v.number], values[v.number])
         for name, v in stores:
             place, value = self._place(name, v, cut), values[v.number]
-            place[...] = xp.pack(xp.to_blocks(value), bits) if (bits := self._packed(name)) else value
+            place[...] = xp.pack(xp.to_blocks(value), bits) if (bits := self.tiles.bits.get(name)) else value
         for _, v in stores:
             values[v.number] = None
 
@@ -307,12 +284,7 @@ class _Total:
         return reduce(lambda total, before: self._combine(before, total), reversed(self._parts))
 
 
-def _schedule(chain: Chain, in_memory: list[int], row: int, maximize: bool, dtype: str) -> Schedule:
-    order = (row, *(axis for axis in in_memory if axis != row))
-    return schedule_of(trace(chain, len(in_memory), order, maximize, dtype))
-
-
-def _slice(axis: int, start: int, stop: int) -> tuple[slice, ...]:
+def _slice(axis: int, start: int, stop: int) -> Cut:
     return (*(slice(None),) * axis, slice(start, stop))
 
 
@@ -320,8 +292,3 @@ def _is_buffer(v: Value) -> bool:
     """Whether it is an array of a tile's size, no view of the leaf, and of the dtype that is computed in."""
     numbers = v.args[1:] if v.op == "where" else v.args  # what a library makes of Python's has its default dtype
     return v.span == Span.FULL and v.op not in ("input", "index", *VIEWS) and any(a.span > Span.HOST for a in numbers)
-
-
-def _computed(goals: Iterable[Value], is_given: Callable[[Value], bool]) -> list[Value]:
-    """What has to be loaded and computed for these values, beside what is given."""
-    return used(goals, lambda v: v.span != Span.HOST and v.op != "count" and not is_given(v))

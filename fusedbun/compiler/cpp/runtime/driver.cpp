@@ -6,7 +6,6 @@
 // leaf's shape alone and their reductions are combined in their order, so the result does not depend on threads either.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -29,13 +28,10 @@ constexpr Index GRADIENT = 1;              // its place among a leaf's arrays
 Index quotient(Index n, Index by) { return (n + by - 1) / by; }  // rounded up
 Index up(Index n, Index to) { return quotient(n, to) * to; }
 
-struct Free { void operator()(void* p) const { std::free(p); } };
+constexpr std::align_val_t ALIGNED{ALIGNMENT};
+struct Free { void operator()(char* p) const { ::operator delete(p, ALIGNED); } };
 using Memory = std::unique_ptr<char, Free>;
-Memory memory(Index bytes) {
-  char* p = bytes ? (char*)std::aligned_alloc(ALIGNMENT, up(bytes, ALIGNMENT)) : nullptr;
-  if (bytes && !p) throw std::bad_alloc();
-  return Memory(p);
-}
+Memory memory(Index bytes) { return Memory(bytes ? (char*)::operator new(up(bytes, ALIGNMENT), ALIGNED) : nullptr); }
 
 bool in_order(const Leaf& leaf) {  // whether the elements of every array follow one another
   return std::all_of(leaf.steps, leaf.steps + leaf.count, [](const Index* s) { return !s; });

@@ -131,7 +131,7 @@ def schedule(program: Program, blocks: Blocks = "rows") -> Schedule:
 
 
 def is_small(v: Value, blocks: Blocks) -> bool:
-    """Whether a value is computed between the passes over such blocks, or given: no pass is needed to go over it."""
+    """Whether a value is computed between the passes over such blocks, or given."""
     return v.span not in (*WIDE, OF_BLOCKS[blocks])
 
 
@@ -145,22 +145,26 @@ class _Scheduler:
             raise UnplannableError("blocks of columns do not suit reductions along some of the columns")
         if blocks == "columns" and any(v.span == Span.BLOCK for v in self.values):
             raise UnplannableError("blocks of columns do not suit codes that share an exponent along a row")
+        self.small = {v for v in self.values if is_small(v, blocks)}
+        # the small values that are reductions of something of every block
+        self.partials = [v for v in self.values if v in self.small and v.op in REDUCTIONS and self._needs_pass(v)]
         self.costly: set[Value] = set()  # the values of full size that take a costly operation
-        self.times: dict[Value, Time] = {}
+        self.times: dict[Value, Time] = {}  # the pass and the sweep in which a value can be computed
         for v in self.values:
-            self.times[v] = self._time(v)
+            t, s = max((self.times[a] for a in v.args), default=(0, 0))
+            self.times[v] = (t + (v in self.partials), 0) if v in self.small else (t, s + (v.op == self.along))
             if v.span == Span.FULL and (v.op in COSTLY or not self.costly.isdisjoint(v.args)):
                 self.costly.add(v)
-        self.partials = [v for v in self.values if self._is_over_all_blocks(v)]
         outputs = program.outputs.items()
         self.full_stores = [(name, v) for name, v in outputs if v.span in WIDE]
         self.block_stores = [(name, v) for name, v in outputs if v.span == self.block]
-        self.small_stores = [(name, v) for name, v in outputs if self._is_small(v)]
+        self.small_stores = [(name, v) for name, v in outputs if v in self.small]
 
     def run(self) -> Schedule:
         ends = [v.args[0] for v in self.partials]
         ends += [v for _, v in (*self.full_stores, *self.block_stores)]
-        ends += [v for v in self.values if self._reads_block(v)]  # before the last pass writes to what it reads
+        # what reads arrays that have a number for each of the rows, before the last pass writes to them
+        ends += [v for v in self.small if v not in self.partials and not self.small.issuperset(v.args)]
         last = max((self.times[v][0] for v in ends), default=0)
         passes = [self._pass(t, t == last) for t in range(last + 1)]
         for t, work in enumerate(passes):
@@ -168,34 +172,17 @@ class _Scheduler:
             work.keeps = [v for v in work.all_reductions if v in later and v not in self.partials]
         return Schedule(self.program, self.blocks, passes, self._between(last + 2), self.partials, self.small_stores)
 
-    def _is_small(self, v: Value) -> bool:
-        return is_small(v, self.blocks)
-
-    def _is_over_all_blocks(self, v: Value) -> bool:
-        """Whether it is a reduction that takes up something of every block."""
-        return v.op in ("across", "down") and self._is_small(v) and self._needs_pass(v.args[0])
-
     def _needs_pass(self, v: Value) -> bool:
-        """Whether it is known only while a pass goes over memory: full, or made of a reduction along a block."""
-        if v.span == self.block:
-            return v.op == self.along or any(map(self._needs_pass, v.args))
-        return v.span == Span.FULL
-
-    def _reads_block(self, v: Value) -> bool:
-        """Whether it is a small value made of arrays that have a number for each of the rows."""
-        return self._is_small(v) and not self._is_over_all_blocks(v) and not all(map(self._is_small, v.args))
-
-    def _time(self, v: Value) -> Time:
-        """The pass and the sweep in which the value can be computed."""
-        t, s = max((self.times[a] for a in v.args), default=(0, 0))
-        if self._is_small(v):
-            return t + self._is_over_all_blocks(v), 0
-        return t, s + (v.op == self.along)
+        """Whether it is made of something that is known only while a pass goes over memory."""
+        return any(
+            a.span == Span.FULL or (a.span == self.block and (a.op == self.along or self._needs_pass(a)))
+            for a in v.args
+        )
 
     def _pass(self, t: int, is_last: bool) -> Pass:
         sweeps: dict[int, Sweep] = defaultdict(Sweep)
         for v in self.values:
-            if v.op in ("across", "down") and v.args[0].span == Span.FULL and self.times[v.args[0]][0] == t:
+            if v.op in REDUCTIONS and v.args[0].span == Span.FULL and self.times[v.args[0]][0] == t:
                 sweeps[self.times[v.args[0]][1]].reductions.append(v)
         if is_last:  # in the last sweep, for the others read what it overwrites
             computed = [self.times[v][1] for _, v in self.full_stores if self.times[v][0] == t]
@@ -228,14 +215,14 @@ class _Scheduler:
 
     def _between(self, count: int) -> list[list[Value]]:
         """The small values that need a place in memory, by the pass before which they are computed."""
-        read = {a for v in self.values if not self._is_small(v) for a in v.args} | {v for _, v in self.small_stores}
+        read = {a for v in self.values if v not in self.small for a in v.args} | {v for _, v in self.small_stores}
         placed = [
             v
             for v in self.values
-            if self._is_small(v)
+            if v in self.small
             and v.span != Span.HOST
             and v.op not in ("input", "count")
-            and (v in read or v.op in REDUCTIONS or v.op == "expand")
+            and (v in read or v.op in (*REDUCTIONS, "expand"))
         ]
         return [[v for v in placed if self.times[v][0] == t] for t in range(count)]
 

@@ -48,28 +48,18 @@ class Span(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False, repr=False)  # a repr of the arguments' arguments would have no end
 class Value:
-    """One value of a graph.
+    """One value of a graph."""
 
-    Args:
-        number: its place in the graph.
-        op: the operation that makes it: one of `OPERATIONS` or `REDUCTIONS`, or what has a method of `Graph`.
-        args: the values that it is made of.
-        axes: the parameter's axes that it spans.
-        span: see `Span`.
-        detail: an input's name, a constant's number, a reduction's function ("sum", "max" or "min"), the axes of a
-            count, or the axis of an index; None for other operations.
-        varies: those of its axes along which its numbers may differ. Along the others they are repeated.
-        kind: what its elements are.
-    """
-
-    number: int
-    op: str
-    args: tuple[Value, ...]
-    axes: Axes
+    number: int  # its place in the graph
+    op: str  # the operation that makes it: one of `OPERATIONS` or `REDUCTIONS`, or what has a method of `Graph`
+    args: tuple[Value, ...]  # the values that it is made of
+    axes: Axes  # the parameter's axes that it spans
     span: Span
+    # an input's name, a constant's number, a reduction's function ("sum", "max" or "min"), a count's axes, an index's
+    # axis; None for other operations
     detail: Any
-    varies: Axes
-    kind: Kind = "number"
+    varies: Axes  # those of its axes along which its numbers may differ; along the others they are repeated
+    kind: Kind = "number"  # what its elements are
 
     @property
     def is_condition(self) -> bool:

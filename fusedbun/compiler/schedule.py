@@ -33,42 +33,25 @@ COSTLY = ("div", "sqrt")  # operations that cost more than to store their result
 
 @dataclass
 class Sweep:
-    """One run along a block.
+    """One run along a block."""
 
-    Args:
-        reductions: the reductions whose operands are taken up.
-        stores: what is written to memory.
-        full: the values of full size and of blocks that these need, in the order in which they are computed.
-        saved: of these, the ones put into the block's buffer for a later sweep.
-        block: the values of one number for each of the block's rows that these need, computed before it starts.
-    """
-
-    reductions: list[Value] = field(default_factory=list)
-    stores: list[Store] = field(default_factory=list)
-    full: list[Value] = field(default_factory=list)
-    saved: list[Value] = field(default_factory=list)
-    block: list[Value] = field(default_factory=list)
+    reductions: list[Value] = field(default_factory=list)  # those whose operands are taken up
+    stores: list[Store] = field(default_factory=list)  # what is written to memory
+    full: list[Value] = field(default_factory=list)  # what these need of full size and of blocks, in order
+    saved: list[Value] = field(default_factory=list)  # of `full`, what is put into the block's buffer for a later sweep
+    block: list[Value] = field(default_factory=list)  # what `full` needs of each row, computed before the sweep starts
 
 
 @dataclass
 class Pass:
-    """One pass over memory.
-
-    Args:
-        sweeps: the sweeps along each block.
-        totals: after the last of them, the reductions to one number in all of a number for each row.
-        stores: what is written to memory for each of the block's rows.
-        after: the values of one number for each of the block's rows that these need.
-        keeps: the reductions along a block that later passes need.
-        buffer: the values kept in a block's buffer from one sweep to another.
-    """
+    """One pass over memory: the sweeps along each block, and what is done with the block's rows after them."""
 
     sweeps: list[Sweep]
-    totals: list[Value] = field(default_factory=list)
-    stores: list[Store] = field(default_factory=list)
-    after: list[Value] = field(default_factory=list)
-    keeps: list[Value] = field(default_factory=list)
-    buffer: list[Value] = field(default_factory=list)
+    totals: list[Value] = field(default_factory=list)  # the reductions of what each row has to one number in all
+    stores: list[Store] = field(default_factory=list)  # what is written to memory for each row
+    after: list[Value] = field(default_factory=list)  # what these need of each row, computed after the last sweep
+    keeps: list[Value] = field(default_factory=list)  # the reductions along a block that later passes need
+    buffer: list[Value] = field(default_factory=list)  # what a block's buffer holds from one sweep to another
 
     @property
     def all_reductions(self) -> list[Value]:
@@ -77,29 +60,20 @@ class Pass:
 
     @property
     def all_stores(self) -> list[Store]:
-        """Those of its sweeps, and those for each of the block's rows."""
+        """Those of its sweeps, and those of each row."""
         return [*(store for sweep in self.sweeps for store in sweep.stores), *self.stores]
 
 
 @dataclass
 class Schedule:
-    """The work of a step, in order.
+    """The work of a step, in order."""
 
-    Args:
-        program: what is computed.
-        blocks: whether blocks are rows or columns.
-        passes: the passes over memory.
-        between: the small values computed before each pass and, in the last entry, after all of them.
-        partials: the reductions that every block adds to.
-        stores: the small outputs, written at the end.
-    """
-
-    program: Program
-    blocks: Blocks
+    program: Program  # what is computed
+    blocks: Blocks  # what a block is made of; where it is columns, it is they that are called rows above
     passes: list[Pass]
-    between: list[list[Value]]
-    partials: list[Value]
-    stores: list[Store]
+    between: list[list[Value]]  # the small values computed before each pass and, in the last entry, after all of them
+    partials: list[Value]  # the reductions that every block adds to
+    stores: list[Store]  # the small outputs, written at the end
 
     @property
     def is_elementwise(self) -> bool:

@@ -29,30 +29,19 @@ START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}  # the part of a
 
 @dataclass(frozen=True)
 class Crossing:
-    """A reduction that crosses the network.
+    """A reduction that crosses the network."""
 
-    Args:
-        function: "sum", "max" or "min", which combines the shards' parts.
-        over: the axes among those that the parameter is cut along whose shards are combined.
-        stored: the array that holds a shard's part, and then the result.
-    """
-
-    function: str
-    over: frozenset[int]
-    stored: Stored
+    function: str  # "sum", "max" or "min", which combines the shards' parts
+    over: frozenset[int]  # the axes among those that the parameter is cut along whose shards are combined
+    stored: Stored  # the array that holds a shard's part, and then the result
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is computed before the network is waited for, or at the end.
+    """What is computed before the network is waited for, or at the end."""
 
-    Args:
-        program: what is computed; parts that cross are among its outputs, and afterwards among later phases' inputs.
-        crossings: what is combined when it has been computed, by the array's name.
-    """
-
-    program: Program
-    crossings: Mapping[str, Crossing]
+    program: Program  # parts that cross are among its outputs, and afterwards among later phases' inputs
+    crossings: Mapping[str, Crossing]  # what is combined when it has been computed, by the array's name
 
 
 def phases(program: Program, cut: frozenset[int]) -> list[Phase]:

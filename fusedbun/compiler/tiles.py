@@ -162,14 +162,14 @@ class Tiles:
         """What computes a value of full size from numbers of blocks among others: it repeats them for the elements."""
         xp, spans = self.xp, [a.span for a in v.args]
 
+        def spread(x: Array, like: Array) -> Array:
+            of_elements = xp.to_blocks(like != like)
+            return xp.from_blocks(xp.where(of_elements, x, x), like.shape)
+
         def over_blocks(*args: Array) -> Array:
             like = args[spans.index(Span.FULL)]
-            zeros = xp.to_blocks(like != like)
             return function(
-                *(
-                    xp.from_blocks(xp.where(zeros, x, x), like.shape) if span == Span.BLOCK else x
-                    for x, span in zip(args, spans, strict=True)
-                )
+                *(spread(x, like) if span == Span.BLOCK else x for x, span in zip(args, spans, strict=True))
             )
 
         return over_blocks

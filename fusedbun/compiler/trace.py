@@ -28,19 +28,12 @@ SIZE, FIRST = "size.{}", "first.{}"
 
 @dataclass(frozen=True)
 class Program:
-    """The graph of one step of a chain, for parameters of some number of axes.
-
-    Args:
-        graph: the graph.
-        dtype: the parameters' dtype.
-        arrays: the state's arrays, by `<transformation>.<slot>` and what its code appends.
-        outputs: what is written, by name: the parameter and the arrays that change.
-    """
+    """The graph of one step of a chain, for parameters of some number of axes."""
 
     graph: Graph
-    dtype: str
-    arrays: Mapping[str, Stored]
-    outputs: Mapping[str, Value]
+    dtype: str  # the parameters'
+    arrays: Mapping[str, Stored]  # the state's, by `<transformation>.<slot>` and what its code appends
+    outputs: Mapping[str, Value]  # what is written, by name: the parameter and the arrays that change
 
     @cached_property
     def scalars(self) -> tuple[Value, ...]:

@@ -50,7 +50,7 @@ def entry(source: str, registers: int) -> Any:
 
 def origin(source: str, registers: int = 1) -> str | None:
     """Where the compiled code is: "package" or "cache", or None where it would have to be compiled."""
-    name = _name(source, registers)
+    name = f"{digest(source, registers)}.so"
     if (BUILT / name).exists() or _in_bundle(source, registers):
         return "package"
     return "cache" if (cache_folder() / name).exists() else None
@@ -66,7 +66,7 @@ def library(source: str, registers: int = 1) -> Path:
     Raises:
         BuildError: it did not come with the package, is not in the cache, and cannot be compiled.
     """
-    built = BUILT / _name(source, registers)
+    built = BUILT / f"{digest(source, registers)}.so"
     return built if built.exists() else compile_in(cache_folder(), source, registers)
 
 
@@ -107,7 +107,7 @@ def compile_in(folder: Path, source: str, registers: int = 1, prefix: str = "", 
 
     Flags in `extra` do not change what the code does. Raises a BuildError where it cannot be compiled.
     """
-    path = folder / f"{prefix}{_name(source, registers)}"
+    path = folder / f"{prefix}{digest(source, registers)}.so"
     return path if path.exists() else _compile(path, source, registers, extra)
 
 
@@ -136,7 +136,7 @@ def bundle(sources: Iterable[str], registers: int) -> str:
     """The C++ of several kernels in one library; each is as it was, in a namespace of its own."""
     lines = ['#include "vectors.h"', ""]
     for source in sources:
-        name = _symbol(source, registers)
+        name = f"{ENTRY}_{digest(source, registers)}"
         lines += [f"#define {ENTRY} {name}", f"namespace of_{name} {{", source, "}", f"#undef {ENTRY}", ""]
     return "\n".join(lines)
 
@@ -173,7 +173,7 @@ def cache_folder() -> Path:
 
 
 def _in_bundle(source: str, registers: int) -> Any:
-    name = _symbol(source, registers)
+    name = f"{ENTRY}_{digest(source, registers)}"
     return next((loaded[name] for loaded in _bundles(registers) if hasattr(loaded, name)), None)
 
 
@@ -200,11 +200,3 @@ def digest(source: str, registers: int) -> str:
     """What compiled code is known by, made of its source, the runtime, the flags and the kind of machine."""
     flags = " ".join([*_flags(registers), sys.platform, platform.machine()])
     return hashlib.sha256("\0".join([source, _runtime(), flags]).encode()).hexdigest()[:40]
-
-
-def _symbol(source: str, registers: int) -> str:
-    return f"{ENTRY}_{digest(source, registers)}"
-
-
-def _name(source: str, registers: int) -> str:
-    return f"{digest(source, registers)}.so"

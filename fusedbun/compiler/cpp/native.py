@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain as joined
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -37,28 +38,22 @@ class Kernel(NamedTuple):
 
 
 class Array(NamedTuple):
-    """An array as the driver sees it: its address, the bytes of an element, and the bytes from one to the next."""
+    """An array as the driver sees it."""
 
     address: int
-    width: int
-    strides: Shape
+    width: int  # bytes of an element
+    strides: Shape  # bytes from one element to the next along each axis
 
 
 class Description(NamedTuple):
-    """A leaf as the driver sees it.
-
-    Args:
-        kernel: what steps it.
-        shape: its shape.
-        arrays: the parameter, the gradient, and the state's in the program's order; those that do not have a number
-            for every element are contiguous.
-        numbers: which of the lists of numbers it is stepped with.
-    """
+    """A leaf as the driver sees it."""
 
     kernel: Kernel
     shape: Shape
+    # the parameter, the gradient, and the state's in the program's order; those that do not have a number for every
+    # element are contiguous
     arrays: Sequence[Array]
-    numbers: int
+    numbers: int  # which of the lists of numbers it is stepped with
 
 
 _KERNELS: dict[Any, Kernel | str] = {}  # by what decides the code; a reason where there is none
@@ -201,23 +196,20 @@ def describe(leaf: Description, words: list[int]) -> list[int]:
     rows, columns = (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, sizes[0])
     start = len(words)
     steps = start + 3 * count
-    strides: list[int] = []
-    places: list[int] = []
+    described: list[tuple[int, int, int, int]] = []  # of each array: address, width, stride, the place of its steps
     scattered: list[int] = []
     for array, stored in zip(arrays, [*[Stored(program.dtype, order)] * 2, *program.arrays.values()], strict=True):
         place = -1
         if stored.is_full(len(sizes)):
             along = [array.strides[axis] for axis in order] if leaf.shape else [array.width]
-            strides.append(_row_stride(sizes, along, array.width))
+            stride = _row_stride(sizes, along, array.width)
             if not _is_contiguous(sizes, along, array.width):
                 place = steps + count + len(sizes) + len(scattered)
                 scattered += along
         else:
-            strides.append(array.strides[0] if stored.is_by_blocks else 0)
-        places.append(place)
-    words += [array.address for array in arrays]
-    words += [array.width for array in arrays]
-    words += [*strides, *places, *sizes, *scattered]
+            stride = array.strides[0] if stored.is_by_blocks else 0
+        described.append((array.address, array.width, stride, place))
+    words += [*joined.from_iterable(zip(*described, strict=True)), *sizes, *scattered]
     return [start, start + count, start + 2 * count, steps, steps + count, 0, count, len(sizes), rows, columns]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
@@ -68,14 +68,14 @@ class Tiles:
     """A schedule made ready to be run with an array library, on any leaf that it suits.
 
     Args:
-        schedule: the schedule.
+        schedule: made by `schedule_for` or `schedule_of`.
         xp: the library's functions. Its arrays can be sliced, and written by assigning to a slice.
     """
 
     def __init__(self, schedule: Schedule, xp: Any) -> None:
         self.schedule, self.xp = schedule, xp
         graph, arrays = schedule.program.graph, schedule.program.arrays
-        self.axis = graph.order[schedule.blocks == "columns" and graph.ndim > 1]
+        self.axis = graph.order[0]
         small = [v for v in graph.values if is_small(v, schedule.blocks)]
         self.inputs = [v for v in small if v.op == "input" and v.span > Span.HOST]
         self.counts = [v for v in small if v.op == "count"]
@@ -192,7 +192,7 @@ class _Run:
         program = tiles.schedule.program
         self.shape: Shape = tuple(arrays[PARAM].shape)
         self.values: list[Any] = [v.detail for v in program.graph.values]  # a constant's is its number
-        self.values.append(arrays[PARAM][_slice(program.graph.order[0], 0, 1)])
+        self.values.append(arrays[PARAM][_slice(tiles.axis, 0, 1)])
         for v in tiles.counts:
             self.values[v.number] = math.prod(self.shape[axis] for axis in v.detail)
         for v, number in zip(program.scalars, scalars, strict=True):
@@ -213,21 +213,27 @@ class _Run:
 
     def _pass(self, work: Pass, steps: list[_Step], cuts: list[Cut]) -> None:
         """Goes over all tiles."""
+        partials, stores = self.tiles.partials(work), work.all_stores
         combine = {"sum": operator.add, "max": self.xp.maximum, "min": self.xp.minimum}
-        stores = work.all_stores
-        totals = {v: _Total(combine[v.detail]) for v in self.tiles.partials(work)}
         keeps: dict[Value, list[Array]] = {v: [] for v in work.keeps}
-        for number, cut in enumerate(cuts):
+
+        def over(tiles: range) -> list[Array]:
+            """Goes over some; returns what they add to, combined two by two, so that long sums stay accurate."""
+            if len(tiles) > 1:
+                half = 1 << (len(tiles) - 1).bit_length() - 1
+                parts = zip(partials, over(tiles[:half]), over(tiles[half:]), strict=True)
+                return [combine[v.detail](before, after) for v, before, after in parts]
+            (number,) = tiles
             for v, of_tiles in self.kept.items():
                 self.values[v.number] = of_tiles[number]
-            self._compute(steps, cut)
+            self._compute(steps, cuts[number])
             for v, of_tiles in keeps.items():
                 of_tiles.append(self.values[v.number])
-            for v, total in totals.items():
-                total.add(self.values[v.number])
-            self._store(stores, cut)
-        for v, total in totals.items():
-            self.values[v.number] = total.result()
+            self._store(stores, cuts[number])
+            return [self.values[v.number] for v in partials]
+
+        for v, total in zip(partials, over(range(len(cuts))), strict=True):
+            self.values[v.number] = total
         self.kept |= keeps
 
     def _compute(self, steps: list[_Step], cut: Cut) -> None:
@@ -264,24 +270,6 @@ class _Run:
             place[...] = xp.pack(xp.to_blocks(value), bits) if (bits := self.tiles.bits.get(name)) else value
         for _, v in stores:
             values[v.number] = None
-
-
-class _Total:
-    """A reduction over all tiles: theirs are combined two by two, so that long sums stay accurate."""
-
-    def __init__(self, combine: Callable[[Array, Array], Array]) -> None:
-        self._combine = combine
-        self._tiles = 0
-        self._parts: list[Array] = []  # each of more tiles than the next: the powers of two that make their number
-
-    def add(self, part: Array) -> None:
-        self._tiles += 1
-        for _ in range((self._tiles & -self._tiles).bit_length() - 1):
-            part = self._combine(self._parts.pop(), part)
-        self._parts.append(part)
-
-    def result(self) -> Array:
-        return reduce(lambda total, before: self._combine(before, total), reversed(self._parts))
 
 
 def _slice(axis: int, start: int, stop: int) -> Cut:

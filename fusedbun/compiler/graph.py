@@ -95,14 +95,7 @@ class Graph:
         self._known: dict[tuple[Any, ...], Value] = {}
 
     def input(self, name: str, axes: Iterable[int], is_word: bool = False, part: str = "element") -> Value:
-        """An array in memory: the parameter, its gradient, or one of the state.
-
-        Args:
-            name: its name.
-            axes: the axes that it spans.
-            is_word: whether its numbers are words.
-            part: what it has numbers for (`fusedbun.storage.codes.Stored`).
-        """
+        """An array in memory: the parameter, its gradient, or one of the state (`fusedbun.storage.codes.Stored`)."""
         axes = self.every & set(axes)
         if part != "element" and self.order != tuple(range(self.ndim)):
             raise UnplannableError(f"{name} is for blocks along the parameter's axes as they are, not {self.order}")

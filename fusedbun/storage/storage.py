@@ -25,21 +25,14 @@ class Starts(Protocol):
 class Storage:
     """How one parameter and its state are stored.
 
-    Nothing is written to; where a library's arrays can be, a driver commits to them in place.
-
-    Args:
-        xp: the functions: `fusedbun.transform.Namespace` and `fusedbun.storage.codes.Storing`.
-        rounding: how the parameter is rounded, and where noise begins.
-        like: an array of its shape, on its device, in the precision that is computed in.
-        dtype: its dtype's name.
-        places: the elements' places along each of its axes, where it is a part of a parameter; None: from 0 up.
+    Nothing is written to; where a library's arrays can be, a driver's subclass commits to them in place.
     """
 
-    xp: Any
-    rounding: Starts
-    like: Array
-    dtype: str
-    places: Sequence[Array] | None = None
+    xp: Any  # the functions: `fusedbun.transform.Namespace` and `fusedbun.storage.codes.Storing`
+    rounding: Starts  # how the parameter is rounded, and where noise begins
+    like: Array  # an array of the parameter's shape, on its device, in the precision that is computed in
+    dtype: str  # the name of the parameter's dtype
+    places: Sequence[Array] | None = None  # along each axis, of a part of a parameter; None: from 0 up
 
     @cached_property
     def _index(self) -> Sequence[Array]:

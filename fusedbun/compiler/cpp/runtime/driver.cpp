@@ -68,9 +68,9 @@ struct Task {
   const Leaf* leaf;
   const Kernel* kernel;
   const Plan* plan;
-  bool flat, columns;           // what is gone over: elements, blocks of columns, or else blocks of rows
-  Index extent, chunk, chunks;  // how many of them, how many in a chunk, and chunks
-  bool copies;                  // whether the elements of an array have to be brought to where they follow one another
+  bool flat, columns;            // what is gone over: elements, blocks of columns, or else blocks of rows
+  Index extent, chunk, chunks;   // how many of them, how many in a chunk, and chunks
+  std::vector<Index> scattered;  // the arrays whose elements have to be copied to where they follow one another
   Work work{};
   Memory held;
   std::atomic<Index> done{0}, ready{-1};  // items ended, passes that may run
@@ -84,11 +84,9 @@ struct Task {
     const Index least = columns ? CHUNK_ELEMENTS / l.rows : std::max(CHUNK_ROWS, quotient(CHUNK_ELEMENTS, l.columns));
     chunk = flat ? CHUNK_ELEMENTS : up(std::max(least, quotient(extent, MOST_CHUNKS)), columns ? 64 : 16);
     chunks = quotient(extent, chunk);
-    copies = false;
-    for (Index a = 0; a < l.count; a++) copies |= is_copied(a);
+    for (Index a = 0; a < l.count; a++)
+      if (flat ? l.steps[a] != nullptr : l.strides[a] == SCATTERED) scattered.push_back(a);
   }
-
-  bool is_copied(Index a) const { return flat ? leaf->steps[a] != nullptr : leaf->strides[a] == SCATTERED; }
 
   void start() {
     const auto bytes = [&](Index numbers) { return up(numbers * kernel->element, ALIGNMENT); };
@@ -130,8 +128,8 @@ struct Task {
     const Memory buffer = memory(plan->buffer(*leaf));
     w.buffer = buffer.get();
     plan->begin[pass](w);
-    if (copies) run_copies(w, pass, begin, end);
-    else plan->pass[pass](w, begin, end);
+    if (scattered.empty()) plan->pass[pass](w, begin, end);
+    else run_copies(w, pass, begin, end);
   }
 
   // A part of the chunk at a time: copied to where its elements follow one another, stepped there, and copied back.
@@ -141,8 +139,7 @@ struct Task {
     std::vector<void*> arrays(leaf->arrays, leaf->arrays + leaf->count);
     std::vector<Index> strides(leaf->strides, leaf->strides + leaf->count);
     std::vector<Memory> copied(leaf->count);
-    for (Index a = 0; a < leaf->count; a++) {
-      if (!is_copied(a)) continue;
+    for (const Index a : scattered) {
       strides[a] = unit * leaf->widths[a];
       copied[a] = memory(std::min(most, end - begin) * strides[a]);
     }
@@ -150,14 +147,13 @@ struct Task {
     w.strides = strides.data();
     for (Index i = begin; i < end; i += most) {
       const Index stop = std::min(end, i + most);
-      for (Index a = 0; a < leaf->count; a++) {
-        if (!copied[a]) continue;
+      for (const Index a : scattered) {
         transfer(*leaf, a, copied[a].get(), i * unit, stop * unit, false);
         arrays[a] = copied[a].get() - i * strides[a];
       }
       plan->pass[pass](w, i, stop);
-      for (Index a = 0; a < leaf->count; a++)
-        if (copied[a] && a != GRADIENT) transfer(*leaf, a, copied[a].get(), i * unit, stop * unit, true);
+      for (const Index a : scattered)
+        if (a != GRADIENT) transfer(*leaf, a, copied[a].get(), i * unit, stop * unit, true);
     }
   }
 };

@@ -172,7 +172,7 @@ class _Scheduler:
         known: set[Value] = set()  # the values of the block that earlier sweeps need
         for sweep in work.sweeps:
             goals = [*(v.args[0] for v in sweep.reductions), *(v for _, v in sweep.stores)]
-            sweep.full = used(goals, lambda v: v.span in WIDE, ends=lambda v: v in first and v in self.costly)
+            sweep.full = used(goals, lambda v: v.span in WIDE, is_end=lambda v: v in first and v in self.costly)
             for v in sweep.full:
                 if first.setdefault(v, sweep) is not sweep and v in self.costly and v not in work.buffer:
                     work.buffer.append(v)
@@ -185,7 +185,7 @@ class _Scheduler:
 
     def _of_block(self, goals: Iterable[Value]) -> list[Value]:
         """The values of the block that these are made of; a reduction along the block is not looked into."""
-        return used(goals, lambda v: v.span == self.block, ends=lambda v: v.op == self.along)
+        return used(goals, lambda v: v.span == self.block, is_end=lambda v: v.op == self.along)
 
     def _between(self, count: int) -> list[list[Value]]:
         """The small values that need a place in memory, by the pass before which they are computed."""

@@ -14,11 +14,11 @@ element's, and what is counted is the whole parameter's.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from fusedbun.compiler.graph import REDUCTIONS, Graph, Span, Value
+from fusedbun.compiler.graph import REDUCTIONS, Graph, Value
 from fusedbun.compiler.schedule import WIDE
 from fusedbun.compiler.trace import FIRST, SIZE, Program, used
 from fusedbun.storage import codes
@@ -70,16 +70,18 @@ class _Cutter:
 
     def run(self) -> list[Phase]:
         outputs = self.program.outputs
+        # what the phases after the last one of full size are made for
+        crossing = [v for v in sorted(self.over, key=self.time.__getitem__) if self.time[v] > self.full + 1]
         late = {name for name, v in outputs.items() if self.time[v] > self.full}  # what the last phase writes
         while True:
-            later = [self._build(t, late) for t in range(self.full + 1, self.last + 1)]
-            read = {name for made in later for name in made.read if name in outputs}
-            if read <= late:
+            goals = [*(a for v in crossing for a in v.args), *(v for name, v in outputs.items() if name in late)]
+            needed = used(goals, lambda v: v not in self.over, is_end=self.is_local.__getitem__)
+            carried = [v for v in needed if self.is_local[v]]
+            read = {v.detail for v in needed if v.op == "input" and v.span and not self.is_local[v]}
+            if late >= read & outputs.keys():
                 break
-            late |= read
-        carried = dict.fromkeys(v for made in later for v in made.carried)
-        early = [self._build(t, late, carried) for t in range(self.full + 1)]
-        return [made.phase() for made in (*early, *later)]
+            late |= read & outputs.keys()  # what these phases read is not written before them
+        return [self._phase(t, late, carried) for t in range(self.last + 1)]
 
     def _crossing(self) -> dict[Value, frozenset[int]]:
         """The reductions that cross, and over which axes.
@@ -102,8 +104,8 @@ class _Cutter:
                     (waiting if goes_on else over)[v] = axes
         return over
 
-    def _build(self, t: int, late: set[str], carried: Iterable[Value] = ()) -> _PhaseBuilder:
-        """The phase t, which writes the `late` outputs if it is the last, and hands the `carried` values on to it."""
+    def _phase(self, t: int, late: set[str], carried: list[Value]) -> Phase:
+        """One phase: the last writes the `late` outputs, the last one of full size hands the `carried` values on."""
         made = _PhaseBuilder(self, t)
         for v in self.over:
             if self.time[v] == t + 1:
@@ -114,7 +116,8 @@ class _Cutter:
         if t == self.full:
             for v in carried:
                 made.hand_on(v)
-        return made
+        arrays = {**self.program.arrays, **made.arrays}
+        return Phase(Program(made.graph, self.program.dtype, arrays, made.outputs), made.crossings)
 
 
 class _PhaseBuilder:
@@ -126,8 +129,6 @@ class _PhaseBuilder:
         self.outputs: dict[str, Value] = {}
         self.arrays: dict[str, Stored] = {}
         self.crossings: dict[str, Crossing] = {}
-        self.read: list[str] = []  # the arrays of the program that it reads
-        self.carried: list[Value] = []  # what it takes from the last phase of full size
         self._copies: dict[Value, Value] = {}
 
     def hand_on(self, v: Value) -> None:
@@ -145,15 +146,8 @@ class _PhaseBuilder:
             self._copies[v] = self._build(v)
         return self._copies[v]
 
-    def phase(self) -> Phase:
-        program = self.cutter.program
-        arrays = {**program.arrays, **self.arrays}
-        return Phase(Program(self.graph, program.dtype, arrays, self.outputs), self.crossings)
-
     def _build(self, v: Value) -> Value:
         is_carried = self.t > self.cutter.full and self.cutter.is_local[v]
-        if is_carried:
-            self.carried.append(v)
         if is_carried or v in self.cutter.over:
             return self.graph.input(self._array(v), v.axes, v.is_word)
         if v.op == "count":
@@ -163,8 +157,6 @@ class _PhaseBuilder:
             place = self._copy(v)
             first = self.graph.hyperparameter(FIRST.format(v.detail), is_word=True)
             return self.graph.apply("add", place, first) if v.detail in self.cutter.cut else place
-        if v.op == "input" and v.span != Span.HOST:
-            self.read.append(v.detail)
         return self._copy(v)
 
     def _copy(self, v: Value) -> Value:

@@ -109,7 +109,7 @@ class Tiles:
 
     def _small(self, goals: list[Value]) -> list[_Step]:
         """The steps to small values. They may lead over values of the leaf's rows, where these are made of slots."""
-        found = self._computed(goals)
+        found = used(goals, lambda v: v not in self._known)
         small = {v for v in found if is_small(v, self.schedule.blocks)}
         self._known |= small
         return list(self._steps(found, keep=small))
@@ -117,14 +117,10 @@ class Tiles:
     def _of_pass(self, work: Pass) -> list[_Step]:
         """The steps to what a pass reduces and stores of each tile."""
         stored = [v for _, v in work.all_stores]
-        found = self._computed([*work.all_reductions, *stored])
+        found = used([*work.all_reductions, *stored], lambda v: v not in self._known)
         handed_on = {*work.keeps, *self.partials(work)}
         self._known |= handed_on
         return list(self._steps(found, keep={*handed_on, *stored}))
-
-    def _computed(self, goals: list[Value]) -> list[Value]:
-        """What has to be loaded and computed for these values."""
-        return used(goals, lambda v: v not in self._known)
 
     def _steps(self, values: list[Value], keep: set[Value]) -> Iterator[_Step]:
         """The computation of these values in their order; those that are not kept end where they are last needed."""

@@ -122,21 +122,21 @@ def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp:
 
 def used(
     goals: Iterable[Value],
-    counts: Callable[[Value], bool] = lambda v: True,
-    ends: Callable[[Value], bool] = lambda v: False,
+    belongs: Callable[[Value], bool] = lambda v: True,
+    is_end: Callable[[Value], bool] = lambda v: False,
 ) -> list[Value]:
     """The values that these are made of, themselves among them, each after its own operands.
 
     Args:
         goals: the values.
-        counts: whether a value is one of them; where it is not, what only it is made of is left out too.
-        ends: whether what a value is made of is left out.
+        belongs: whether a value is one of them; what only others are made of is left out with them.
+        is_end: whether what a value is made of is left out, though it is not.
     """
     found: dict[Value, None] = {}
 
     def visit(v: Value) -> None:
-        if v not in found and counts(v):
-            for a in () if ends(v) else v.args:
+        if v not in found and belongs(v):
+            for a in () if is_end(v) else v.args:
                 visit(a)
             found[v] = None
 

@@ -160,7 +160,8 @@ class Leaves:
         self._records[:, :5] = self._records[:, :5] * WORD + start
         longest = max((len(leaf.kernel.program.scalars) for leaf in leaves), default=0)
         self._numbers = np.zeros((numbers, max(1, longest)))
-        self._records[:, 5] = [self._numbers.ctypes.data + leaf.numbers * self._numbers.strides[0] for leaf in leaves]
+        lists = np.array([leaf.numbers for leaf in leaves], np.int64)
+        self._records[:, 5] = self._numbers.ctypes.data + lists * self._numbers.strides[0]
         self._kernels = np.array([leaf.kernel.address for leaf in leaves], np.int64)
         self._pointers = tuple(ctypes.c_void_p(a.ctypes.data) for a in (self._records, self._kernels))
 

@@ -73,7 +73,7 @@ struct Call {
     return error(std::string("fusedbun: a step that does not fit its arrays: ") + what, XLA_FFI_Error_Code_INTERNAL);
   }
 
-  bool dropped(XLA_FFI_Error* e) const {  // whether there was an error, which is dropped
+  bool failed(XLA_FFI_Error* e) const {  // whether it is an error, which is destroyed
     if (!e) return false;
     XLA_FFI_Error_Destroy_Args args{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, e};
     api.XLA_FFI_Error_Destroy(&args);
@@ -99,12 +99,12 @@ struct Call {
   int threads() const {  // of XLA's pool; 1 where there is none
     int64_t n = 1;
     XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, frame.ctx, &n};
-    return dropped(api.XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : (int)n;
+    return failed(api.XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : (int)n;
   }
 
   bool schedule(XLA_FFI_Task* task, void* data) const {
     XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, frame.ctx, task, data};
-    return !dropped(api.XLA_FFI_ThreadPool_Schedule(&args));
+    return !failed(api.XLA_FFI_ThreadPool_Schedule(&args));
   }
 
   void work(const std::vector<Leaf>& leaves, const std::vector<const Kernel*>& kinds) const {

@@ -101,12 +101,9 @@ def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
 
 
 def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp: Namespace | None = None) -> list[Any]:
-    """The numbers that a program is run with.
+    """The values of `Program.scalars`, made of these values of hyper-parameters.
 
-    Args:
-        scalars: `Program.scalars`.
-        hyperparameters: their values by name.
-        xp: the functions of arrays, where some of them may be arrays; Python computes with numbers itself.
+    Where some of them may be arrays, `xp` computes with those; with numbers Python does.
     """
     known: dict[Value, Any] = {}
     for v in used(scalars):
@@ -171,15 +168,11 @@ class Symbol:
 
 
 class Symbolic:
-    """The namespace (`fusedbun.transform.Namespace`, `fusedbun.storage.codes.Storing`) whose arrays are symbols.
-
-    Args:
-        graph: what they are values of.
-        has_axes: whether the parameter has any; one of none is traced as one of one element.
-    """
+    """The namespace (`fusedbun.transform.Namespace`, `fusedbun.storage.codes.Storing`) whose arrays are symbols."""
 
     def __init__(self, graph: Graph, has_axes: bool = True) -> None:
-        self._graph, self._has_axes = graph, has_axes
+        self._graph = graph
+        self._has_axes = has_axes  # whether the parameter has any; one of none is traced as one of one element
 
     def astype(self, x: Symbol, dtype: Any) -> Symbol:
         """In the precision that is computed in, which numbers are in already."""
@@ -200,20 +193,18 @@ class Symbolic:
 
     single = to_blocks = from_blocks = pack = unpack = _unchanged
 
-    def mean(self, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
-        over = x.value.axes & _axes(x, axis, keepdims)
-        if not over:
-            return x
-        total = self._graph.reduce("sum", x.value, over)
-        return Symbol(self._graph, self._graph.apply("div", total, self._graph.count(over)))
-
     def _reduce(self, function: str, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
-        return Symbol(self._graph, self._graph.reduce(function, x.value, _axes(x, axis, keepdims)))
+        if not isinstance(axis, tuple) or not keepdims:
+            raise UnplannableError("a rule reduces without a tuple of axes, or without keepdims=True")
+        graph, over = self._graph, x.value.axes & {i % self._graph.ndim for i in axis}
+        if function == "mean" and over:
+            return Symbol(graph, graph.apply("div", graph.reduce("sum", x.value, over), graph.count(over)))
+        return Symbol(graph, graph.reduce(function, x.value, over))
 
     def __getattr__(self, name: str) -> Any:
         if name in FUNCTIONS:
             return partial(_apply, name)
-        if name in ("sum", "max", "min"):
+        if name in ("mean", "sum", "max", "min"):
             return partial(self._reduce, name)
         raise UnplannableError(f"a rule uses xp.{name}, which a plan does not know")
 
@@ -221,12 +212,6 @@ class Symbolic:
 def _apply(op: str, *operands: Any) -> Symbol:
     graph = next(x.graph for x in operands if isinstance(x, Symbol))
     return Symbol(graph, graph.apply(op, *(x.value if isinstance(x, Symbol) else x for x in operands)))
-
-
-def _axes(x: Symbol, axis: Any, keepdims: bool) -> set[int]:
-    if not isinstance(axis, tuple) or not keepdims:
-        raise UnplannableError("a rule reduces without a tuple of axes, or without keepdims=True")
-    return {i % x.graph.ndim for i in axis}
 
 
 def _define_operator(operation: Operation) -> None:

@@ -41,12 +41,9 @@ TO_NEAREST = Rounding()
 
 
 def to_bfloat16(xp: Functions, x: Array, n: Array) -> Array:
-    """`x` rounded to one of its two neighbours in bfloat16, to each as often as it lies near to it; still a float32.
+    """Float32 numbers rounded by their noise `n` to a neighbour in bfloat16, each as often as they lie near to it.
 
-    Args:
-        xp: the functions.
-        x: float32 numbers; NaN and infinities stay what they are.
-        n: their noise.
+    They stay float32, and NaN and infinities what they are.
     """
     b = xp.bits(x)
     return xp.from_bits(xp.where(x == x, b + n, b | QUIET) & noise.word(0xFFFF0000))  # an infinity's zeros stay

@@ -39,13 +39,7 @@ class Storage:
         return self.xp.index(self.like, range(self.like.ndim)) if self.places is None else self.places
 
     def decode(self, key: str, slot: Slot, stored: State) -> Array:
-        """A slot's numbers.
-
-        Args:
-            key: the slot's name.
-            slot: the slot.
-            stored: the state's arrays by name.
-        """
+        """The numbers of the slot of this name, from the state's arrays by name."""
         code = codes.code_of(slot, self.dtype)
         parts = {part: stored[key + part] for part in code.arrays(slot.axes) if part != STEP}
         return code.decode(self.xp, parts, self.like.shape, self.like.dtype)

@@ -142,9 +142,7 @@ def memory_order(shape: Shape, strides: Shape) -> tuple[int, ...]:
 class Leaves:
     """Leaves that are described once and stepped many times; between steps only gradients and numbers change.
 
-    Args:
-        leaves: the leaves.
-        numbers: how many lists of numbers there are.
+    There are so many lists of `numbers`, of which each leaf names one.
     """
 
     def __init__(self, leaves: Sequence[Description], numbers: int) -> None:

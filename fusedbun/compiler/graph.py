@@ -77,16 +77,11 @@ class Value:
 
 
 class Graph:
-    """The values of a step. Whoever asks for the same value twice is given the one that there is.
-
-    Args:
-        ndim: the parameter's number of axes, at least 1. A parameter of one axis is one row.
-        order: its axes from the slowest in memory to the fastest; None: as they are.
-    """
+    """The values of a step. Whoever asks for the same value twice is given the one that there is."""
 
     def __init__(self, ndim: int, order: tuple[int, ...] | None = None) -> None:
-        self.ndim = ndim
-        self.order = order or tuple(range(ndim))
+        self.ndim = ndim  # the parameter's number of axes, at least 1; a parameter of one axis is one row
+        self.order = order or tuple(range(ndim))  # its axes from the slowest in memory to the fastest
         self.every = frozenset(range(ndim))
         self.row = frozenset(self.order[:1]) if ndim > 1 else frozenset()
         self.columns = self.every - self.row

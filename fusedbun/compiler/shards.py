@@ -13,7 +13,6 @@ element's, and what is counted is the whole parameter's.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -88,20 +87,17 @@ class _Cutter:
 
         One that is only reduced further, by the same function, waits for that: so fewer numbers cross.
         """
-        users: dict[Value, list[Value]] = defaultdict(list)
-        for v in self.values:
-            for a in v.args:
-                users[a].append(v)
-        outputs = set(self.program.outputs.values())
+        users = [(a, v) for v in self.values for a in v.args]
+        used_as_is = {a for a, v in users if v.op not in REDUCTIONS or v.detail != a.detail}
+        used_as_is |= {*self.program.outputs.values()}
         over: dict[Value, frozenset[int]] = {}
         waiting: dict[Value, frozenset[int]] = {}
         for v in self.values:
             if v.op in REDUCTIONS:
                 (x,) = v.args
                 axes = ((x.axes - v.axes) & self.cut) | waiting.get(x, frozenset())
-                goes_on = v not in outputs and all(u.op in REDUCTIONS and u.detail == v.detail for u in users[v])
                 if axes:
-                    (waiting if goes_on else over)[v] = axes
+                    (over if v in used_as_is else waiting)[v] = axes
         return over
 
     def _phase(self, t: int, late: set[str], carried: list[Value]) -> Phase:

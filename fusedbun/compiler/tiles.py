@@ -31,12 +31,7 @@ LIKE = -1  # the place, after all values, of an array of the columns' shape
 
 
 def schedule_for(
-    chain: Chain,
-    shape: Shape,
-    strides: Sequence[int],
-    maximize: bool = False,
-    dtype: str = "float32",
-    elements: int = ELEMENTS,
+    chain: Chain, shape: Shape, strides: Shape, maximize: bool = False, dtype: str = "float32", elements: int = ELEMENTS
 ) -> Schedule:
     """The schedule that suits tiles of a parameter of this shape and layout.
 

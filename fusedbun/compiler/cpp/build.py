@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 RUNTIME = Path(__file__).parent / "runtime"
+HEADERS = "".join(path.read_text() for path in sorted(RUNTIME.glob("*.h")))
 DRIVER = RUNTIME / "driver.cpp"
 XLA_HEADER = "xla/ffi/api/c_api.h"
 BUILT = Path(__file__).parent / "built"
@@ -186,11 +187,6 @@ def _bundles(registers: int) -> list[ctypes.CDLL]:
     return found
 
 
-@cache
-def _runtime() -> str:
-    return "".join(path.read_text() for path in sorted(RUNTIME.glob("*.h")))
-
-
 def _flags(registers: int) -> tuple[str, ...]:
     """The compiler's flags. `FUSEDBUN_CXXFLAGS` adds to them, as a sanitizer needs."""
     return (*COMMON, *REGISTERS[registers], *shlex.split(os.environ.get("FUSEDBUN_CXXFLAGS", "")))
@@ -199,4 +195,4 @@ def _flags(registers: int) -> tuple[str, ...]:
 def digest(source: str, registers: int) -> str:
     """What compiled code is known by, made of its source, the runtime, the flags and the kind of machine."""
     flags = " ".join([*_flags(registers), sys.platform, platform.machine()])
-    return hashlib.sha256("\0".join([source, _runtime(), flags]).encode()).hexdigest()[:40]
+    return hashlib.sha256("\0".join([source, HEADERS, flags]).encode()).hexdigest()[:40]

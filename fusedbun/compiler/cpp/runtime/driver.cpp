@@ -93,15 +93,10 @@ struct Task {
     const Index vector = bytes(columns ? leaf->rows : leaf->columns);
     const Index small = plan->vectors * vector + bytes(plan->scalars);
     const Index kept = bytes(plan->kept * (columns ? leaf->columns : leaf->rows));
-    work.partial_bytes = plan->partial_vectors * vector + bytes(plan->partial_scalars);
-    held = memory(small + kept + work.partial_bytes * chunks);
-    work.leaf = leaf;
-    work.arrays = leaf->arrays;
-    work.strides = leaf->strides;
-    work.small = held.get();
-    work.kept = held.get() + small;
-    work.partial = held.get() + small + kept;
-    work.chunks = chunks;
+    const Index partial = plan->partial_vectors * vector + bytes(plan->partial_scalars);
+    held = memory(small + kept + partial * chunks);
+    char* const at = held.get();
+    work = {leaf, leaf->arrays, leaf->strides, at, at + small, at + small + kept, nullptr, chunks, partial};
     plan->between[0](work);
     ready.store(0, std::memory_order_release);
   }

@@ -44,12 +44,7 @@ class Phase:
 
 
 def phases(program: Program, cut: frozenset[int]) -> list[Phase]:
-    """The phases of a step on a shard.
-
-    Args:
-        program: the step on a whole parameter.
-        cut: the axes that the parameter is cut along.
-    """
+    """The phases of a step on a shard, made of the step on the whole parameter, which is cut along these axes."""
     return _Cutter(program, cut).run() if cut else [Phase(program, {})]
 
 

@@ -79,9 +79,9 @@ class Tiles:
         self._known = {*self.inputs, *self.counts, *(v for v in small if v.span == Span.HOST)}
         self._viewed = {v.args[0] for v in graph.values if v.op in VIEWS}
         self.between = [self._small(schedule.between[0])]
-        self.passes: list[tuple[Pass, list[_Step]]] = []  # each with the steps of all its sweeps in one
+        self.passes: list[_Work] = []
         for work, goals in zip(schedule.passes, schedule.between[1:], strict=True):
-            self.passes.append((work, self._of_pass(work)))
+            self.passes.append(self._work(work))
             self.between.append(self._small(goals))
 
     def run(self, scalars: Sequence[Any], arrays: Mapping[str, Array], dtype: Any, elements: int = ELEMENTS) -> None:
@@ -98,10 +98,6 @@ class Tiles:
             # an array of no axes is one of one element here, as it was traced
             _Run(self, scalars, arrays if shape else {k: a[None] for k, a in arrays.items()}, dtype).run(elements)
 
-    def partials(self, work: Pass) -> list[Value]:
-        """The reductions of a pass that every tile adds to."""
-        return [v for v in work.all_reductions if v in self.schedule.partials]
-
     def _small(self, goals: list[Value]) -> list[_Step]:
         """The steps to small values. They may lead over values of the leaf's rows, where these are made of slots."""
         found = used(goals, lambda v: v not in self._known)
@@ -109,13 +105,13 @@ class Tiles:
         self._known |= small
         return list(self._steps(found, keep=small))
 
-    def _of_pass(self, work: Pass) -> list[_Step]:
-        """The steps to what a pass reduces and stores of each tile."""
+    def _work(self, work: Pass) -> _Work:
         stored = [v for _, v in work.all_stores]
         found = used([*work.all_reductions, *stored], lambda v: v not in self._known)
-        handed_on = {*work.keeps, *self.partials(work)}
-        self._known |= handed_on
-        return list(self._steps(found, keep={*handed_on, *stored}))
+        partials = [v for v in work.all_reductions if v in self.schedule.partials]
+        self._known |= {*work.keeps, *partials}
+        steps = list(self._steps(found, keep={*work.keeps, *partials, *stored}))
+        return _Work(steps, partials, work.all_stores, work.keeps)
 
     def _steps(self, values: list[Value], keep: set[Value]) -> Iterator[_Step]:
         """The computation of these values in their order; those that are not kept end where they are last needed."""
@@ -175,6 +171,15 @@ class _Step(NamedTuple):
     ends: tuple[int, ...]  # the arguments that no later step needs
 
 
+class _Work(NamedTuple):
+    """What a pass does with each tile."""
+
+    steps: list[_Step]  # of all its sweeps in one
+    partials: list[Value]  # the reductions that every tile adds to
+    stores: list[Store]
+    keeps: list[Value]  # what is kept of each tile for later passes
+
+
 class _Run:
     """One step of one leaf."""
 
@@ -190,42 +195,35 @@ class _Run:
             self.values[v.number] = number
         for v in tiles.inputs:
             self.values[v.number] = self._load(v, ())
-        self.kept: dict[Value, list[Array]] = {}  # of every tile, what earlier passes keep
+        self.kept: dict[Value, list[Array]] = {v: [] for v in tiles.schedule.kept}  # of every tile
+        self.combine = {"sum": operator.add, "max": self.xp.maximum, "min": self.xp.minimum}
 
     def run(self, elements: int) -> None:
         length = self.shape[self.tiles.axis]
         size = max(1, elements * length // math.prod(self.shape))
         cuts = [_slice(self.tiles.axis, start, start + size) for start in range(0, length, size)]
-        for small, (work, steps) in zip(self.tiles.between, self.tiles.passes, strict=False):
+        for small, work in zip(self.tiles.between, self.tiles.passes, strict=False):
             self._compute(small, ())
-            self._pass(work, steps, cuts)
+            for v, total in zip(work.partials, self._pass(work, cuts, range(len(cuts))), strict=True):
+                self.values[v.number] = total
         self._compute(self.tiles.between[-1], ())
         self._store(self.tiles.schedule.stores, ())
 
-    def _pass(self, work: Pass, steps: list[_Step], cuts: list[Cut]) -> None:
-        """Goes over all tiles."""
-        partials, stores = self.tiles.partials(work), work.all_stores
-        combine = {"sum": operator.add, "max": self.xp.maximum, "min": self.xp.minimum}
-        keeps: dict[Value, list[Array]] = {v: [] for v in work.keeps}
-
-        def over(tiles: range) -> list[Array]:
-            """Goes over some; returns what they add to, combined two by two, so that long sums stay accurate."""
-            if len(tiles) > 1:
-                half = 1 << (len(tiles) - 1).bit_length() - 1
-                parts = zip(partials, over(tiles[:half]), over(tiles[half:]), strict=True)
-                return [combine[v.detail](before, after) for v, before, after in parts]
-            (number,) = tiles
-            for v, of_tiles in self.kept.items():
+    def _pass(self, work: _Work, cuts: list[Cut], some: range) -> list[Array]:
+        """Goes over some tiles; returns what they add to, combined two by two, so that long sums stay accurate."""
+        if len(some) > 1:
+            half = 1 << (len(some) - 1).bit_length() - 1
+            before, after = (self._pass(work, cuts, part) for part in (some[:half], some[half:]))
+            return [self.combine[v.detail](a, b) for v, a, b in zip(work.partials, before, after, strict=True)]
+        (number,) = some
+        for v, of_tiles in self.kept.items():
+            if number < len(of_tiles):  # an earlier pass has kept it
                 self.values[v.number] = of_tiles[number]
-            self._compute(steps, cuts[number])
-            for v, of_tiles in keeps.items():
-                of_tiles.append(self.values[v.number])
-            self._store(stores, cuts[number])
-            return [self.values[v.number] for v in partials]
-
-        for v, total in zip(partials, over(range(len(cuts))), strict=True):
-            self.values[v.number] = total
-        self.kept |= keeps
+        self._compute(work.steps, cuts[number])
+        for v in work.keeps:
+            self.kept[v].append(self.values[v.number])
+        self._store(work.stores, cuts[number])
+        return [self.values[v.number] for v in work.partials]
 
     def _compute(self, steps: list[_Step], cut: Cut) -> None:
         values = self.values

@@ -107,10 +107,11 @@ def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp:
     """
     known: dict[Value, Any] = {}
     for v in used(scalars):
-        args = [known[a] for a in v.args]
-        if not args:
+        if not v.args:
             known[v] = v.detail if v.op == "const" else hyperparameters[v.detail]
-        elif xp is None or OPERATIONS[v.op].method or all(isinstance(x, Real) for x in args):
+            continue
+        args = [known[a] for a in v.args]
+        if xp is None or OPERATIONS[v.op].method or all(isinstance(x, Real) for x in args):
             known[v] = OPERATIONS[v.op].host(*args)
         else:
             known[v] = getattr(xp, v.op)(*args)
@@ -155,8 +156,6 @@ class _Starts:
 
 class Symbol:
     """What a rule sees in the place of an array: arithmetic on it adds to the graph."""
-
-    __hash__ = object.__hash__
 
     def __init__(self, graph: Graph, value: Value) -> None:
         self.graph, self.value = graph, value

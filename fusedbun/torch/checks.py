@@ -17,31 +17,21 @@ from fusedbun.torch.state import State, dtype_name, stored_dtype
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def path_of(group: Mapping[str, Any], index: int) -> tuple[str, ...]:
-    """The names that lead to a parameter of a group; empty where it has none."""
-    return tuple(group["param_names"][index].split(".")) if "param_names" in group else ()
-
-
 def chain_at(chain: Chain, groups: Sequence[Mapping[str, Any]], g: int, i: int) -> Chain:
-    """The chain of a param group for one of its parameters.
+    """The chain of the param group `g` for its parameter `i`.
 
     Where parameters have no names, their place among all decides the noise of their rounding.
-
-    Args:
-        chain: the chain of group `g`.
-        groups: all param groups.
-        g: which of them.
-        i: which of its parameters.
     """
-    names = groups[g].get("param_names")
-    name = names[i] if names else str(sum(len(group["params"]) for group in groups[:g]) + i)
-    return chain.at(path_of(groups[g], i), groups[g]["params"][i], name)
+    param, names = groups[g]["params"][i], groups[g].get("param_names")
+    if names:
+        return chain.at(tuple(names[i].split(".")), param)
+    return chain.at((), param, str(sum(len(group["params"]) for group in groups[:g]) + i))
 
 
-def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    """What a message calls the parameter."""
+def name_of(group: Mapping[str, Any], g: int, i: int) -> str:
+    """What a message calls the parameter `i` of a param group, which is number `g`."""
     names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
+    return f"parameter {names[i]!r}" if names else f"parameter {i} of group {g}"
 
 
 def check_parameter(owner: str, name: str, param: Tensor) -> None:
@@ -53,10 +43,8 @@ def check_parameter(owner: str, name: str, param: Tensor) -> None:
         )
 
 
-def check_gradient(owner: str, name: str, param: Tensor) -> None:
+def check_gradient(owner: str, name: str, param: Tensor, grad: Tensor) -> None:
     """Raises a TypeError or ValueError for a gradient that does not fit its parameter."""
-    grad = param.grad
-    assert grad is not None
     if grad.dtype not in FLOATING:
         raise TypeError(
             f"the gradient of {name} is {grad.dtype}, but {owner} takes real floating-point gradients: "
@@ -77,34 +65,28 @@ def check_gradient(owner: str, name: str, param: Tensor) -> None:
 def check_state(chain: Chain, name: str, param: Tensor, state: State, arrays: Mapping[str, Stored]) -> None:
     """Raises a ValueError where the state was kept for a parameter of another shape or for gradients of another kind.
 
-    Args:
-        chain: what steps the parameter.
-        name: what a message calls it.
-        param: the parameter.
-        state: what is kept for it.
-        arrays: what the chain declares for it.
+    The arrays are those that the chain, which steps the parameter, declares for it.
     """
     shape = tuple(param.shape)
-    for key, stored in state.items():
-        if key not in arrays:
-            continue
-        if stored.shape != arrays[key].shape(shape):
+    for key in [key for key in state if key in arrays]:
+        kept, declared = state[key], arrays[key]
+        if kept.shape != declared.shape(shape):
             raise ValueError(
-                f"the state {key!r} of {name} has shape {tuple(stored.shape)}, but a parameter of shape {shape} keeps "
-                f"{arrays[key].shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
+                f"the state {key!r} of {name} has shape {tuple(kept.shape)}, but a parameter of shape {shape} keeps "
+                f"{declared.shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
             )
-        if stored.dtype != stored_dtype(arrays[key]):
+        if kept.dtype != stored_dtype(declared):
             raise ValueError(
-                f"the state {key!r} of {name} is {dtype_name(stored.dtype)}, but {arrays[key].dtype} is stored now; "
+                f"the state {key!r} of {name} is {dtype_name(kept.dtype)}, but {declared.dtype} is stored now; "
                 f"what it is stored in must not change in a run: load its state_dict into a new optimizer with "
                 f"convert=True"
             )
     for transform in chain:
-        kept, wanted = entries_of(transform, state).keys(), entries_of(transform, arrays).keys()
-        if kept and wanted and kept != wanted:
+        there, needed = entries_of(transform, state).keys(), entries_of(transform, arrays).keys()
+        if there and needed and there != needed:
             raise ValueError(
-                f"the state of {name} has {', '.join(kept)} for {transform.name}, but this step needs "
-                f"{', '.join(wanted)}; a parameter's gradients must be all dense or all sparse, and what chooses its "
+                f"the state of {name} has {', '.join(there)} for {transform.name}, but this step needs "
+                f"{', '.join(needed)}; a parameter's gradients must be all dense or all sparse, and what chooses its "
                 f"state must not change; delete its entry of the optimizer's state to begin again"
             )
 

@@ -16,30 +16,25 @@ from fusedbun.torch.leaf import Arguments, Leaf, learning_rate
 
 
 class Compiled(Implementation):
-    """torch.compile of the definition."""
+    """torch.compile of the definition; what is not for compiled code is stepped by the definition itself."""
 
     name = "compiled"
     together = "compiles the step of all parameters together"
 
-    def refusal(self, leaf: Leaf) -> None:
-        """Serves all tensors: those that are not for compiled code are stepped by the definition."""
-
     def prepare(self, leaf: Leaf) -> None:
-        """Raises a KernelError where torch.compile lacks what it needs."""
         if leaf.param.is_cuda and find_spec("triton") is None:
             raise KernelError("torch.compile needs triton, which is not installed")
 
     def step(self, leaves: Sequence[Leaf]) -> None:
-        """Steps the leaves in one call of compiled code, which is compiled when it is first called."""
         rates: dict[int, Any] = {}  # one tensor for all leaves of a group
         to_compile: list[Arguments] = []
         for leaf in leaves:
-            chain, lr, *_ = arguments = leaf.arguments
+            chain, lr, *others = leaf.arguments
             if is_compilable(leaf):
                 rate = rates.setdefault(id(lr), learning_rate(lr, compiling=True))
-                to_compile.append((chain, rate, *arguments[2:]))
+                to_compile.append((chain, rate, *others))
             else:
-                step_leaf(*arguments)
+                step_leaf(*leaf.arguments)
         if to_compile:
             _compiled()(to_compile)
 

@@ -22,19 +22,12 @@ class Definition(Implementation):
 
     name = "definition"
 
-    def refusal(self, leaf: Leaf) -> None:
-        """There is nothing that it does not serve."""
-
-    def prepare(self, leaf: Leaf) -> None:
-        """Needs nothing prepared."""
-
     def step(self, leaves: Sequence[Leaf]) -> None:
-        """Steps the leaves one after the other."""
         step_leaves(leaf.arguments for leaf in leaves)
 
 
 def step_leaves(leaves: Iterable[Arguments]) -> None:
-    """One step of each of these parameters."""
+    """One step of each of these parameters, one after the other."""
     for arguments in leaves:
         step_leaf(*arguments)
 
@@ -50,32 +43,25 @@ def step_leaf(
 ) -> None:
     """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written.
 
-    Where the gradient is sparse the rows that it touches are stepped as a parameter of their own.
-
-    Args:
-        chain: the chain for it.
-        lr: the learning rate.
-        maximize: climb instead of descend.
-        param: the parameter, or some of its rows.
-        grad: its gradient.
-        state: its state.
-        rows: which of its rows these are; None: all.
+    Of a sparse gradient the rows that it touches are stepped as a parameter of their own: `rows` says which they are.
     """
     if not param.numel():
         return
     if grad.is_sparse:
-        step_rows(chain, lr, maximize, param, grad, state)
+        _step_touched_rows(chain, lr, maximize, param, grad, state)
         return
     dtype = compute_dtype(param.dtype)
     p = param.to(dtype)
-    storage = InPlace(xp, chain.rounding, p, dtype_name(param.dtype), sparse.places(rows, p))
+    places = None if rows is None else sparse.places(rows, p)
+    storage = InPlace(xp, chain.rounding, p, dtype_name(param.dtype), places)
     p, _ = step(chain, storage, lr, p, -grad.to(dtype) if maximize else grad.to(dtype), state)
     if p is not param:
         param.copy_(p)
 
 
-def step_rows(chain: Chain, lr: float | Tensor, maximize: bool, param: Tensor, grad: Tensor, state: State) -> None:
-    """One step of the rows that a sparse gradient touches."""
+def _step_touched_rows(
+    chain: Chain, lr: float | Tensor, maximize: bool, param: Tensor, grad: Tensor, state: State
+) -> None:
     rows, values = sparse.touched(grad)
     by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != COUNTER}
     of_rows = state | {key: x[rows] for key, x in by_row.items()}

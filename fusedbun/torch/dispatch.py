@@ -23,17 +23,17 @@ from fusedbun.metrics import Products
 from fusedbun.torch import metrics
 from fusedbun.torch.compiled import Compiled, is_compilable
 from fusedbun.torch.definition import Definition
-from fusedbun.torch.implementation import Implementation, Repeat
-from fusedbun.torch.kernel import Kernel
-from fusedbun.torch.leaf import Arguments, Group, Leaf, Owner, Place, identical, make_leaves, with_gradient
+from fusedbun.torch.implementation import Implementation
+from fusedbun.torch.kernel import Batch, Kernel
+from fusedbun.torch.leaf import Arguments, Group, Leaf, Owner, Place, all_places, identical, make_leaves
 from fusedbun.torch.overlap import check_memory
 from fusedbun.torch.sharding.parts import Sharded
 from fusedbun.torch.sharding.placement import is_sharded
 from fusedbun.torch.state import update_state
 from fusedbun.torch.tiles import Tiles
 
-DEFINITION, SHARDED = Definition(), Sharded()
-REGISTRY: dict[str, Implementation] = {one.name: one for one in (SHARDED, Kernel(), Compiled(), Tiles(), DEFINITION)}
+KERNEL, DEFINITION, SHARDED = Kernel(), Definition(), Sharded()
+REGISTRY: dict[str, Implementation] = {one.name: one for one in (KERNEL, Compiled(), Tiles(), DEFINITION, SHARDED)}
 IMPLEMENTATIONS = tuple(name for name in REGISTRY if name != SHARDED.name)  # those that can be asked for by name
 # By the type of device, the best first. CUDA has no kernels in use yet.
 BEST = {"cpu": ("kernel", "tiles", "definition"), "cuda": ("compiled", "tiles", "definition")}
@@ -80,8 +80,8 @@ def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
             try:
                 leaf.prepared = implementation.prepare(leaf)
                 return implementation
-            except (KernelError, UnplannableError) as found:
-                reason, error = str(found), found
+            except (KernelError, UnplannableError) as raised:
+                reason, error = str(raised), raised
         if len(names) == 1:
             text = implementation.error.format(owner=type(owner).__name__, asked=leaf.asked, leaf=leaf.name)
             raise KernelError(f"{text}: {reason}") from error
@@ -91,27 +91,29 @@ def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
 
 
 def prepare(
-    owner: Owner, groups: list[Group], places: Iterable[Place], kept: Iterable[Leaf] = (), alone: bool = False
+    owner: Owner, groups: list[Group], places: Iterable[Place], batch: Batch | None = None, alone: bool = False
 ) -> Chosen:
     """Chooses what steps these parameters, and makes their leaves ready; everything is checked before state is made.
 
     Args:
         owner: the optimizer.
         groups: its param groups, as they are now.
-        places: the parameters, which have a gradient.
-        kept: leaves that are stepped with them, and are ready.
+        places: the parameters, of which those are stepped that have a gradient.
+        batch: the leaves that kernels step beside them, which are ready.
         alone: the parameter is stepped by itself.
     """
     leaves = make_leaves(owner, groups, places)
     chosen: Chosen = {}
     for leaf in leaves:
         chosen.setdefault(choose(owner, leaf, alone), []).append(leaf)
-    check_memory([leaf for implementation, of in chosen.items() if implementation.at_once for leaf in of], kept)
-    _bring_up_to_date(owner, leaves)
+    if KERNEL in chosen:
+        check_memory(chosen[KERNEL], batch.leaves() if batch else ())
+    update_states(owner, leaves)
     return chosen
 
 
-def _bring_up_to_date(owner: Owner, leaves: Iterable[Leaf]) -> None:
+def update_states(owner: Owner, leaves: Iterable[Leaf]) -> None:
+    """Makes the state of these leaves hold the arrays that they are stepped with."""
     for leaf in leaves:
         leaf.state = update_state(owner.state[leaf.param], leaf.param, leaf.arrays)
 
@@ -125,9 +127,9 @@ class Stepper:
 
     def __init__(self, only: Place | None = None) -> None:
         self.groups: list[Group] = []  # as the last step found them
-        self._only = only
-        self._repeats: dict[Implementation, Repeat] = {}
-        self._others: list[Place] = []  # the parameters that are in none of them
+        self._only = [only] if only else []
+        self._batch: Batch | None = None  # what kernels stepped
+        self._others: list[Place] = []  # the parameters that are not in the batch
 
     def step(self, owner: Owner, groups: list[Group]) -> None:
         """Steps every parameter that has a gradient; everything is checked before anything is changed.
@@ -136,36 +138,24 @@ class Stepper:
             owner: the optimizer.
             groups: its param groups, as they are now.
         """
-        repeats = self._repeats if self._hold(groups, owner.state) else {}
-        others = self._others if repeats else self._places(groups)
-        chosen: Chosen = {}
-        if places := [(g, i) for g, i in others if groups[g].params[i].grad is not None]:
-            kept = (leaf for repeat in repeats.values() for leaf in repeat.leaves())
-            chosen = prepare(owner, groups, places, kept, alone=self._only is not None)
-        renewed = {}
-        for implementation in REGISTRY.values():
-            before = repeats.get(implementation)
-            if leaves := chosen.get(implementation):
-                repeat = implementation.step([*before.leaves(), *leaves] if before else leaves)
-                if repeat is not None:
-                    renewed[implementation] = repeat
-            elif before is not None:
-                before.step()
-        self.groups, self._repeats, self._others = groups, {**repeats, **renewed}, others
-        if renewed:
-            held = {leaf.place for repeat in renewed.values() for leaf in repeat.leaves()}
-            self._others = [place for place in others if place not in held]
+        batch, others = self._batch, self._others
+        if batch is None or not self._can_repeat(batch, groups, owner.state):
+            batch, others = None, self._only or all_places(groups)
+        chosen = prepare(owner, groups, others, batch, alone=bool(self._only)) if others else {}
+        if new := chosen.pop(KERNEL, None):
+            batch = Batch([*batch.leaves(), *new] if batch else new)
+            taken = {leaf.place for leaf in new}
+            others = [place for place in others if place not in taken]
+        if batch:
+            batch.step()
+        for implementation, leaves in chosen.items():
+            implementation.step(leaves)
+        self.groups, self._batch, self._others = groups, batch, others
 
-    def _hold(self, groups: list[Group], state: Mapping[Tensor, Any]) -> bool:
-        """Whether what was stepped before can be repeated, and the other parameters are those that they were."""
-        if not identical([group.params for group in groups], [group.params for group in self.groups]):
-            return False
-        return all(repeat.holds(groups, state) for repeat in self._repeats.values())
-
-    def _places(self, groups: list[Group]) -> list[Place]:
-        if self._only is not None:
-            return [self._only]
-        return [(g, i) for g, group in enumerate(groups) for i in range(len(group.params))]
+    def _can_repeat(self, batch: Batch, groups: list[Group], state: Mapping[Tensor, Any]) -> bool:
+        """Whether the batch can be stepped again, and the other parameters are those that they were."""
+        params, before = ([group.params for group in read] for read in (groups, self.groups))
+        return identical(params, before) and batch.holds(groups, state)
 
 
 def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) -> dict[Tensor, Products]:
@@ -182,7 +172,7 @@ def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) ->
 
 def step_uncompiled(owner: Owner, groups: list[Group]) -> list[Arguments]:
     """Steps what cannot be stepped in code that the user compiles; what the definition steps the rest with."""
-    leaves = make_leaves(owner, groups, with_gradient(groups), compiling=True)
+    leaves = make_leaves(owner, groups, all_places(groups), compiling=True)
     chosen: Chosen = {SHARDED: [], DEFINITION: []}
     compilable: list[Leaf] = []
     for leaf in leaves:
@@ -190,7 +180,7 @@ def step_uncompiled(owner: Owner, groups: list[Group]) -> list[Arguments]:
             chosen[choose(owner, leaf)].append(leaf)
         else:
             (compilable if is_compilable(leaf) else chosen[DEFINITION]).append(leaf)
-    _bring_up_to_date(owner, leaves)
+    update_states(owner, leaves)
     for implementation, those in chosen.items():
         implementation.step(those)
     return [leaf.arguments for leaf in compilable]

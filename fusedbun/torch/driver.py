@@ -19,14 +19,14 @@ from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.torch.definition import step_leaves
 from fusedbun.torch.dispatch import Stepper
-from fusedbun.torch.leaf import Arguments, read_groups, with_gradient
+from fusedbun.torch.leaf import Arguments, all_places, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
-from fusedbun.torch.state import dtype_name, update_state
+from fusedbun.torch.state import arrays_of, update_state
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
-_OWN = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
+OPTIONS = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
 
 
 class Release(Protocol):
@@ -61,8 +61,7 @@ class TransformOptimizer(torch.optim.Optimizer):
     metric_functions = metrics.FUNCTIONS
     record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
     gradient_release: Release | None = None  # what `fusedbun.release_gradients` has attached
-    _saved: loading.Saved | None = None
-    _convert = False
+    _saved: loading.Saved | None = None  # what is being loaded
 
     def __init__(
         self,
@@ -83,8 +82,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._products: dict[Tensor, Products] = {}
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
-        own = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
-        defaults = {"lr": lr, **hyperparameters, **own}
+        options = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        defaults = {"lr": lr, **hyperparameters, **options}
         self.chain(defaults)
         super().__init__(params, defaults)
 
@@ -101,27 +100,25 @@ class TransformOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group, g = self.param_groups[-1], len(self.param_groups) - 1
+        arrays = {}
         try:
             chain = self.chain(group)
             if self.recipe.wants_initial_lr:
                 group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
-            placed = {}
-            for index, param in enumerate(group["params"]):
-                name = name_of(group, len(self.param_groups) - 1, index)
+            for i, param in enumerate(group["params"]):
+                name = name_of(group, g, i)
                 self._check_parameter(name, param)
-                here = chain_at(chain, self.param_groups, len(self.param_groups) - 1, index)
-                arrays = here.arrays(tuple(param.shape), dtype_name(param.dtype))
+                arrays[param] = arrays_of(chain_at(chain, self.param_groups, g, i), param)
                 if is_sharded(param):
-                    check_placement(type(self).__name__, name, param, arrays)
-                    placed[param] = arrays
+                    check_placement(type(self).__name__, name, param, arrays[param])
         except Exception:
             self.param_groups.pop()
             raise
         # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
-        for param, arrays in placed.items():
+        for param in filter(is_sharded, group["params"]):
             if param.requires_grad and not param.is_meta:
-                update_state(self.state[param], param, arrays)
+                update_state(self.state[param], param, arrays[param])
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
         if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
@@ -155,19 +152,18 @@ class TransformOptimizer(torch.optim.Optimizer):
 
         Raises a ValueError that says what does not fit, before anything is changed.
         """
-        # The last of the pre-hooks sees the dict that torch will load.
-        self._convert = convert
-        hook = self.register_load_state_dict_pre_hook(self._keep_saved)
+
+        def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            merged = loading.with_own_settings(self, saved, convert)
+            self._saved = loading.saved_state(self, saved, merged, convert)
+            return merged
+
+        hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees the dict that torch will load
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-            self._saved, self._convert = None, False
-
-    def _keep_saved(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        known = loading.with_own(self, state_dict, self._convert)
-        self._saved = loading.saved_state(self, state_dict, self._convert)
-        return known
+            self._saved = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("recipe", "record_metrics", "_implementation", "_hyperparameters", "_warned")
@@ -208,7 +204,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         products = self.gradient_release.finish() if self.gradient_release else {}
         if self.record_metrics:
             groups = read_groups(self, [])
-            products |= dispatch.step_recorded(self, groups, with_gradient(groups))
+            products |= dispatch.step_recorded(self, groups, all_places(groups))
         else:
             self._stepper.step(self, read_groups(self, self._stepper.groups))
         self._products = products
@@ -255,11 +251,11 @@ class TransformOptimizer(torch.optim.Optimizer):
     def chain(self, group: Mapping[str, Any]) -> Chain:
         """The chain that steps a param group; raises a TypeError or ValueError where a hyper-parameter is not valid."""
         self.check_lr(group["lr"])
-        check(type(self).__name__, _OWN, {name: group[name] for name in _OWN})
-        given = {name: group[name] for name in self._hyperparameters}
+        check(type(self).__name__, OPTIONS, {name: group[name] for name in OPTIONS})
+        arguments = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
-            given[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
-        return replace(self.recipe.make(**given), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
+            arguments[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
+        return replace(self.recipe.make(**arguments), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
 
     def check_lr(self, lr: Any) -> None:
         """Raises a TypeError or ValueError for a learning rate that is not valid."""
@@ -274,9 +270,7 @@ class TransformOptimizer(torch.optim.Optimizer):
     def chain_arguments(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What the chains of a group's parameters are made of, and how they are stepped, beside the learning rate."""
         first = (group.get(FIRST_LR, group["lr"]),) if self.recipe.wants_initial_lr else ()
-        hyperparameters = (group[name] for name in self._hyperparameters)
-        own = (group[name] for name in _OWN)
-        return (*own, *first, *hyperparameters)
+        return (*first, *(group[name] for name in (*OPTIONS, *self._hyperparameters)))
 
     def warn_once(self, message: str) -> None:
         """Warns of something that is the same in every step."""

@@ -23,7 +23,7 @@ from fusedbun.storage.codes import Stored
 from fusedbun.torch import sparse
 from fusedbun.torch.checks import chain_at, check_gradient, check_state, name_of
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
-from fusedbun.torch.state import State, dtype_name
+from fusedbun.torch.state import State, arrays_of
 
 Place = tuple[int, int]  # a group's, and a parameter's within it
 Arguments = tuple[Chain, float | Tensor, bool, Tensor, Tensor, State]  # of `fusedbun.torch.definition.step_leaf`
@@ -49,63 +49,41 @@ class Owner(Protocol):
 
 
 class Group(NamedTuple):
-    """A param group as a step finds it.
+    """A param group as a step finds it."""
 
-    Args:
-        entries: the group itself.
-        params: its parameters.
-        names: their names, if they have any.
-        arguments: what its chain is made of.
-        chain: what steps it; rules among its hyper-parameters are not yet asked.
-        lr: its learning rate.
-        rate: the learning rate as a number; None where it is on another device.
-        maximize: climb instead of descend.
-    """
-
-    entries: Mapping[str, Any]
+    entries: Mapping[str, Any]  # the group itself
     params: tuple[Tensor, ...]
-    names: tuple[str, ...]
-    arguments: tuple[Any, ...]
-    chain: Chain
+    names: tuple[str, ...]  # of the parameters, if they have any
+    arguments: tuple[Any, ...]  # what the chain is made of
+    chain: Chain  # rules among its hyper-parameters are not yet asked
     lr: Any
-    rate: float | None
+    rate: float | None  # the learning rate as a number; None where it is on another device
     maximize: bool
 
 
 @dataclass(eq=False, slots=True)
 class Leaf:
-    """A parameter on its way through a step, and all that it is stepped with.
-
-    Args:
-        group: its param group.
-        place: its place among the param groups.
-        name: what a message calls it.
-        asked: the implementation that was asked for by name; None: the best that there is.
-        chain: the chain for this parameter.
-        lr: the learning rate.
-        param: the parameter.
-        grad: its gradient, a tensor; None in a leaf that is kept from one step to the next.
-        state: what is kept for it; before it is stepped it is made to hold `arrays`.
-        arrays: the arrays that the chain declares.
-        prepared: what its implementation has prepared for it.
-    """
+    """A parameter on its way through a step, and all that it is stepped with."""
 
     group: Group
     place: Place
-    name: str
-    asked: str | None
-    chain: Chain
+    name: str  # what a message calls it
+    asked: str | None  # the implementation that was asked for by name; None: the best that there is
+    chain: Chain  # for this parameter
     lr: float | Tensor
     param: Tensor
-    grad: Any
-    state: State
-    arrays: Mapping[str, Stored]
-    prepared: Any = None
+    grad: Any  # a tensor; None in a leaf that is kept from one step to the next
+    state: State  # before it is stepped it is made to hold `arrays`
+    arrays: Mapping[str, Stored]  # those that the chain declares
+    prepared: Any = None  # by its implementation
 
     @property
     def is_dense(self) -> bool:
         """Whether the parameter and its gradient are plain arrays of numbers, and not empty ones."""
-        return _is_dense(self.param) and _is_dense(self.param.grad)
+        arrays: tuple[Any, ...] = (self.param, self.param.grad)
+        return all(
+            type(x) in DENSE and x.layout is torch.strided and x.numel() and x.data_ptr() != NULL for x in arrays
+        )
 
     @property
     def arguments(self) -> Arguments:
@@ -113,26 +91,29 @@ class Leaf:
         return self.chain, self.lr, self.group.maximize, self.param, self.grad, self.state
 
 
-def _is_dense(x: Any) -> bool:
-    return type(x) in DENSE and x.layout is torch.strided and x.numel() > 0 and x.data_ptr() != NULL
-
-
-def read_groups(owner: Owner, before: list[Group], only: int | None = None) -> list[Group]:
-    """The param groups; a group of which nothing has changed is the object that was read before.
-
-    Args:
-        owner: the optimizer.
-        before: the groups as they were read before.
-        only: the one group to read; the others are taken from `before` as far as they are there. None: all.
+def read_groups(owner: Owner, before: list[Group]) -> list[Group]:
+    """The param groups; one of which nothing has changed is the object among `before`, which were read before.
 
     Raises:
         TypeError, ValueError: a hyper-parameter is not valid.
     """
     groups = zip_longest(owner.param_groups, before[: len(owner.param_groups)])
-    return [
-        _read(owner, entries, old) if old is None or only in (None, g) else old
-        for g, (entries, old) in enumerate(groups)
-    ]
+    return [read_group(owner, entries, old) for entries, old in groups]
+
+
+def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> Group:
+    """One param group; `old` is what was read before, if anything was."""
+    lr, arguments = entries["lr"], owner.chain_arguments(entries)
+    params = old.params if old and identical(entries["params"], old.params) else tuple(entries["params"])
+    names = tuple(entries.get("param_names", ()))
+    is_as_before = old is not None and params is old.params and names == old.names
+    if old is None or not (is_as_before and identical(arguments, old.arguments)) or any(map(_may_change, arguments)):
+        return Group(entries, params, names, arguments, owner.chain(entries), lr, _rate(lr), entries["maximize"])
+    if lr is old.lr and not isinstance(lr, MUTABLE):
+        return old if entries is old.entries else old._replace(entries=entries)
+    owner.check_lr(lr)
+    rate = _rate(lr)
+    return old if lr is old.lr and rate == old.rate else old._replace(entries=entries, lr=lr, rate=rate)
 
 
 def fixed_values(entries: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -147,20 +128,6 @@ def fixed_values(entries: Mapping[str, Any]) -> tuple[Any, ...]:
 def identical(values: Collection[Any], others: Collection[Any]) -> bool:
     """Whether these are the same objects."""
     return len(values) == len(others) and all(map(is_, values, others))
-
-
-def _read(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> Group:
-    lr, arguments = entries["lr"], owner.chain_arguments(entries)
-    params = old.params if old and identical(entries["params"], old.params) else tuple(entries["params"])
-    names = tuple(entries.get("param_names", ()))
-    is_as_before = old is not None and params is old.params and names == old.names
-    if old is None or not (is_as_before and identical(arguments, old.arguments)) or any(map(_may_change, arguments)):
-        return Group(entries, params, names, arguments, owner.chain(entries), lr, _rate(lr), entries["maximize"])
-    if lr is old.lr and not isinstance(lr, MUTABLE):
-        return old if entries is old.entries else old._replace(entries=entries)
-    owner.check_lr(lr)
-    rate = _rate(lr)
-    return old if lr is old.lr and rate == old.rate else old._replace(entries=entries, lr=lr, rate=rate)
 
 
 def _may_change(value: Any) -> bool:
@@ -184,13 +151,13 @@ def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
     return torch.tensor(number, dtype=torch.float64) if compiling else number
 
 
-def with_gradient(groups: Iterable[Group]) -> list[Place]:
-    """Where the parameters are that have a gradient."""
-    return [(g, i) for g, group in enumerate(groups) for i, param in enumerate(group.params) if param.grad is not None]
+def all_places(groups: Iterable[Group]) -> list[Place]:
+    """The places of all parameters."""
+    return [(g, i) for g, group in enumerate(groups) for i in range(len(group.params))]
 
 
 def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place], compiling: bool = False) -> list[Leaf]:
-    """The leaves of parameters that have a gradient, checked; nothing is changed yet.
+    """The leaves of those of these parameters that have a gradient, checked; nothing is changed yet.
 
     Args:
         owner: the optimizer.
@@ -203,27 +170,26 @@ def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place], comp
     """
     title, rates = type(owner).__name__, [learning_rate(group.lr, compiling) for group in groups]
     leaves = []
-    without: dict[str, None] = {}
+    left_out: dict[str, None] = {}
     for g, i in places:
-        group, name = groups[g], name_of(groups[g].entries, g, i)
-        param = group.params[i]
-        check_gradient(title, name, param)
-        chain, grad = chain_at(group.chain, owner.param_groups, g, i), param.grad
-        assert grad is not None
+        group, param = groups[g], groups[g].params[i]
+        if (grad := param.grad) is None:
+            continue
+        name, chain = name_of(group.entries, g, i), chain_at(group.chain, owner.param_groups, g, i)
+        check_gradient(title, name, param, grad)
         if grad.is_sparse and owner.densifies_sparse_gradients:
             grad = grad.to_dense()
         elif grad.is_sparse:
             chain = sparse.rows_chain(chain, name, grad, title)
-            without |= dict.fromkeys(sparse.left_out(group.chain))
-        arrays = chain.arrays(tuple(param.shape), dtype_name(param.dtype))
-        state = owner.state.get(param, {})
+            left_out |= dict.fromkeys(sparse.left_out(group.chain))
+        arrays, state = arrays_of(chain, param), owner.state.get(param, {})
         check_state(chain, name, param, state, arrays)
         if is_sharded(param) and state.keys() != arrays.keys():
             check_placement(title, name, param, arrays)
         leaves.append(Leaf(group, (g, i), name, owner.implementation, chain, rates[g], param, grad, state, arrays))
-    if without:
+    if left_out:
         owner.warn_once(
-            f"{', '.join(without)} is left out for parameters with sparse gradients, for it would go on in rows "
+            f"{', '.join(left_out)} is left out for parameters with sparse gradients, for it would go on in rows "
             f"that no gradient touches"
         )
     return leaves

@@ -15,18 +15,11 @@ Number = Tensor | float
 
 globals().update(functions_of(torch))
 from_blocks, pack = codes.from_blocks, codes.pack
-
-
-def astype(x: Tensor, dtype: torch.dtype, /) -> Tensor:
-    return x.to(dtype)
+astype, single, real, whole = Tensor.to, Tensor.float, Tensor.float, Tensor.int
 
 
 def sign(x: Tensor, /) -> Tensor:
     return torch.where(x.isnan(), x, torch.sign(x))  # torch's own sign of NaN is 0
-
-
-def where(condition: Tensor, a: Number, b: Number, /) -> Tensor:
-    return torch.where(condition, a, b)
 
 
 def minimum(a: Number, b: Number, /) -> Tensor:
@@ -65,23 +58,12 @@ def _summed_in(x: Tensor) -> torch.dtype:
     return torch.float64 if torch.compiler.is_compiling() and x.device.type == "cpu" else x.dtype
 
 
-def single(x: Tensor, /) -> Tensor:
-    return x.to(torch.float32)
-
-
-real = single
-
-
 def bits(x: Tensor, /) -> Tensor:
     return x.view(torch.int32)
 
 
 def from_bits(word: Tensor, /) -> Tensor:
     return word.view(torch.float32)
-
-
-def whole(x: Tensor, /) -> Tensor:
-    return x.to(torch.int32)
 
 
 def index(like: Tensor, axes: Sequence[int], /) -> list[Tensor]:

@@ -35,16 +35,9 @@ def left_out(chain: Chain) -> list[str]:
     return [t.name for t in chain if t.for_rows() is None and t.slots((1, 1))]
 
 
-def places(rows: Tensor | None, like: Tensor) -> list[Tensor] | None:
-    """The places along each axis of some rows of a parameter, as rounding's noise asks for them; None for all rows.
-
-    Args:
-        rows: which rows these are.
-        like: the rows.
-    """
-    if rows is None:
-        return None
-    return [rows.to(torch.int32).reshape(-1, *[1] * (like.ndim - 1)), *xp.index(like, range(1, like.ndim))]
+def places(rows: Tensor, values: Tensor) -> list[Tensor]:
+    """The places along each axis of the values of some rows, as rounding's noise asks for them."""
+    return [rows.to(torch.int32).reshape(-1, *[1] * (values.ndim - 1)), *xp.index(values, range(1, values.ndim))]
 
 
 def touched(grad: Tensor) -> tuple[Tensor, Tensor]:

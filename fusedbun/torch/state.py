@@ -7,11 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fusedbun.chain import Chain
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
-from fusedbun.torch.sharding.placement import is_sharded, zeros_like_parts
+from fusedbun.torch.sharding.placement import is_sharded, put, zeros_like_parts
 
 State = dict[str, Tensor]  # by `<transformation>.<slot>` and what its code appends (`fusedbun.storage.codes`)
+
+
+def arrays_of(chain: Chain, param: Tensor) -> dict[str, Stored]:
+    """The arrays that the chain declares for a parameter."""
+    return chain.arrays(tuple(param.shape), dtype_name(param.dtype))
 
 
 def update_state(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> State:
@@ -26,12 +32,17 @@ def update_state(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> S
 
 def zeros(stored: Stored, param: Tensor) -> Tensor:
     """The array at its start; one of the parameter's shape has the parameter's strides."""
-    dtype, shape = stored_dtype(stored), tuple(param.shape)
+    dtype = stored_dtype(stored)
     if is_sharded(param):
         return zeros_like_parts(stored, param, dtype)
     if stored.is_full(param.ndim):
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    return torch.zeros(stored.shape(shape), dtype=dtype, device=param.device)
+    return torch.zeros(stored.shape(tuple(param.shape)), dtype=dtype, device=param.device)
+
+
+def filled(stored: Stored, param: Tensor, numbers: Tensor) -> Tensor:
+    """The array with these numbers, laid out as at its start: its device, dtype and strides."""
+    return put(zeros(stored, param), numbers)
 
 
 def stored_dtype(stored: Stored) -> torch.dtype:

@@ -34,15 +34,6 @@ def name_of(group: Mapping[str, Any], g: int, i: int) -> str:
     return f"parameter {names[i]!r}" if names else f"parameter {i} of group {g}"
 
 
-def check_parameter(owner: str, name: str, param: Tensor) -> None:
-    """Raises a TypeError for a parameter that is not made of real numbers."""
-    if param.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} is {param.dtype}, but {owner} steps real floating-point parameters only "
-            f"({', '.join(map(str, FLOATING))}); a complex one can be given as torch.view_as_real(param)"
-        )
-
-
 def check_gradient(owner: str, name: str, param: Tensor, grad: Tensor) -> None:
     """Raises a TypeError or ValueError for a gradient that does not fit its parameter."""
     if grad.dtype not in FLOATING:

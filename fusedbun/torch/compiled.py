@@ -19,7 +19,6 @@ class Compiled(Implementation):
     """torch.compile of the definition; what is not for compiled code is stepped by the definition itself."""
 
     name = "compiled"
-    together = "compiles the step of all parameters together"
 
     def prepare(self, leaf: Leaf) -> None:
         if leaf.param.is_cuda and find_spec("triton") is None:

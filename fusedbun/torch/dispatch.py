@@ -12,7 +12,7 @@ kernels or by tiles (`fusedbun.torch.sharding.parts`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,9 +32,9 @@ from fusedbun.torch.sharding.placement import is_sharded
 from fusedbun.torch.state import update_state
 from fusedbun.torch.tiles import Tiles
 
-KERNEL, DEFINITION, SHARDED = Kernel(), Definition(), Sharded()
-REGISTRY: dict[str, Implementation] = {one.name: one for one in (KERNEL, Compiled(), Tiles(), DEFINITION, SHARDED)}
-IMPLEMENTATIONS = tuple(name for name in REGISTRY if name != SHARDED.name)  # those that can be asked for by name
+KERNEL, COMPILED, TILES, DEFINITION, SHARDED = Kernel(), Compiled(), Tiles(), Definition(), Sharded()
+REGISTRY: dict[str, Implementation] = {one.name: one for one in (KERNEL, COMPILED, TILES, DEFINITION)}
+IMPLEMENTATIONS = tuple(REGISTRY)  # those that can be asked for by name
 # By the type of device, the best first. CUDA has no kernels in use yet.
 BEST = {"cpu": ("kernel", "tiles", "definition"), "cuda": ("compiled", "tiles", "definition")}
 ELSEWHERE = ("tiles", "definition")
@@ -42,39 +42,26 @@ ELSEWHERE = ("tiles", "definition")
 Chosen = dict[Implementation, list[Leaf]]
 
 
-def check_implementation(owner: str, name: str | None) -> None:
-    """Raises a ValueError for a name that is none of an implementation."""
-    if name is not None and name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{owner}: implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, or None for the best "
-            f"that there is, but it is {name!r}"
-        )
+def options(leaf: Leaf, alone: bool = False, compiling: bool = False) -> list[Implementation]:
+    """The implementations that may step a leaf, the best first.
 
-
-def options(leaf: Leaf) -> tuple[str, ...]:
-    """The implementations that may step a leaf, the best first."""
+    Alone means without what is for all parameters together; compiling, in code that the user compiles.
+    """
     if is_sharded(leaf.param):
-        return (SHARDED.name,)
-    if not leaf.is_dense:
-        return (DEFINITION.name,)
-    return (leaf.asked,) if leaf.asked else BEST.get(leaf.param.device.type, ELSEWHERE)
+        return [SHARDED]
+    if compiling or not leaf.is_dense:
+        return [DEFINITION]
+    names = (leaf.asked,) if leaf.asked else BEST.get(leaf.param.device.type, ELSEWHERE)
+    return [REGISTRY[name] for name in names if not (alone and name == COMPILED.name)]
 
 
-def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
-    """The best implementation that serves a leaf, which has prepared it.
-
-    Args:
-        owner: the optimizer.
-        leaf: the leaf.
-        alone: it is stepped by itself, so that what is for all parameters together is left out.
+def choose(owner: Owner, leaf: Leaf, implementations: Sequence[Implementation]) -> Implementation:
+    """The first of the implementations that serves a leaf, which has prepared it.
 
     Raises:
         KernelError: the only one that may step it cannot.
     """
-    names = options(leaf)
-    for implementation in (REGISTRY[name] for name in names):
-        if alone and implementation.together:
-            continue
+    for implementation in implementations:
         error = None
         if (reason := implementation.refusal(leaf)) is None:
             try:
@@ -82,7 +69,7 @@ def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
                 return implementation
             except (KernelError, UnplannableError) as raised:
                 reason, error = str(raised), raised
-        if len(names) == 1:
+        if len(implementations) == 1:
             text = implementation.error.format(owner=type(owner).__name__, asked=leaf.asked, leaf=leaf.name)
             raise KernelError(f"{text}: {reason}") from error
         if error:
@@ -91,39 +78,31 @@ def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
 
 
 def prepare(
-    owner: Owner, groups: list[Group], places: Iterable[Place], batch: Batch | None = None, alone: bool = False
+    owner: Owner,
+    groups: list[Group],
+    places: Iterable[Place],
+    batch: Batch | None = None,
+    *,
+    alone: bool = False,
+    compiling: bool = False,
 ) -> Chosen:
-    """Chooses what steps these parameters, and makes their leaves ready; everything is checked before state is made.
+    """The leaves of those of these parameters that have a gradient, ready, by what steps them (see `options`).
 
-    Args:
-        owner: the optimizer.
-        groups: its param groups, as they are now.
-        places: the parameters, of which those are stepped that have a gradient.
-        batch: the leaves that kernels step beside them, which are ready.
-        alone: the parameter is stepped by itself.
+    Everything is checked before state is made, also against the batch of leaves that kernels step beside them.
     """
-    leaves = make_leaves(owner, groups, places)
+    leaves = make_leaves(owner, groups, places, compiling)
     chosen: Chosen = {}
     for leaf in leaves:
-        chosen.setdefault(choose(owner, leaf, alone), []).append(leaf)
+        chosen.setdefault(choose(owner, leaf, options(leaf, alone, compiling)), []).append(leaf)
     if KERNEL in chosen:
-        check_memory(chosen[KERNEL], batch.leaves() if batch else ())
-    update_states(owner, leaves)
+        check_memory([*chosen[KERNEL], *(batch.leaves() if batch else ())])
+    for leaf in leaves:
+        leaf.state = update_state(owner.state, leaf.param, leaf.arrays)
     return chosen
 
 
-def update_states(owner: Owner, leaves: Iterable[Leaf]) -> None:
-    """Makes the state of these leaves hold the arrays that they are stepped with."""
-    for leaf in leaves:
-        leaf.state = update_state(owner.state[leaf.param], leaf.param, leaf.arrays)
-
-
 class Stepper:
-    """Steps an optimizer's parameters, or one of them, and keeps from one step to the next what can be repeated.
-
-    Args:
-        only: the place of the one parameter that is stepped, wherever others have gradients; None: all are.
-    """
+    """Steps an optimizer's parameters, or only the one at this place, and keeps what the next step can repeat."""
 
     def __init__(self, only: Place | None = None) -> None:
         self.groups: list[Group] = []  # as the last step found them
@@ -132,12 +111,7 @@ class Stepper:
         self._others: list[Place] = []  # the parameters that are not in the batch
 
     def step(self, owner: Owner, groups: list[Group]) -> None:
-        """Steps every parameter that has a gradient; everything is checked before anything is changed.
-
-        Args:
-            owner: the optimizer.
-            groups: its param groups, as they are now.
-        """
+        """Steps every parameter that has a gradient; everything is checked before anything is changed."""
         batch, others = self._batch, self._others
         if batch is None or not self._can_repeat(batch, groups, owner.state):
             batch, others = None, self._only or all_places(groups)
@@ -162,7 +136,7 @@ def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) ->
     """The same step of some parameters, one after the other, with the inner products of their metrics."""
     products = {}
     for implementation, leaves in prepare(owner, groups, places).items():
-        step_one = (DEFINITION if implementation.together else implementation).step
+        step_one = (DEFINITION if implementation is COMPILED else implementation).step
         for leaf in leaves:
             before, grad = leaf.param.clone(), leaf.grad
             step_one([leaf])
@@ -172,15 +146,9 @@ def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) ->
 
 def step_uncompiled(owner: Owner, groups: list[Group]) -> list[Arguments]:
     """Steps what cannot be stepped in code that the user compiles; what the definition steps the rest with."""
-    leaves = make_leaves(owner, groups, all_places(groups), compiling=True)
-    chosen: Chosen = {SHARDED: [], DEFINITION: []}
-    compilable: list[Leaf] = []
-    for leaf in leaves:
-        if is_sharded(leaf.param):
-            chosen[choose(owner, leaf)].append(leaf)
-        else:
-            (compilable if is_compilable(leaf) else chosen[DEFINITION]).append(leaf)
-    update_states(owner, leaves)
-    for implementation, those in chosen.items():
-        implementation.step(those)
-    return [leaf.arguments for leaf in compilable]
+    chosen = prepare(owner, groups, all_places(groups), compiling=True)
+    leaves = chosen.pop(DEFINITION, [])
+    chosen[DEFINITION] = [leaf for leaf in leaves if not is_compilable(leaf)]
+    for implementation, uncompiled in chosen.items():
+        implementation.step(uncompiled)
+    return [leaf.arguments for leaf in leaves if is_compilable(leaf)]

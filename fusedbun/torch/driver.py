@@ -16,9 +16,9 @@ from fusedbun.metrics import Products, measured
 from fusedbun.recipe import INITIAL_LR, Recipe
 from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import dispatch, loading, metrics
-from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
+from fusedbun.torch.checks import FLOATING, chain_at, name_of, warn_user
 from fusedbun.torch.definition import step_leaves
-from fusedbun.torch.dispatch import Stepper
+from fusedbun.torch.dispatch import IMPLEMENTATIONS, Stepper
 from fusedbun.torch.leaf import Arguments, all_places, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import arrays_of, update_state
@@ -75,7 +75,11 @@ class TransformOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         implementation: str | None = None,
     ) -> None:
-        dispatch.check_implementation(type(self).__name__, implementation)
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"{type(self).__name__}: implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, or "
+                f"None for the best that there is, but it is {implementation!r}"
+            )
         self.recipe = recipe
         self._implementation = implementation
         self._stepper = Stepper()
@@ -118,7 +122,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
         for param in filter(is_sharded, group["params"]):
             if param.requires_grad and not param.is_meta:
-                update_state(self.state[param], param, arrays[param])
+                update_state(self.state, param, arrays[param])
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
         if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
@@ -127,7 +131,11 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def _check_parameter(self, name: str, param: Tensor) -> None:
         """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
-        check_parameter(type(self).__name__, name, param)
+        if param.dtype not in FLOATING:
+            raise TypeError(
+                f"{name} is {param.dtype}, but {type(self).__name__} steps real floating-point parameters only "
+                f"({', '.join(map(str, FLOATING))}); a complex one can be given as torch.view_as_real(param)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the param groups, as for every torch optimizer.

@@ -18,7 +18,6 @@ class Implementation(ABC):
 
     name: ClassVar[str]
     error: ClassVar[str] = "{owner}: implementation={asked!r} cannot step {leaf}"  # where there is no other to ask
-    together: ClassVar[str] = ""  # what it does to all parameters together, if it is not for one that comes alone
 
     def refusal(self, leaf: Leaf) -> str | None:
         """Why it does not serve such tensors, whatever the chain is; None: it may serve them."""

@@ -29,6 +29,7 @@ Place = tuple[int, int]  # a group's, and a parameter's within it
 Arguments = tuple[Chain, float | Tensor, bool, Tensor, Tensor, State]  # of `fusedbun.torch.definition.step_leaf`
 DENSE = (Tensor, torch.nn.Parameter)  # a subclass may be anything
 MUTABLE = (Tensor, np.ndarray, list)  # hyper-parameters of these types may hold other numbers than they did
+NAMED = ("params", "param_names")  # what a group has beside hyper-parameters
 NULL = 0  # the address of a tensor without memory
 
 
@@ -51,9 +52,9 @@ class Owner(Protocol):
 class Group(NamedTuple):
     """A param group as a step finds it."""
 
-    entries: Mapping[str, Any]  # the group itself
     params: tuple[Tensor, ...]
     names: tuple[str, ...]  # of the parameters, if they have any
+    values: tuple[Any, ...]  # of the group; none where one may be changed in its place, so that it is read anew
     arguments: tuple[Any, ...]  # what the chain is made of
     chain: Chain  # rules among its hyper-parameters are not yet asked
     lr: Any
@@ -98,31 +99,26 @@ def read_groups(owner: Owner, before: list[Group]) -> list[Group]:
         TypeError, ValueError: a hyper-parameter is not valid.
     """
     groups = zip_longest(owner.param_groups, before[: len(owner.param_groups)])
-    return [read_group(owner, entries, old) for entries, old in groups]
+    return [
+        read_group(owner, entries, old if old and identical(entries["params"], old.params) else None)
+        for entries, old in groups
+    ]
 
 
 def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> Group:
-    """One param group; `old` is what was read before, if anything was."""
-    lr, arguments = entries["lr"], owner.chain_arguments(entries)
-    params = old.params if old and identical(entries["params"], old.params) else tuple(entries["params"])
-    names = tuple(entries.get("param_names", ()))
-    is_as_before = old is not None and params is old.params and names == old.names
-    if old is None or not (is_as_before and identical(arguments, old.arguments)) or any(map(_may_change, arguments)):
-        return Group(entries, params, names, arguments, owner.chain(entries), lr, _rate(lr), entries["maximize"])
-    if lr is old.lr and not isinstance(lr, MUTABLE):
-        return old if entries is old.entries else old._replace(entries=entries)
+    """One param group; `old` is what was read of the same parameters before, if anything was."""
+    if old and identical(entries.values(), old.values):
+        return old
+    values = () if any(_may_change(x) for name, x in entries.items() if name not in NAMED) else tuple(entries.values())
+    lr, names, arguments = entries["lr"], tuple(entries.get("param_names", ())), owner.chain_arguments(entries)
+    if not old or names != old.names or not identical(arguments, old.arguments) or any(map(_may_change, arguments)):
+        params, chain = tuple(entries["params"]), owner.chain(entries)
+        return Group(params, names, values, arguments, chain, lr, _rate(lr), entries["maximize"])
     owner.check_lr(lr)
     rate = _rate(lr)
-    return old if lr is old.lr and rate == old.rate else old._replace(entries=entries, lr=lr, rate=rate)
-
-
-def fixed_values(entries: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a param group holds: while it holds the same objects it need not be read again.
-
-    Empty where one of its hyper-parameters may be changed in its place, so that it must be read in every step.
-    """
-    values = (value for name, value in entries.items() if name not in ("params", "param_names"))
-    return () if any(map(_may_change, values)) else tuple(entries.values())
+    if lr is old.lr and rate == old.rate and identical(values, old.values):
+        return old
+    return old._replace(values=values, lr=lr, rate=rate)
 
 
 def identical(values: Collection[Any], others: Collection[Any]) -> bool:
@@ -175,7 +171,7 @@ def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place], comp
         group, param = groups[g], groups[g].params[i]
         if (grad := param.grad) is None:
             continue
-        name, chain = name_of(group.entries, g, i), chain_at(group.chain, owner.param_groups, g, i)
+        name, chain = name_of(owner.param_groups[g], g, i), chain_at(group.chain, owner.param_groups, g, i)
         check_gradient(title, name, param, grad)
         if grad.is_sparse and owner.densifies_sparse_gradients:
             grad = grad.to_dense()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,24 +22,17 @@ class Written(NamedTuple):
     is_written: bool = True
 
 
-def check_memory(new: Iterable[Leaf], kept: Iterable[Leaf]) -> None:
-    """Raises a ValueError where leaves that are stepped at once share memory, or have something twice in one place.
-
-    Args:
-        new: the leaves to check.
-        kept: others that are stepped with them, and were checked before.
-    """
-    if arrays := [array for leaf in new for array in _arrays(leaf)]:
-        check_overlap([*arrays, *(array for leaf in kept for array in _arrays(leaf))])
+def check_memory(leaves: Iterable[Leaf]) -> None:
+    """Raises a ValueError where leaves that are stepped at once share memory, or have something twice in one place."""
+    check_overlap([array for leaf in leaves for array in _arrays(leaf)])
 
 
 def _arrays(leaf: Leaf) -> Iterator[Written]:
     yield Written(leaf.name, leaf.param)
     if leaf.grad is not None:
         yield Written(f"the gradient of {leaf.name}", leaf.grad, is_written=False)
-    for key, x in leaf.state.items():
-        if key in leaf.arrays:
-            yield Written(f"the state {key!r} of {leaf.name}", x)
+    for key in filter(leaf.arrays.__contains__, leaf.state):
+        yield Written(f"the state {key!r} of {leaf.name}", leaf.state[key])
 
 
 def check_overlap(arrays: Sequence[Written]) -> None:
@@ -51,7 +44,7 @@ def check_overlap(arrays: Sequence[Written]) -> None:
                 f"strides {array.tensor.stride()}), so that no step of it is defined; give its contiguous() copy"
             )
     reach: list[tuple[int, Written]] = []  # arrays that end behind the present one's start, with their ends
-    for start, end, array in sorted(((*_range(a.tensor), a) for a in arrays), key=lambda found: found[:2]):
+    for start, end, array in sorted(((*_range(a.tensor), a) for a in arrays), key=lambda ranged: ranged[:2]):
         reach = [(e, other) for e, other in reach if e > start]
         for _, other in reach:
             if (array.is_written or other.is_written) and _share(array.tensor, other.tensor):
@@ -86,9 +79,6 @@ def _repeats_an_offset(steps: list[tuple[int, int]]) -> bool:
     return len(np.unique(offsets)) < len(offsets)
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
-    return np.shares_memory(_as_numpy(a), _as_numpy(b))
-
-
-def _as_numpy(x: Tensor) -> Any:
-    return x.detach().view(_SAME_SIZE[x.element_size()]).numpy()
+def _share(*tensors: Tensor) -> bool:
+    a, b = (x.detach().view(_SAME_SIZE[x.element_size()]).numpy() for x in tensors)
+    return np.shares_memory(a, b)

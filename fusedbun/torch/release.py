@@ -17,7 +17,7 @@ from fusedbun.metrics import Products
 from fusedbun.torch import dispatch, sparse
 from fusedbun.torch.dispatch import Stepper
 from fusedbun.torch.driver import TransformOptimizer
-from fusedbun.torch.leaf import Group, Place, fixed_values, identical, read_group, read_groups
+from fusedbun.torch.leaf import Group, Place, read_group, read_groups
 
 OWNER = "release_gradients"
 ARGUMENTS = {"accumulate": Annotated[int, Whole(1)], "clip_norm": Positive | None}
@@ -157,7 +157,6 @@ class GradientRelease:
         self.clip_norm = clip_norm
         self._released = released
         self._groups: list[Group] = []
-        self._values: dict[int, tuple[Any, ...]] = {}  # what the param groups held when they were read
         self._products: dict[Tensor, Products] = {}
         # Weak references, both: Python does not find cycles that lead through a hook, and would never free them.
         self._optimizer, reference = ref(optimizer), ref(self)
@@ -214,7 +213,7 @@ class GradientRelease:
 
     def forget(self) -> None:
         """Lets go of the state that parameters were stepped with, for it has been replaced."""
-        self._groups, self._values = [], {}
+        self._groups = []
         for released in self._released.values():
             released.stepper = None
 
@@ -249,7 +248,10 @@ class GradientRelease:
     def _step(self, optimizer: TransformOptimizer, param: Tensor, released: _Released) -> None:
         """Steps a parameter and frees its gradient."""
         self._find(optimizer, param, released)
-        self._read_group(optimizer, released.place[0])
+        g, entries = released.place[0], optimizer.param_groups
+        if len(self._groups) != len(entries):
+            self._groups = read_groups(optimizer, self._groups)
+        self._groups[g] = read_group(optimizer, entries[g], self._groups[g])
         if self.clip_norm is not None:
             assert param.grad is not None
             param.grad = clipped(param.grad, self.clip_norm)
@@ -272,15 +274,6 @@ class GradientRelease:
                 f"with remove() and begin it again"
             )
         released.place, released.stepper = places[param], None
-
-    def _read_group(self, optimizer: TransformOptimizer, g: int) -> None:
-        """Brings one of the param groups up to date. Many parameters of one group come one after the other."""
-        entries = optimizer.param_groups[g]
-        if len(self._groups) != len(optimizer.param_groups):
-            self._groups, self._values = read_groups(optimizer, self._groups), {}
-        if not identical(entries.values(), self._values.get(g, ())):
-            self._groups[g] = read_group(optimizer, entries, self._groups[g])
-            self._values[g] = fixed_values(entries)
 
 
 def _places(optimizer: TransformOptimizer) -> dict[Tensor, Place]:

@@ -100,23 +100,15 @@ def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stor
         )
 
 
-def zeros_like_parts(stored: Stored, param: Any, dtype: torch.dtype) -> Tensor:
-    """A state array of a DTensor at its start; an array of no axes is a plain tensor, as in torch's own optimizers."""
+def of_parts(part: Tensor, stored: Stored, param: Any) -> Tensor:
+    """The state array of a DTensor that has this part here."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    shape = stored.shape(tuple(param.shape))
-    if not stored.axes:
-        return torch.zeros(shape, dtype=dtype, device=param.device)
-    part = param.to_local()
-    if stored.is_full(param.ndim):
-        zeros = torch.zeros_like(part, dtype=dtype, requires_grad=False)
-    else:
-        zeros = torch.zeros(stored.shape(tuple(part.shape)), dtype=dtype, device=part.device)
-    cut_dims = {dim for dim, axis in _cuts(param) if axis in stored.axes}
+    shape, cut_dims = stored.shape(tuple(param.shape)), {dim for dim, axis in _cuts(param) if axis in stored.axes}
     placements = [p if dim in cut_dims else Replicate() for dim, p in enumerate(param.placements)]
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        zeros, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
+        part, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
     )
 
 

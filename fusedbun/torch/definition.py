@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from fusedbun.chain import Chain, step
 from fusedbun.storage.rounding import COUNTER
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
-from fusedbun.torch import sparse
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.leaf import Arguments, Leaf
 from fusedbun.torch.state import State, compute_dtype, dtype_name
@@ -48,27 +48,29 @@ def step_leaf(
     if not param.numel():
         return
     if grad.is_sparse:
-        _step_touched_rows(chain, lr, maximize, param, grad, state)
+        rows, values = touched_rows(grad)
+        by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != COUNTER}
+        of_rows = state | {key: x[rows] for key, x in by_row.items()}
+        part = param[rows]
+        step_leaf(chain, lr, maximize, part, values, of_rows, rows)
+        for whole, new in ((param, part), *((x, of_rows[key]) for key, x in by_row.items())):
+            whole.index_copy_(0, rows, new)
         return
     dtype = compute_dtype(param.dtype)
     p = param.to(dtype)
-    places = None if rows is None else sparse.places(rows, p)
+    places = None
+    if rows is not None:
+        places = [rows.to(torch.int32).reshape(-1, *[1] * (p.ndim - 1)), *xp.index(p, range(1, p.ndim))]
     storage = InPlace(xp, chain.rounding, p, dtype_name(param.dtype), places)
     p, _ = step(chain, storage, lr, p, -grad.to(dtype) if maximize else grad.to(dtype), state)
     if p is not param:
         param.copy_(p)
 
 
-def _step_touched_rows(
-    chain: Chain, lr: float | Tensor, maximize: bool, param: Tensor, grad: Tensor, state: State
-) -> None:
-    rows, values = sparse.touched(grad)
-    by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != COUNTER}
-    of_rows = state | {key: x[rows] for key, x in by_row.items()}
-    part = param[rows]
-    step_leaf(chain, lr, maximize, part, values, of_rows, rows)
-    for whole, new in ((param, part), *((x, of_rows[key]) for key, x in by_row.items())):
-        whole.index_copy_(0, rows, new)
+def touched_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The touched rows, each once, and their gradients."""
+    grad = grad.to(compute_dtype(grad.dtype)).coalesce()  # repeated rows are summed, which bfloat16 is too coarse for
+    return grad.indices()[0], grad.values()
 
 
 class InPlace(Storage):

@@ -21,12 +21,12 @@ from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.metrics import Products
 from fusedbun.torch import metrics
-from fusedbun.torch.compiled import Compiled, is_compilable
+from fusedbun.torch.compiled import Compiled, compilable_arguments, is_compilable
 from fusedbun.torch.definition import Definition
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.kernel import Batch, Kernel
 from fusedbun.torch.leaf import Arguments, Group, Leaf, Owner, Place, all_places, identical, make_leaves
-from fusedbun.torch.overlap import check_memory
+from fusedbun.torch.overlap import arrays_in, check_overlap
 from fusedbun.torch.sharding.parts import Sharded
 from fusedbun.torch.sharding.placement import is_sharded
 from fusedbun.torch.state import update_state
@@ -56,11 +56,7 @@ def options(leaf: Leaf, alone: bool = False, compiling: bool = False) -> list[Im
 
 
 def choose(owner: Owner, leaf: Leaf, implementations: Sequence[Implementation]) -> Implementation:
-    """The first of the implementations that serves a leaf, which has prepared it.
-
-    Raises:
-        KernelError: the only one that may step it cannot.
-    """
+    """The first of these that serves a leaf, which has prepared it; raises a KernelError where the only one cannot."""
     for implementation in implementations:
         error = None
         if (reason := implementation.refusal(leaf)) is None:
@@ -90,12 +86,13 @@ def prepare(
 
     Everything is checked before state is made, also against the batch of leaves that kernels step beside them.
     """
-    leaves = make_leaves(owner, groups, places, compiling)
+    leaves = make_leaves(owner, groups, places)
     chosen: Chosen = {}
     for leaf in leaves:
         chosen.setdefault(choose(owner, leaf, options(leaf, alone, compiling)), []).append(leaf)
     if KERNEL in chosen:
-        check_memory([*chosen[KERNEL], *(batch.leaves() if batch else ())])
+        at_once = [*chosen[KERNEL], *(batch.leaves() if batch else ())]
+        check_overlap([array for leaf in at_once for array in arrays_in(leaf)])
     for leaf in leaves:
         leaf.state = update_state(owner.state, leaf.param, leaf.arrays)
     return chosen
@@ -151,4 +148,4 @@ def step_uncompiled(owner: Owner, groups: list[Group]) -> list[Arguments]:
     chosen[DEFINITION] = [leaf for leaf in leaves if not is_compilable(leaf)]
     for implementation, uncompiled in chosen.items():
         implementation.step(uncompiled)
-    return [leaf.arguments for leaf in leaves if is_compilable(leaf)]
+    return compilable_arguments(leaves)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,25 +18,16 @@ from fusedbun.metrics import Products, measured
 from fusedbun.recipe import INITIAL_LR, Recipe
 from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import dispatch, loading, metrics
-from fusedbun.torch.checks import FLOATING, chain_at, name_of, warn_user
 from fusedbun.torch.definition import step_leaves
 from fusedbun.torch.dispatch import IMPLEMENTATIONS, Stepper
-from fusedbun.torch.leaf import Arguments, all_places, read_groups
+from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, name_of, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
-from fusedbun.torch.state import arrays_of, update_state
+from fusedbun.torch.state import arrays_of, filled, update_state
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
 OPTIONS = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
-
-
-class Release(Protocol):
-    """Gradient release, as the optimizer sees it (`fusedbun.torch.release.GradientRelease`)."""
-
-    def finish(self) -> dict[Tensor, Products]: ...
-    def forget(self) -> None: ...
-    def remove(self) -> None: ...
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -60,7 +53,7 @@ class TransformOptimizer(torch.optim.Optimizer):
     densifies_sparse_gradients = False
     metric_functions = metrics.FUNCTIONS
     record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
-    gradient_release: Release | None = None  # what `fusedbun.release_gradients` has attached
+    gradient_release: Any = None  # the `GradientRelease` that `fusedbun.release_gradients` has attached
     _saved: loading.Saved | None = None  # what is being loaded
 
     def __init__(
@@ -185,8 +178,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        if self._saved is not None:  # called by load_state_dict, before its post-hooks
-            loading.restore(self, self._saved)
+        for param, entries in (self._saved or {}).items():  # called by load_state_dict, before its post-hooks
+            self.state[param] = {key: filled(stored, param, value) for key, (stored, value) in entries.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -209,7 +202,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        products = self.gradient_release.finish() if self.gradient_release else {}
+        products: dict[Tensor, Products] = self.gradient_release.finish() if self.gradient_release else {}
         if self.record_metrics:
             groups = read_groups(self, [])
             products |= dispatch.step_recorded(self, groups, all_places(groups))
@@ -281,7 +274,11 @@ class TransformOptimizer(torch.optim.Optimizer):
         return (*first, *(group[name] for name in (*OPTIONS, *self._hyperparameters)))
 
     def warn_once(self, message: str) -> None:
-        """Warns of something that is the same in every step."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warn_user(f"{type(self).__name__}: {message}")
+        """Warns of something that is the same in every step, at the line that called into torch or this package."""
+        if message in self._warned:
+            return
+        self._warned.add(message)
+        frame, level = sys._getframe(), 1
+        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusedbun", "torch"):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"{type(self).__name__}: {message}", stacklevel=level)

@@ -56,14 +56,6 @@ class Leaf(NamedTuple):
     words: Mapping[str, int] = MappingProxyType({})  # by name, the program's hyper-parameters that are words
 
 
-class Launch(NamedTuple):
-    """One launch of a kernel."""
-
-    kernel: Any  # of the generated module
-    work: Tensor  # for each program, its leaf and its block
-    tile: Tile  # how large a block is
-
-
 class GpuStep:
     """A step of one program on many leaves. Call it with the leaves' gradients.
 
@@ -98,11 +90,7 @@ class GpuStep:
         self.launches = [x for k in kernels(schedule) for x in self._launches_of(k.work, getattr(module, k.name))]
 
     def __call__(self, grads: Sequence[Tensor]) -> None:
-        """Steps every leaf.
-
-        Args:
-            grads: the leaves' gradients, each with its parameter's shape, layout in memory, dtype and device.
-        """
+        """Steps every leaf with its gradient, which has its parameter's shape, layout in memory, dtype and device."""
         self._look_up(grads)
         language = import_module("triton.language")
         dtypes = [getattr(language, dtype_name(x.dtype)) for x in (self._leaves[0].param, self._scalars)]
@@ -164,8 +152,11 @@ class GpuStep:
         """The tile for leaves of so many columns."""
         return next((tile for tile in self._tiles if columns <= tile.columns), self._tiles[-1])
 
-    def _launches_of(self, work: str, kernel: Any) -> Iterator[Launch]:
-        """The launches of a kernel. Leaves whose blocks of rows are of other shapes have a launch of their own."""
+    def _launches_of(self, work: str, kernel: Any) -> Iterator[tuple[Any, Tensor, Tile]]:
+        """The launches of a kernel, with the leaf and the block of each program, and how large a block is.
+
+        Leaves whose blocks of rows are of other shapes have a launch of their own.
+        """
         R, C, B = (self._rows[name] for name in "RCB")
         if work == "rows":
             counts = {tile: B * [self._tile(n) == tile for n in C] for tile in self._tiles}
@@ -177,7 +168,10 @@ class GpuStep:
             counts = {SMALL_TILE: np.ones_like(C)}
         for tile, count in counts.items():
             if count.any():
-                yield Launch(kernel, torch.from_numpy(_programs(count)).to(self._scalars.device), tile)
+                leaves = np.repeat(np.arange(len(count)), count)
+                blocks = np.arange(len(leaves)) - (np.cumsum(count) - count)[leaves]
+                programs = torch.from_numpy(np.stack([leaves, blocks], axis=1).astype(np.int32))
+                yield kernel, programs.to(self._scalars.device), tile
 
 
 @cache
@@ -188,13 +182,6 @@ def load(source: str) -> ModuleType:
     module = ModuleType(name)
     exec(compile(source, name, "exec"), vars(module))
     return module
-
-
-def _programs(counts: Any) -> Any:
-    """A leaf and a block for each program, where every leaf has so many blocks."""
-    leaves = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    return np.stack([leaves, np.arange(len(leaves)) - first[leaves]], axis=1).astype(np.int32)
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
@@ -217,18 +204,15 @@ def _check(schedule: Schedule, leaves: Sequence[Leaf], scalars: Tensor) -> None:
         if len(sizes) != len(order):
             raise ValueError(f"the plan is for parameters of {len(order)} axes, but the parameter has {len(sizes)}")
         _check_array("the parameter", leaf.param, sizes, dtype, device, order)
-        _check_names("slots", leaf.slots, program.arrays)
-        _check_names("words", leaf.words, {v.detail: v for v in words(program)})
+        named = {"slots": (leaf.slots, program.arrays), "words": (leaf.words, [v.detail for v in words(program)])}
+        for title, (found, wanted) in named.items():
+            if {*found} != {*wanted}:
+                raise ValueError(f"the {title} must be {sorted(wanted)}, but they are {sorted(found)}")
         for name, stored in program.arrays.items():
             axes = (0, 1, 2) if stored.is_by_blocks else order
             _check_array(name, leaf.slots[name], stored.shape(sizes), stored_dtype(stored), device, axes)
         if not 0 <= leaf.scalars < len(scalars):
             raise ValueError(f"a leaf has row {leaf.scalars} of the scalars, but there are {len(scalars)}")
-
-
-def _check_names(title: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if given.keys() != wanted.keys():
-        raise ValueError(f"the {title} must be {sorted(wanted)}, but they are {sorted(given)}")
 
 
 def _check_array(

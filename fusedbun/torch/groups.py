@@ -48,11 +48,11 @@ def param_groups(model: nn.Module, rules: Rules | None = None, *, no_decay: str 
 
 def spared_from_decay(model: nn.Module) -> set[str]:
     """The names of biases, of everything in a norm, and of embeddings."""
-    spared = set()
-    for module_name, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            is_norm = "norm" in type(module).__name__.lower()
-            is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-            if "bias" in name or is_norm or is_embedding:
-                spared.add(f"{module_name}.{name}" if module_name else name)
-    return spared
+    return {
+        name
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(prefix, recurse=False)
+        if "bias" in name.rpartition(".")[2]
+        or "norm" in type(module).__name__.lower()
+        or isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }

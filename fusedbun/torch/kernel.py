@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain as joined
 from itertools import compress
 from operator import attrgetter, is_, methodcaller
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +29,6 @@ KIND = attrgetter("dtype", "layout", "is_cpu", "shape")
 STRIDES, ADDRESS = Tensor.stride, Tensor.data_ptr
 
 
-class Prepared(NamedTuple):
-    """What a leaf is stepped with: its kernel, and its gradients' strides (they have its dtype)."""
-
-    kernel: native.Kernel
-    grad_strides: tuple[int, ...]
-
-
 class Kernel(Implementation):
     """Generated code, on the CPU."""
 
@@ -52,21 +44,20 @@ class Kernel(Implementation):
             return "one of its hyper-parameters is a tensor"
         if param.is_neg() or grad.is_neg():
             return "it is stored as its negative"
-        for key, stored in leaf.arrays.items():
-            x = leaf.state.get(key)
-            if x is None:
-                continue
+        for key in filter(leaf.arrays.__contains__, leaf.state):
+            x, stored = leaf.state[key], leaf.arrays[key]
             if (type(x), x.dtype, x.layout, x.is_cpu) != (Tensor, stored_dtype(stored), torch.strided, True):
                 return f"its state {key!r} is {x.dtype} on {x.device}"
-            if not (len(stored.axes) == param.ndim and stored.part == "element") and not x.is_contiguous():
+            if not (stored.is_full(param.ndim) or x.is_contiguous()):
                 return f"its state {key!r} is not contiguous"
         return None
 
-    def prepare(self, leaf: Leaf) -> Prepared:
+    def prepare(self, leaf: Leaf) -> tuple[native.Kernel, tuple[int, ...]]:
+        """Its kernel, and its gradients' strides (they have its dtype)."""
         param = leaf.param
         order = native.memory_order(tuple(param.shape), STRIDES(param))
         kernel = native.kernel(leaf.chain, param.ndim, order, dtype_name(param.dtype), leaf.group.maximize)
-        return Prepared(kernel, STRIDES(leaf.grad))
+        return kernel, STRIDES(leaf.grad)
 
     def step(self, leaves: Sequence[Leaf]) -> None:
         Batch(leaves).step()
@@ -83,10 +74,9 @@ def described(x: Tensor) -> native.Array:
 
 
 class Batch:
-    """Leaves that are described to the runtime, to be stepped once and again, each with its parameter's gradient.
+    """Leaves that `Kernel` has prepared, described to the runtime to be stepped once and again.
 
-    Args:
-        leaves: the leaves, each with what `Kernel` has prepared for it. They let go of their gradients.
+    They let go of their gradients; each step takes those that the parameters have then.
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
@@ -95,19 +85,23 @@ class Batch:
         self._params = [leaf.param for leaf in leaves]
         self._kinds = list(map(KIND, self._params))
         self._strides = list(map(STRIDES, self._params))
-        self._grad_strides = [leaf.prepared.grad_strides for leaf in leaves]
+        self._grad_strides = [strides for _, strides in (leaf.prepared for leaf in leaves)]
         self._state = list(joined.from_iterable(leaf.state.values() for leaf in leaves))
         self._addresses = list(map(ADDRESS, (*self._params, *self._state)))
         # Leaves of one group, one chain and one kernel share a row of numbers.
         rows: dict[tuple[int, int, Chain], int] = {}
         self._numbers: list[tuple[int, native.Kernel, Chain]] = []
         self._rows: list[int] = []
+        descriptions = []
         for leaf in leaves:
-            g, kernel = leaf.place[0], leaf.prepared.kernel
+            g, (kernel, grad_strides), width = leaf.place[0], leaf.prepared, leaf.param.element_size()
             self._rows.append(rows.setdefault((g, kernel.address, leaf.chain), len(rows)))
             if len(rows) > len(self._numbers):
                 self._numbers.append((g, kernel, leaf.chain))
-        self._native = native.Leaves(list(map(_describe, leaves, self._rows)), len(rows))
+            grad = native.Array(native.ABSENT, width, tuple(step * width for step in grad_strides))
+            arrays = [described(leaf.param), grad, *(described(leaf.state[key]) for key in kernel.program.arrays)]
+            descriptions.append(native.Description(kernel, tuple(leaf.param.shape), arrays, self._rows[-1]))
+        self._native = native.Leaves(descriptions, len(rows))
         for row, (g, _, _) in enumerate(self._numbers):
             self._evaluate(row, self._groups[g].rate)
         self._take_gradients()
@@ -198,11 +192,3 @@ def _has_same_code(group: Group, before: Group) -> bool:
         )
     except UnplannableError:
         return False
-
-
-def _describe(leaf: Leaf, row: int) -> native.Description:
-    """What the runtime is told of a leaf; it learns where the gradient is with every step."""
-    kernel, width = leaf.prepared.kernel, leaf.param.element_size()
-    grad = native.Array(native.ABSENT, width, tuple(step * width for step in leaf.prepared.grad_strides))
-    arrays = [described(leaf.param), grad, *(described(leaf.state[key]) for key in kernel.program.arrays)]
-    return native.Description(kernel, tuple(leaf.param.shape), arrays, row)

@@ -22,11 +22,9 @@ from fusedbun.storage.codes import Stored
 from fusedbun.storage.rounding import COUNTER, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
-from fusedbun.torch.checks import chain_at
-from fusedbun.torch.leaf import Owner
+from fusedbun.torch.leaf import Owner, chain_at
 from fusedbun.torch.sharding.placement import local, places_of
 from fusedbun.torch.state import State, arrays_of, compute_dtype, dtype_name, filled, stored_dtype, zeros
-from fusedbun.transform import Shape
 
 Saved = dict[Tensor, dict[str, tuple[Stored, Tensor]]]
 
@@ -81,11 +79,8 @@ def chooses_storage(name: str) -> bool:
 def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, Any], convert: bool) -> Saved:
     """The saved state of each parameter, once all of it is known to fit, as this optimizer stores it.
 
-    Args:
-        optimizer: the optimizer.
-        state_dict: the saved dict.
-        merged: the same `with_own_settings`.
-        convert: convert what was stored in another dtype, with a warning; otherwise it is an error.
+    The merged dict is the saved one `with_own_settings`. What was stored in another dtype is converted, with a warning,
+    if that is asked for.
 
     Raises:
         ValueError: an entry is not one of this optimizer's, or has another shape or dtype.
@@ -95,7 +90,8 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
     saved: Saved = {}
     converted: Counter[str] = Counter()
     for g, (theirs, group) in enumerate(zip(state_dict["param_groups"], merged["param_groups"], strict=True)):
-        as_saved = {**group, **theirs}
+        rules = {name: value for name, value in group.items() if callable(value)}
+        as_saved = {**optimizer.defaults, **rules, **theirs}
         chain_then = replace(optimizer.chain(as_saved), rounding=Rounding(seed=as_saved["seed"]))
         chain_now = optimizer.chain(group)
         for i, (param, index) in enumerate(zip(ours[g]["params"], theirs["params"], strict=True)):
@@ -128,34 +124,30 @@ def _check_entries(
     """Raises a ValueError where a parameter's saved arrays are not those that the chain kept."""
     shape, arrays, names = tuple(param.shape), arrays_of(chain, param), {t.name for t in chain}
     for key, value in entries.items():
-        if key in arrays:
-            _check_array(owner, index, key, value, arrays[key], shape, convert)
-        elif key.partition(".")[0] not in names:
+        if key not in arrays:
+            if key.partition(".")[0] in names:
+                continue
             raise ValueError(
                 f"{owner}: the saved state of parameter {index} has {key!r}, which no transformation of "
                 f"{owner} keeps ({', '.join(arrays) or 'it keeps none'}); was it saved by another optimizer?"
+            )
+        found, wanted = tuple(value.shape) if isinstance(value, Tensor) else None, arrays[key].shape(shape)
+        if found != wanted:
+            raise ValueError(
+                f"{owner}: the saved {key!r} of parameter {index} has shape {found}, but a "
+                f"parameter of shape {shape} keeps {wanted}"
+            )
+        are_real = value.is_floating_point() and stored_dtype(arrays[key]).is_floating_point
+        if _is_other(value, arrays[key]) and not (convert and are_real):
+            raise ValueError(
+                f"{owner}: the saved {key!r} of parameter {index} is {dtype_name(value.dtype)}, but it is stored in "
+                f"{arrays[key].dtype}; to have it converted, load_state_dict(…, convert=True)"
             )
     for slot in dict.fromkeys(map(codes.slot_of, arrays)):  # codes need what they stand for; a count begins anew
         needed = [key for key in arrays if codes.slot_of(key) == slot and key != slot + codes.STEP]
         missing = [key for key in needed if key not in entries]
         if 0 < len(missing) < len(needed):
             raise ValueError(f"{owner}: the saved state of parameter {index} lacks {missing[0]!r}; it is damaged")
-
-
-def _check_array(owner: str, index: Any, key: str, value: Any, stored: Stored, shape: Shape, convert: bool) -> None:
-    found = tuple(value.shape) if isinstance(value, Tensor) else None
-    if found != stored.shape(shape):
-        raise ValueError(
-            f"{owner}: the saved {key!r} of parameter {index} has shape {found}, but a "
-            f"parameter of shape {shape} keeps {stored.shape(shape)}"
-        )
-    if _is_other(value, stored) and not (
-        convert and value.is_floating_point() and stored_dtype(stored).is_floating_point
-    ):
-        raise ValueError(
-            f"{owner}: the saved {key!r} of parameter {index} is {dtype_name(value.dtype)}, but it is stored in "
-            f"{stored.dtype}; to have it converted, load_state_dict(…, convert=True)"
-        )
 
 
 def _is_other(value: Tensor | None, stored: Stored) -> bool:
@@ -178,9 +170,3 @@ def _converted(then: Chain, now: Chain, param: Tensor, entries: Mapping[str, Ten
             for part, value in storage_now.encode(key, slots[key], numbers, parts).items():
                 parts[part].copy_(value)
     return state
-
-
-def restore(optimizer: Owner, saved: Saved) -> None:
-    """Puts copies of the saved state in place, each laid out as its slot's start."""
-    for param, entries in saved.items():
-        optimizer.state[param] = {key: filled(stored, param, value) for key, (stored, value) in entries.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +22,8 @@ class Written(NamedTuple):
     is_written: bool = True
 
 
-def check_memory(leaves: Iterable[Leaf]) -> None:
-    """Raises a ValueError where leaves that are stepped at once share memory, or have something twice in one place."""
-    check_overlap([array for leaf in leaves for array in _arrays(leaf)])
-
-
-def _arrays(leaf: Leaf) -> Iterator[Written]:
+def arrays_in(leaf: Leaf) -> Iterator[Written]:
+    """The arrays that a step of a leaf reads and writes."""
     yield Written(leaf.name, leaf.param)
     if leaf.grad is not None:
         yield Written(f"the gradient of {leaf.name}", leaf.grad, is_written=False)
@@ -36,7 +32,7 @@ def _arrays(leaf: Leaf) -> Iterator[Written]:
 
 
 def check_overlap(arrays: Sequence[Written]) -> None:
-    """Raises a ValueError where an array that is written shares memory with itself or with another."""
+    """Raises a ValueError where an array that is written shares memory with another, or has two elements in a place."""
     for array in arrays:
         if array.is_written and _overlaps_itself(array.tensor):
             raise ValueError(
@@ -67,12 +63,10 @@ def _overlaps_itself(x: Tensor) -> bool:
     reach = 0  # of the axes seen so far
     for step, n in steps:
         if step <= reach:
-            return _repeats_an_offset(steps)
+            break
         reach += (n - 1) * step
-    return False
-
-
-def _repeats_an_offset(steps: list[tuple[int, int]]) -> bool:
+    else:
+        return False
     offsets = np.zeros(1, np.int64)
     for step, n in steps:
         offsets = (offsets[:, None] + step * np.arange(n)).ravel()

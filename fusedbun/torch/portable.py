@@ -19,8 +19,8 @@ from fusedbun.portable import entries
 from fusedbun.portable.entries import UNKNOWN, Group, Parameter, portable
 from fusedbun.portable.file import Numbers
 from fusedbun.portable.match import Loading, Names
-from fusedbun.torch.checks import chain_at, check_state
 from fusedbun.torch.driver import FIRST_LR, TransformOptimizer
+from fusedbun.torch.leaf import chain_at, check_state
 from fusedbun.torch.loading import chooses_storage
 from fusedbun.torch.sharding.placement import is_sharded
 from fusedbun.torch.state import State, dtype_name, filled, zeros
@@ -67,7 +67,10 @@ def save_state(
     def content(parameter: Parameter, key: str) -> Numbers:
         param = tensors[parameter.name]
         state: State = optimizer.state.get(param, {})
-        return _numbers(state[key] if key in state else zeros(parameter.arrays()[key], param))
+        x = state[key] if key in state else zeros(parameter.arrays()[key], param)
+        whole = (x.full_tensor() if is_sharded(x) else x).detach().cpu().contiguous()  # type: ignore[attr-defined]
+        numbers: Numbers = (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
+        return numbers
 
     write = _write_from_all if any(map(is_sharded, tensors.values())) else entries.write
     write(Path(path), groups, parameters, content)
@@ -188,14 +191,6 @@ def _choices(chains: list[Chain], groups: list[dict[str, Any]], place: Place) ->
     return choices
 
 
-def _numbers(x: Tensor) -> Numbers:
-    """A tensor's numbers, gathered from all processes; those of bfloat16 as words."""
-    whole = x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
-    whole = whole.detach().cpu().contiguous()
-    numbers: Numbers = (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
-    return numbers
-
-
 def _tensor(numbers: Numbers) -> Tensor:
     """The tensor of numbers as a file has them."""
     x = torch.from_numpy(numbers)
@@ -242,7 +237,10 @@ def _taken(
     optimizer: TransformOptimizer, group: Mapping[str, Any], saved: list[Group], problems: list[str]
 ) -> dict[str, Any] | None:
     """The param group with saved hyper-parameters; None, and problems more, where it cannot take them."""
-    declared, recipe = _declared(optimizer, group), _recipe(optimizer)
+    recipe, declared = _recipe(optimizer), hints(optimizer.recipe.make)
+    if recipe is None:  # a chain with its own hyper-parameters
+        kinds: dict[str, Any] = {t.name: type(t) for t in optimizer.chain(group)}
+        declared = {f"{title}.{name}": hint for title, kind in kinds.items() for name, hint in hints(kind).items()}
     taking = [
         name
         for name in optimizer._hyperparameters
@@ -252,13 +250,13 @@ def _taken(
     ]
     wrong = []
     new: dict[str, Any] = {}
-    for one in saved:
-        if one.recipe != recipe:
-            wrong.append(f"the recipe in the file is {one.recipe!r:.100}, but here {recipe!r}")
+    for in_file in saved:
+        if in_file.recipe != recipe:
+            wrong.append(f"the recipe in the file is {in_file.recipe!r:.100}, but here {recipe!r}")
             continue
-        values = {"lr": one.lr, "maximize": one.maximize, "seed": one.seed, FIRST_LR: one.initial_lr}
+        values = {"lr": in_file.lr, "maximize": in_file.maximize, "seed": in_file.seed, FIRST_LR: in_file.initial_lr}
         values = {name: value for name, value in values.items() if value is not None}
-        values |= {name: one.arguments[name] for name in taking if name in one.arguments}
+        values |= {name: in_file.arguments[name] for name in taking if name in in_file.arguments}
         wrong += [
             f"{name} of these parameters is {new[name]!r:.100} and {value!r:.100} in the file"
             for name, value in values.items()
@@ -276,11 +274,3 @@ def _taken(
     names = ", ".join(map(repr, group.get("param_names", ())[:3])) or f"{len(group['params'])} parameters"
     problems += [f"{text} (param group of {names})" for text in dict.fromkeys(wrong)]
     return None if wrong else merged
-
-
-def _declared(optimizer: TransformOptimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The annotations of an optimizer's hyper-parameters."""
-    if _recipe(optimizer) is not None:
-        return hints(optimizer.recipe.make)
-    kinds: dict[str, Any] = {t.name: type(t) for t in optimizer.chain(group)}
-    return {f"{title}.{name}": hint for title, kind in kinds.items() for name, hint in hints(kind).items()}

@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad
 
 from fusedbun.hyper import Positive, Whole, check
 from fusedbun.metrics import Products
-from fusedbun.torch import dispatch, sparse
+from fusedbun.torch import dispatch
+from fusedbun.torch.definition import touched_rows
 from fusedbun.torch.dispatch import Stepper
 from fusedbun.torch.driver import TransformOptimizer
 from fusedbun.torch.leaf import Group, Place, read_group, read_groups
@@ -109,7 +110,15 @@ def release_gradients(
             f"{OWNER}: the {type(optimizer).__name__} has implementation='compiled', which compiles the step of all "
             f"parameters together; leave implementation out, or take 'kernel', 'tiles' or 'definition'"
         )
-    _check_local(model)
+    kinds = tuple(getattr(sys.modules[home], kind) for home, kind in SPREAD.items() if home in sys.modules)
+    for name, part in (*model.named_modules(), *model.named_parameters()):
+        if isinstance(part, kinds):
+            raise TypeError(
+                f"{OWNER}: {repr(name) if name else 'the model'} is a {type(part).__name__}, whose gradients are "
+                f"reduced over processes after they are complete: a release would step with this process's before. "
+                f"Step it without release, or release the plain module, with parameters that average their gradients "
+                f"over the processes in hooks of their own (Tensor.register_hook), which run before the release's"
+            )
     places = _places(optimizer)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p in places and p.requires_grad}
     if not names:
@@ -142,12 +151,6 @@ class GradientRelease:
     """Gradient release at work, as `release_gradients` returns it; a context manager that ends with `remove`.
 
     It ends with its optimizer too; gradients are kept then, and nothing is stepped.
-
-    Args:
-        optimizer: the optimizer.
-        released: the parameters that are stepped in the backward pass.
-        accumulate: how many backward passes make a step.
-        clip_norm: the largest norm of a single parameter's gradient; None: no clipping.
     """
 
     def __init__(
@@ -194,15 +197,18 @@ class GradientRelease:
     def finish(self) -> dict[Tensor, Products]:
         """Ends a step, as `optimizer.step()` does first of all: what is left of these parameters' gradients is used.
 
-        Returns:
-            What was recorded of these parameters in this step.
-
-        Raises:
-            RuntimeError: GradScaler called it.
+        Returns what was recorded of these parameters in this step.
         """
         optimizer = self._optimizer()
         assert optimizer is not None
-        _refuse_scaler(optimizer)
+        attributes = vars(optimizer)
+        if "grad_scale" in attributes:  # torch's GradScaler, which makes the step, says so by attributes
+            del attributes["grad_scale"], attributes["found_inf"]
+            raise RuntimeError(
+                "gradient release: GradScaler cannot be used with it, for the parameters have been stepped in the "
+                "backward pass, with scaled gradients that it could neither unscale nor check; begin again without "
+                "it, in bfloat16, which needs no scaler, or call remove() on the release's handle"
+            )
         for param, released in self._released.items():
             if param.grad is not None:
                 self._step(optimizer, param, released)
@@ -273,7 +279,7 @@ class GradientRelease:
                 f"gradient release: {released.name!r} is no longer among the optimizer's parameters; end the release "
                 f"with remove() and begin it again"
             )
-        released.place, released.stepper = places[param], None
+        released.place, released.stepper, self._groups = places[param], None, []
 
 
 def _places(optimizer: TransformOptimizer) -> dict[Tensor, Place]:
@@ -290,7 +296,7 @@ def clipped(grad: Tensor, norm: float) -> Tensor:
     It is never scaled in place, for another gradient that is still on its way may share its memory.
     """
     if grad.is_sparse:
-        values = grad._values() * _scale(sparse.touched(grad)[1], norm)
+        values = grad._values() * _scale(touched_rows(grad)[1], norm)
         return torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
     scale = _scale(grad, norm)
     return grad if grad.is_cpu and float(scale) == 1 else grad * scale
@@ -298,31 +304,6 @@ def clipped(grad: Tensor, norm: float) -> Tensor:
 
 def _scale(values: Tensor, norm: float) -> Tensor:
     return torch.clamp(norm / (torch.linalg.vector_norm(values) + 1e-6), max=1.0)
-
-
-def _check_local(model: nn.Module) -> None:
-    """Raises a TypeError where a module or a parameter is spread over processes."""
-    kinds = tuple(getattr(sys.modules[home], kind) for home, kind in SPREAD.items() if home in sys.modules)
-    for name, part in (*model.named_modules(), *model.named_parameters()):
-        if isinstance(part, kinds):
-            raise TypeError(
-                f"{OWNER}: {repr(name) if name else 'the model'} is a {type(part).__name__}, whose gradients are "
-                f"reduced over processes after they are complete: a release would step with this process's before. "
-                f"Step it without release, or release the plain module, with parameters that average their gradients "
-                f"over the processes in hooks of their own (Tensor.register_hook), which run before the release's"
-            )
-
-
-def _refuse_scaler(optimizer: TransformOptimizer) -> None:
-    """Raises a RuntimeError where torch's GradScaler makes the step, which it says by attributes of the optimizer."""
-    attributes = vars(optimizer)
-    if "grad_scale" in attributes:
-        del attributes["grad_scale"], attributes["found_inf"]
-        raise RuntimeError(
-            "gradient release: GradScaler cannot be used with it, for the parameters have been stepped in the backward "
-            "pass, with scaled gradients that it could neither unscale nor check; begin again without it, in bfloat16, "
-            "which needs no scaler, or call remove() on the release's handle"
-        )
 
 
 @cache

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Runner = native.Kernel | tiles.Tiles
+Phases = tuple[list[Phase], list[Runner]]  # those of a step, and what runs each
 
-_PHASES: dict[Any, tuple[list[Phase], list[Runner]]] = {}  # by what decides them
+_PHASES: dict[Any, Phases] = {}  # by what decides them
 
 
 @dataclass(eq=False)
@@ -100,9 +101,7 @@ def _suits_kernels(leaf: Leaf) -> bool:
     )
 
 
-def _phases(
-    leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool
-) -> tuple[list[Phase], list[Runner]]:
+def _phases(leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool) -> Phases:
     param, maximize, dtype = leaf.param, leaf.group.maximize, dtype_name(leaf.param.dtype)
     if by_kernel:
         try:

@@ -128,11 +128,11 @@ def _is_shard(placement: Any) -> bool:
 
 def _is_in_order(param: Any, dim: int) -> bool:
     """Whether a dimension of the mesh cuts a DTensor into pieces that lie together."""
-    p, later = param.placements[dim], range(dim + 1, len(param.placements))
+    p = param.placements[dim]
     if not _is_shard(p):
         return False
-    cut_before = [k for k in later if _is_shard(param.placements[k]) and param.placements[k].dim == p.dim]
-    parts = math.prod(param.device_mesh.size(k) for k in cut_before)
+    cut_before = [k for k, axis in _cuts(param) if k > dim and axis == p.dim % param.ndim]
+    parts = math.prod(map(param.device_mesh.size, cut_before))
     return bool(getattr(p, "split_factor", parts) == parts)
 
 

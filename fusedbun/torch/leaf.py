@@ -28,7 +28,6 @@ Arguments = tuple[Chain, float | Tensor, bool, Tensor, Tensor, State]  # of `fus
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DENSE = (Tensor, torch.nn.Parameter)  # a subclass may be anything
 MUTABLE = (Tensor, np.ndarray, list)  # hyper-parameters of these types may hold other numbers than they did
-NAMED = ("params", "param_names")  # what a group has beside hyper-parameters
 
 
 class Owner(Protocol):
@@ -101,9 +100,10 @@ def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> G
     """One param group; `old` is what was read before, if anything was, and its list of parameters is as it was."""
     if old and identical(entries.values(), old.values):
         return old
-    values = () if any(_may_change(x) for name, x in entries.items() if name not in NAMED) else tuple(entries.values())
     lr, names, arguments = entries["lr"], tuple(entries.get("param_names", ())), owner.chain_arguments(entries)
-    is_same_chain = old and identical(arguments, old.arguments) and not any(map(_may_change, arguments))
+    chain_may_change = any(map(_may_change, arguments))
+    values = () if chain_may_change or _may_change(lr) else tuple(entries.values())
+    is_same_chain = old and identical(arguments, old.arguments) and not chain_may_change
     if not (old and is_same_chain and identical(entries["params"], old.params) and names == old.names):
         params, chain = tuple(entries["params"]), owner.chain(entries)
         return Group(params, names, values, arguments, chain, lr, _rate(lr), entries["maximize"])

@@ -83,7 +83,7 @@ class Sharded(Implementation):
         """Steps these DTensors; every process has to call it, with all the same parameters."""
         for leaf in leaves:
             _take_arrays(leaf)
-        for t in range(max((len(leaf.prepared.phases) for leaf in leaves), default=0)):
+        for t in range(max(len(leaf.prepared.phases) for leaf in leaves)):
             working = [leaf for leaf in leaves if t < len(leaf.prepared.phases)]
             collectives = _collectives([leaf.prepared for leaf in working], t)
             _run_phase(working, t)

@@ -14,7 +14,7 @@ from sweeps import sweep
 
 import fusedbun
 from fusedbun.compiler.cpp import native
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Setting, temporaries
 from fusedbun.tools.plan.settings import ADAMW, USUAL
@@ -238,7 +238,7 @@ def test_the_definition_takes_no_more_than_is_planned(setting, dtype):
 def test_what_no_kernel_steps_is_planned_as_the_definition():
     setting = next(s for s in USUAL if by_name(s) == "fusedbun momentum int8")
     chain = setting.chain(False).at(("w",), SimpleNamespace(shape=(9, 9)), "w")
-    with pytest.raises(UnplannableError):
+    with pytest.raises(UnschedulableError):
         temporaries.room(chain, (9, 9), "float64")
     (planned, _) = fusedbun.plan({"w": (9, 9)}, setting, dtype="float64").estimates
     assert planned.temporaries == temporaries.definition(chain, (9, 9), "float64")

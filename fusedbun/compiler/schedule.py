@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fusedbun.compiler.graph import REDUCTIONS, Span, UnplannableError, Value
+from fusedbun.compiler.graph import REDUCTIONS, Span, UnschedulableError, Value
 from fusedbun.compiler.trace import Program, used
 
 Blocks = Literal["rows", "columns"]
@@ -99,7 +99,7 @@ def schedule(program: Program, blocks: Blocks = "rows") -> Schedule:
     """Puts a program's values in order.
 
     Raises:
-        UnplannableError: the order that was asked for does not suit the program; blocks of rows suit every program.
+        UnschedulableError: the order that was asked for does not suit the program; blocks of rows suit every program.
     """
     return _Scheduler(program, blocks).run()
 
@@ -116,9 +116,9 @@ class _Scheduler:
         self.block = OF_BLOCKS[blocks]
         self.values = used(program.outputs.values())
         if blocks == "columns" and any(v.op in ("within", "expand") for v in self.values):
-            raise UnplannableError("blocks of columns do not suit reductions along some of the columns")
+            raise UnschedulableError("blocks of columns do not suit reductions along some of the columns")
         if blocks == "columns" and any(v.span == Span.BLOCK for v in self.values):
-            raise UnplannableError("blocks of columns do not suit codes that share an exponent along a row")
+            raise UnschedulableError("blocks of columns do not suit codes that share an exponent along a row")
         self.small = {v for v in self.values if is_small(v, blocks)}
         # the small values that are reductions of something of every block
         self.partials = [v for v in self.values if v in self.small and v.op in REDUCTIONS and self._needs_pass(v)]

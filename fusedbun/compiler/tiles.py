@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
-from fusedbun.compiler.graph import REDUCTIONS, Span, UnplannableError, Value
+from fusedbun.compiler.graph import REDUCTIONS, Span, UnschedulableError, Value
 from fusedbun.compiler.schedule import Pass, Schedule, Store, is_small, schedule
 from fusedbun.compiler.trace import Program, trace, used
 from fusedbun.operations import OPERATIONS
@@ -39,7 +39,7 @@ def schedule_for(
     along the longest), or along another if the rules ask for it. A parameter of one axis is cut into columns.
 
     Raises:
-        UnplannableError: the chain has no schedule.
+        UnschedulableError: the chain has no schedule.
     """
     in_memory = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
     fitting = [axis for axis in in_memory if math.prod(shape) <= elements * shape[axis]]
@@ -49,7 +49,7 @@ def schedule_for(
         order = (row, *(axis for axis in in_memory if axis != row))
         try:
             return schedule_of(trace(chain, len(shape), order, maximize, dtype))
-        except UnplannableError as error:  # another axis may suit the rules
+        except UnschedulableError as error:  # another axis may suit the rules
             refusals.append(error)
     raise refusals[-1]
 

@@ -201,7 +201,7 @@ def _check(schedule: Schedule, leaves: Sequence[Leaf], scalars: Tensor) -> None:
     for leaf in leaves:
         sizes = _shape(leaf.param)
         if len(sizes) != len(order):
-            raise ValueError(f"the plan is for parameters of {len(order)} axes, but the parameter has {len(sizes)}")
+            raise ValueError(f"the schedule is for parameters of {len(order)} axes, but the parameter has {len(sizes)}")
         _check_array("the parameter", leaf.param, sizes, dtype, device, order)
         named = {"slots": (leaf.slots, program.arrays), "words": (leaf.words, [v.detail for v in words(program)])}
         for title, (found, wanted) in named.items():

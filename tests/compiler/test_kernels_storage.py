@@ -1,4 +1,4 @@
-"""Kernels, and the plan run in blocks, round and code as the definition does: to the bit where nothing is added up."""
+"""Kernels, and tiles, round and code as the definition does: to the bit where nothing is added up."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from test_kernels import adds_up as chain_adds_up
 from test_kernels import check, gradient
 
 from fusedbun import chain, recipes
-from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler import UnschedulableError, trace
 from fusedbun.compiler.cpp import native
 from fusedbun.storage.rounding import Rounding
 from fusedbun.transforms import Momentum, ScaleByAdam
@@ -128,7 +128,7 @@ def test_what_the_noise_is_made_of_is_no_part_of_the_code():
 
 def test_blocks_lie_along_rows_as_they_are():
     transforms = chain(Momentum(dtype="int8"))
-    with pytest.raises(UnplannableError, match="is for blocks along the parameter's axes as they are"):
+    with pytest.raises(UnschedulableError, match="is for blocks along the parameter's axes as they are"):
         trace(transforms, 2, (1, 0))
-    with pytest.raises(UnplannableError, match="computed in float32"):
+    with pytest.raises(UnschedulableError, match="computed in float32"):
         trace(transforms, 2, dtype="float64")

@@ -26,7 +26,7 @@ from leaves import LOW, Arrays, assert_near, assert_same, by_definition, leaf
 from random_chains import random_problem
 
 from fusedbun import Chain, chain, recipes
-from fusedbun.compiler import UnplannableError, schedule, trace
+from fusedbun.compiler import UnschedulableError, schedule, trace
 from fusedbun.compiler.triton.module import emit
 from fusedbun.compiler.triton.text import numbers
 from fusedbun.storage.codes import STEP
@@ -108,7 +108,7 @@ def test_any_chain_and_any_order_of_axes(seed, take):
     chain, shape, order, _ = random_problem(seed)
     try:
         trace(chain, len(shape), order)
-    except UnplannableError as error:
+    except UnschedulableError as error:
         pytest.skip(str(error))
     leaves = [leaf(chain, shape)]
     steps = gradients(leaves, 2)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler import UnschedulableError, trace
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.cpp.family import chain_of
 from fusedbun.compiler.cpp.module import emit
@@ -76,7 +76,7 @@ def _kernel(name: str, shape: str, registers: int | None) -> dict[str, str]:
     order = _SHAPES[shape]
     try:
         code = emit(trace(chain_of(name, {}, len(order)), len(order), order))
-    except UnplannableError as error:
+    except UnschedulableError as error:
         return {"from": "definition", "reason": str(error)}
     # where not even the driver is compiled, this machine's registers are not known, and nor are a kernel's flags
     found = "compile" if registers is None and build.find_compiler() else _origin(code, registers or 1)

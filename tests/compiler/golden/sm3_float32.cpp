@@ -175,10 +175,10 @@ void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
 void (*const rows_passes[])(const Work&, Index, Index) = {rows0};
 Index rows_buffer(const Leaf& leaf) { return 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan rows_plan = {1, 2, 0, 1, 0, 0, between, begin, rows_passes, rows_buffer};
+const Schedule rows_schedule = {1, 2, 0, 1, 0, 0, between, begin, rows_passes, rows_buffer};
 void (*const packed_passes[])(const Work&, Index, Index) = {packed0};
 Index packed_buffer(const Leaf& leaf) { return 4 * up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT) + 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan packed_plan = {1, 2, 0, 1, 0, 0, between, begin, packed_passes, packed_buffer};
+const Schedule packed_schedule = {1, 2, 0, 1, 0, 0, between, begin, packed_passes, packed_buffer};
 }  // namespace rows
 
 namespace columns {
@@ -275,10 +275,10 @@ void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
 void (*const columns_passes[])(const Work&, Index, Index) = {columns0};
 Index columns_buffer(const Leaf& leaf) { return (1 + 0 * ROWS) * up(leaf.rows * BYTES, ALIGNMENT); }
-const Plan columns_plan = {1, 2, 0, 1, 0, 0, between, begin, columns_passes, columns_buffer};
+const Schedule columns_schedule = {1, 2, 0, 1, 0, 0, between, begin, columns_passes, columns_buffer};
 }  // namespace columns
 
-const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::rows_plan, &rows::packed_plan, &columns::columns_plan};
+const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::rows_schedule, &rows::packed_schedule, &columns::columns_schedule};
 }  // namespace
 
 EXPORT const Kernel* fusedbun_kernel() { return &kernel; }

@@ -21,7 +21,7 @@ from fusedbun.tools.plan.settings import ADAMW, USUAL
 from fusedbun.tools.shared.machine import peak_during
 
 SMALL = {"matrix": (50, 70), "narrow": (40, 3), "vector": (70,), "kernel": (3, 4, 5, 6), "scalar": (), "empty": (0, 3)}
-# Some for each way of going over memory: blocks of rows, of columns, packed rows, and every element for itself.
+# Some for each way of going over memory: tiles of rows, of columns, packed rows, and every element for itself.
 LARGE = {
     "rows": (9000, 700),
     "columns": (8, 400_000),

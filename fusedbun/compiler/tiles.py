@@ -71,7 +71,7 @@ class Tiles:
         self.schedule, self.xp = schedule, xp
         graph, arrays = schedule.program.graph, schedule.program.arrays
         self.axis = graph.order[0]
-        small = [v for v in graph.values if is_small(v, schedule.blocks)]
+        small = [v for v in graph.values if is_small(v, schedule.tiles)]
         self.inputs = [v for v in small if v.op == "input" and v.span > Span.HOST]
         self.counts = [v for v in small if v.op == "count"]
         self.bits = {name: stored.bits for name, stored in arrays.items() if stored.bits}  # of packed numbers
@@ -101,7 +101,7 @@ class Tiles:
     def _small(self, goals: list[Value]) -> list[_Step]:
         """The steps to small values. They may lead over values of the leaf's rows, where these are made of slots."""
         found = used(goals, lambda v: v not in self._known)
-        small = {v for v in found if is_small(v, self.schedule.blocks)}
+        small = {v for v in found if is_small(v, self.schedule.tiles)}
         self._known |= small
         return list(self._steps(found, keep=small))
 

@@ -74,11 +74,11 @@ def test_passes_over_memory(name):
     assert len(schedule(program(name)).passes) == PASSES[name]
 
 
-@pytest.mark.parametrize("blocks", ["rows", "columns"])
+@pytest.mark.parametrize("tiles", ["rows", "columns"])
 @pytest.mark.parametrize("ndim", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_value_is_ready_before_it_is_used(case, ndim, blocks):
-    scheduled = schedule(trace(case.chain.at((), Shaped(ndim)), ndim), blocks)
+def test_every_value_is_ready_before_it_is_used(case, ndim, tiles):
+    scheduled = schedule(trace(case.chain.at((), Shaped(ndim)), ndim), tiles)
     last = len(scheduled.passes) - 1
     for t, work in enumerate(scheduled.passes):
         made = set()
@@ -104,8 +104,8 @@ def test_what_depends_on_no_other_element_is_known():
 
 
 def test_blocks_of_columns_swap_the_roles():
-    def sweeps(blocks):
-        scheduled = schedule(trace(rule(lambda xp, u: u - xp.mean(u, axis=(0,), keepdims=True)), 2), blocks)
+    def sweeps(tiles):
+        scheduled = schedule(trace(rule(lambda xp, u: u - xp.mean(u, axis=(0,), keepdims=True)), 2), tiles)
         return [len(work.sweeps) for work in scheduled.passes]
 
     assert sweeps("rows") == [1, 1]
@@ -115,7 +115,7 @@ def test_blocks_of_columns_swap_the_roles():
 def test_blocks_of_columns_do_not_suit_reductions_along_some_of_the_columns():
     traced = trace(recipes.sm3(), 3)
     schedule(traced)
-    with pytest.raises(UnschedulableError, match="blocks of columns do not suit reductions along some of the columns"):
+    with pytest.raises(UnschedulableError, match="tiles of columns do not suit reductions along some of the columns"):
         schedule(traced, "columns")
 
 

@@ -108,7 +108,7 @@ def test_an_empty_leaf_is_left_as_it_is(shape):
 def test_rows_are_taken_where_they_are_far_apart_in_memory_and_fit(shape, strides, order):
     made = schedule_for(chain(Momentum()), shape, strides, elements=100)
     assert made.program.graph.order == (order or (0,))
-    assert made.blocks == ("rows" if len(shape) > 1 else "columns")
+    assert made.tiles == ("rows" if len(shape) > 1 else "columns")
 
 
 def test_rows_are_taken_as_the_rules_ask():

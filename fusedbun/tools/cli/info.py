@@ -22,7 +22,7 @@ _DESCRIPTION = """\
 Show what steps an optimizer on this machine, and why: the versions, the devices, the
 compiler, and for each optimizer at its defaults whether the code that steps a float32
 parameter came with the package, was compiled before, or would be compiled at the first
-step. Where there is none, torch goes over blocks of rows itself and JAX runs the
+step. Where there is none, torch goes over tiles of rows itself and JAX runs the
 definition: the same numbers, more slowly. Needs neither torch nor JAX, and compiles
 nothing.
 """
@@ -45,7 +45,7 @@ _MEANING = {
     "package": "came with the package",
     "cache": "was compiled before",
     "compile": "is compiled at the first step",
-    "definition": "no code: blocks of rows in torch, the definition in JAX",
+    "definition": "no code: tiles of rows in torch, the definition in JAX",
 }
 
 

@@ -29,7 +29,7 @@ using T = float;
 using P = bfloat16;
 
 namespace flat {
-// blocks of rows
+// tiles of rows
 // before pass 0
 // pass 0, sweep 0
 //   elements   %0 %2 %7 %1 %10 %11 %12 %17 %18 %19 %20 %13 %15 %16

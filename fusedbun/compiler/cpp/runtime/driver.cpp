@@ -20,7 +20,7 @@ constexpr Index MOST_CHUNKS = 64;
 constexpr Index CHUNK_ELEMENTS = 1 << 15;  // enough that taking an item costs nothing beside it
 constexpr Index CHUNK_ROWS = 128;          // a chunk's reductions take a vector of the columns: under 1% of its rows
 constexpr Index COPIED_ELEMENTS = 1 << 14; // of a leaf whose elements do not follow one another, at a time
-constexpr Index FEW_ROWS = 32;             // at most as many, and as long: blocks of columns
+constexpr Index FEW_ROWS = 32;             // at most as many, and as long: tiles of columns
 constexpr Index LONG_ROW = 1 << 15;
 constexpr Index ALIGNMENT = 64;
 constexpr Index GRADIENT = 1;              // its place among a leaf's arrays
@@ -68,7 +68,7 @@ struct Task {
   const Leaf* leaf;
   const Kernel* kernel;
   const Schedule* schedule;
-  bool flat, columns;            // what is gone over: elements, blocks of columns, or else blocks of rows
+  bool flat, columns;            // what is gone over: elements, tiles of columns, or else tiles of rows
   Index extent, chunk, chunks;   // how many of them, how many in a chunk, and chunks
   std::vector<Index> scattered;  // the arrays whose elements have to be copied to where they follow one another
   Work work{};

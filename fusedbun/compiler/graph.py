@@ -151,9 +151,7 @@ class Graph:
         if not over:
             return x
         if function == "sum" and not over <= x.varies:
-            raise UnschedulableError(
-                "a rule takes the sum over axes along which its numbers are only repeated by a plan"
-            )
+            raise UnschedulableError("a rule takes the sum over axes along which its numbers are only repeated")
         if x.span == Span.FULL and (over == self.every or not self.row & over):
             if over | self.row != self.every:
                 raise UnschedulableError(

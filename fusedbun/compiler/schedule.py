@@ -22,13 +22,14 @@ from typing import Literal
 
 from fusedbun.compiler.graph import REDUCTIONS, Span, UnschedulableError, Value
 from fusedbun.compiler.trace import Program, used
+from fusedbun.operations import OPERATIONS
 
 Tiles = Literal["rows", "columns"]
 Store = tuple[str, Value]  # the name of an array, and what is written to it
 Time = tuple[int, int]  # a pass, and a sweep of it
+COSTLY = frozenset(row.name for row in OPERATIONS.values() if row.costly)
 WIDE = (Span.FULL, Span.BLOCK)  # what a sweep computes
 OF_TILES = {"rows": Span.ROW, "columns": Span.COLUMN}  # the span of one number for each row, or column, of the tiles
-COSTLY = ("div", "sqrt")  # operations that cost more than to store their result in the cache and load it again
 
 
 @dataclass

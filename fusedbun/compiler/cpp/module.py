@@ -11,8 +11,8 @@ from contextlib import suppress
 
 from fusedbun.compiler.cpp.between import Between
 from fusedbun.compiler.cpp.blocks import CodedRows
+from fusedbun.compiler.cpp.dialect import REDUCE, Places
 from fusedbun.compiler.cpp.passes import Way
-from fusedbun.compiler.cpp.text import REDUCE, Places
 from fusedbun.compiler.cpp.ways import Columns, Flat, PackedRows, Rows
 from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.printer import is_coded

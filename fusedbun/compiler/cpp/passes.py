@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
-from fusedbun.compiler.cpp.text import REDUCE, Cpp
+from fusedbun.compiler.cpp.dialect import REDUCE, Cpp
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
 from fusedbun.compiler.printer import arrays_of, is_single, name_of
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep

@@ -8,8 +8,8 @@ from itertools import groupby
 
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
 from fusedbun.compiler.printer import behind, is_single
+from fusedbun.compiler.triton.dialect import Writer
 from fusedbun.compiler.triton.text import WORD, Kernel, Table, ordered
-from fusedbun.compiler.triton.writer import Writer
 
 TILE = "tl.arange(0, BR * BC)"
 

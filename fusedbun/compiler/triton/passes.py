@@ -9,8 +9,8 @@ from __future__ import annotations
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.printer import has_blocks, is_single
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
+from fusedbun.compiler.triton.dialect import START, Writer
 from fusedbun.compiler.triton.text import Kernel, Table
-from fusedbun.compiler.triton.writer import START, Writer
 from fusedbun.storage.codes import BLOCK
 
 SPOTS = {

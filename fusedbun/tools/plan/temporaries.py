@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
+from fusedbun.compiler.cpp.dialect import Places
 from fusedbun.compiler.cpp.native import structure
-from fusedbun.compiler.cpp.text import Places
 from fusedbun.compiler.cpp.ways import PackedRows
 from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.printer import is_coded

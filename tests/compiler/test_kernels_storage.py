@@ -29,7 +29,7 @@ CHAINS = {
     "vote": recipes.ternary_vote(2),
 }
 SHAPES = [(), (1,), (1000,), (70_001,), (37, 45), (8, 16), (130, 257), (64, 512), (700, 3), (33_003, 1), (2, 33_001)]
-SHORT = ("sm3 int8-bfloat16-stochastic", "fusedbun int4-float32", "sm3 bfloat16-float16")
+SHORT = ("sm3 int8-bfloat16-stochastic", "fusedbun int4-float32")
 SHAPES += [(3, 4, 5), (8, 3, 3, 3), (130, 20, 3, 1)]
 
 

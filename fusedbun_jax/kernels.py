@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ from fusedbun_jax import namespace
 from fusedbun_jax.leaf import floating
 from fusedbun_jax.operands import Leaf
 
-HEADER = "xla/ffi/api/c_api.h"
 GRAD = 1  # its place among a leaf's arrays
 NUMBERS = 5  # the place of its numbers in a leaf's record
 
@@ -114,8 +112,8 @@ def _numbers(leaves: Sequence[Leaf], kernels: Sequence[native.Kernel]) -> tuple[
 @cache
 def _target() -> tuple[str, ctypes.CDLL]:
     """The name under which XLA knows the call, and its library."""
-    header = Path(jax.ffi.include_dir(), HEADER).read_text()  # in the code, so that its version is part of the name
-    source = (build.RUNTIME / "jax_ffi.cpp").read_text().replace(f'#include "{HEADER}"', header)
+    source = build.jax_handler()  # with XLA's header in it, so that its version is part of the name
+    assert source, "jaxlib brings the header"
     library, driver = build.load(build.library(source)), native.driver()
     functions = (driver.fusedbun_job, driver.fusedbun_work, driver.fusedbun_end)
     library.fusedbun_jax_driver(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))

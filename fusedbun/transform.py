@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from fusedbun.hyper import check, hints, plain
+from fusedbun.hyper import Scalar, check, hints, log, plain
 from fusedbun.operations import Functions
 
 Array = Any  # numpy.ndarray, jax.Array, torch.Tensor, or a node of a traced expression
@@ -126,3 +126,8 @@ class Transform:
 def others(x: Array, axis: int) -> Shape:
     """Every axis of `x` but this one."""
     return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+
+
+def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:
+    """`1 - beta**n`, the weight of n steps in a running mean, without float32's cancellation."""
+    return -xp.expm1(n * log(xp, beta))

@@ -1,6 +1,7 @@
 """The transformations: each is one rule for one leaf, in a module of its own, named as in a chain."""
 
 from fusedbun.transforms.centralize import Centralize
+from fusedbun.transforms.clip import Clip
 from fusedbun.transforms.clip_rms import ClipRMS
 from fusedbun.transforms.decay import Decay
 from fusedbun.transforms.momentum import Momentum
@@ -16,6 +17,7 @@ from fusedbun.transforms.vote import Vote
 
 __all__ = [
     "Centralize",
+    "Clip",
     "ClipRMS",
     "Decay",
     "Momentum",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import NonNegative, Scalar, UnitInterval, log
+from fusedbun.hyper import NonNegative, UnitInterval
 from fusedbun.storage.codes import MomentDtype, SecondMomentDtype, moment
-from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
+from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, from_start
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,3 @@ class ScaleByAdam(Transform):
             "second_moment": v,
             **largest,
         }
-
-
-def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:
-    """`1 - beta**n`, the weight of n steps in a running mean, without float32's cancellation."""
-    return -xp.expm1(n * log(xp, beta))

@@ -30,6 +30,7 @@ from fusedbun import (
     ChainOptimizer,
     DecoupledLionW,
     Fusedbun,
+    FusedbunW,
     FusionOptimizer,
     MupAdam,
     MupAdamW,
@@ -112,6 +113,7 @@ ADAM_INPUTS: list[tuple[dict[str, Any], str]] = [
 ]
 AXES = "sm3_accumulate.axis0 sm3_accumulate.axis1"
 MOMENT = "momentum.moment"
+COUNTED, CODED = f"{AXES} sm3_accumulate.count", f"{MOMENT} {MOMENT}.exponents {MOMENT}.step"  # in int8
 TYPES = {"mup": lambda path, param: ("weight", 4) if param.ndim > 1 else "bias"}
 
 INFOS = [
@@ -127,6 +129,24 @@ INFOS = [
         ],
         [({"beta_decay": 1.0}, ValueError, f"beta_decay {UNIT} 1.0")],  # the others: test_torch_errors.py
         options={"lr": 0.01},
+    ),
+    OptimizerInfo(
+        FusedbunW,
+        "params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, *, nesterov=True, lagged=True, clip=10.0, "
+        f"momentum_dtype='int8', {OWN}",
+        [
+            ({}, f"{COUNTED} {CODED} momentum.count"),
+            ({"weight_decay": 0.1, "momentum_dtype": None}, f"{COUNTED} {MOMENT} momentum.count"),
+            ({"betas": (0.0, 0.9), "clip": None}, COUNTED),
+            ({"nesterov": False, "lagged": False, "momentum_dtype": None}, f"{COUNTED} {MOMENT} momentum.count"),
+        ],
+        [
+            *BETAS,
+            *DECAY,
+            ({"eps": -1.0}, ValueError, f"eps {NUMBER} -1.0"),
+            ({"clip": 0.0}, ValueError, r"clip must lie in \(0, inf\) or None, but it is 0.0"),
+            ({"lagged": 1}, TypeError, "lagged must be True or False"),
+        ],
     ),
     OptimizerInfo(
         SM3,

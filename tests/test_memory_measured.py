@@ -149,7 +149,7 @@ def test_the_sizes_are_those_of_the_compiled_kernel(setting, way):
     chain = setting.chain(False).at(("w",), SimpleNamespace(shape=shape), "w")
     kernel = native.kernel(chain, len(shape), tuple(range(len(shape))), "float32")
     compiled = CompiledKernel.from_address(kernel.address)
-    program = temporaries._program(temporaries._Key(chain, object()), len(shape), "float32")
+    program = temporaries._program(chain, len(shape), "float32")
     has = {name: bool(getattr(compiled, name)) for name in SHAPED}
     assert (program.is_flat, program.has_packed, program.columns is not None) == (
         has["flat"],

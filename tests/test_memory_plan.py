@@ -21,7 +21,7 @@ from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Estimate, Plan, Refusal, Setting, temporaries
 from fusedbun.tools.plan.settings import ADAMW, USUAL
 from fusedbun.tools.plan.sizes import parse_size, readable
-from fusedbun.tools.plan.trees import Tensor
+from fusedbun.tools.plan.sources import Tensor
 from fusedbun.tools.shared.networks import gpt2
 
 # ---- what is counted
@@ -82,7 +82,7 @@ def test_temporaries_are_at_most_one_in_a_hundred_of_the_weights(threads):
 
 
 def test_seven_billion_parameters_take_less_than_two_seconds():
-    temporaries._program.cache_clear()
+    temporaries._PROGRAMS.clear()
     began = time.perf_counter()
     plan = fusedbun.plan(seven_billion(), dtype="bfloat16")
     str(plan)

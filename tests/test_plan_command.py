@@ -160,7 +160,7 @@ def test_a_file_that_may_not_be_read(capsys, file, monkeypatch):
     def forbid(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("fusedbun.tools.plan.files._check_is_file", forbid)
+    monkeypatch.setattr("fusedbun.tools.plan.sources._read", forbid)
     assert f"cannot read '{file}': Permission denied" in refused(capsys, file)
 
 

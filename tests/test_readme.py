@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,7 @@ from benchmarks import tables
 from benchmarks.tables import memory, results, speed
 from fusedbun.recipes import RECIPES
 from fusedbun.storage.codes import BLOCK
-from fusedbun.tools.bench import command as bench
-from fusedbun.tools.bench.settings import Settings
-from fusedbun.tools.cli import main
+from fusedbun.tools.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,12 +58,13 @@ def test_the_bytes_of_codes_are_those_of_their_blocks():
 
 @pytest.mark.parametrize("name", [results.SPEED, results.SHAPES])
 def test_the_commands_beside_the_tables_ask_for_what_was_measured(monkeypatch, name):
-    given = {}
-    monkeypatch.setattr(bench, "run", lambda **options: given.update(options) or 0)
+    given = []
+    recording = replace(COMMANDS["bench"], run=lambda settings: given.append(settings) or 0)
+    monkeypatch.setitem(COMMANDS, "bench", recording)
     python, m, module, *options = shlex.split(speed.command(name))
     assert (python, m, module) == ("python", "-m", "benchmarks.speed")
     assert main(["bench", *options]) == 0
-    assert Settings(**given).report() == results.load(name)["settings"]
+    assert given[0].report() == results.load(name)["settings"]
 
 
 def test_we_are_slower_where_the_documents_say_so():

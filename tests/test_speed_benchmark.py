@@ -11,11 +11,10 @@ from collections import Counter
 
 import pytest
 
-from fusedbun.tools.bench import limits, measure, picture
-from fusedbun.tools.bench.arena import Arena
-from fusedbun.tools.bench.contenders import LIMIT, OPTAX, TORCH, Contender, held_bytes
+from fusedbun.tools.bench import limits, measure
+from fusedbun.tools.bench.contenders import LIMIT, OPTAX, TORCH, Arena, Contender, held_bytes
 from fusedbun.tools.bench.measure import Effort, Measurement, Session, draw_turns
-from fusedbun.tools.bench.results import Case, Results, quotient
+from fusedbun.tools.bench.results import Case, Results, draw, quotient
 from fusedbun.tools.bench.settings import Settings
 from fusedbun.tools.bench.shapes import GROUPS, NAMES, Workload, workloads
 from fusedbun.tools.cli import main
@@ -30,7 +29,7 @@ class Silent:
     def expect(self, steps):
         pass
 
-    def advance(self, doing):
+    def proceed(self, doing):
         pass
 
 
@@ -167,7 +166,7 @@ def test_results_are_valid_json_after_an_interrupt():
     assert written["interrupted"]
     assert (b["status"], len(b["ms"])) == ("measured", 2)
     assert len(a["ms"]) >= 2
-    assert picture.draw(results).startswith(PNG)
+    assert draw(results).startswith(PNG)
 
 
 def test_workloads():
@@ -203,7 +202,7 @@ def test_the_limit_s_loops_touch_every_element_once(name, threads):
     loop.step()
     expected = -1e-6
     assert all(p.min() == p.max() == pytest.approx(expected, rel=1e-5) for p in arena.params)
-    assert loop.state_bytes() == 4 * arena.parameters * {"p += s*g": 0, "Adam": 2}.get(name, 1)
+    assert loop.state_bytes() == 4 * sum(p.size for p in arena.params) * {"p += s*g": 0, "Adam": 2}.get(name, 1)
 
 
 def test_no_compiler_is_said_in_one_line(monkeypatch):
@@ -275,7 +274,7 @@ COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 import fusedbun.tools.bench.shapes as shapes
-shapes._NETWORKS["small"] = ("four tiny tensors", lambda: ((8, 8), (8,), (4, 3, 3, 3), (2, 2)))
+shapes._SHAPED["small"] = ("four tiny tensors", lambda n: ((8, 8), (8,), (4, 3, 3, 3), (2, 2)))
 from fusedbun.tools.cli import main
 sys.exit(main(["bench", "--workload", "small", *sys.argv[1:]]))
 """

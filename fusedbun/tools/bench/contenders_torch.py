@@ -7,80 +7,51 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedbun.tools.bench.arena import Arena
-from fusedbun.tools.bench.contenders import LEARNING_RATE, TORCH, TORCH_OURS, TORCH_PACKAGES, Contender, held_bytes
+from fusedbun.recipes import RECIPES
+from fusedbun.tools.bench.contenders import (
+    FUSEDBUN,
+    LEARNING_RATE,
+    OURS,
+    TORCH,
+    TORCH_OURS,
+    TORCH_PACKAGES,
+    Arena,
+    Contender,
+    Rows,
+    Stepper,
+    held_bytes,
+)
 from fusedbun.tools.shared.machine import peak_during
 from fusedbun.torch import IMPLEMENTATIONS
 
 Params = list[nn.Parameter]
-Rows: TypeAlias = tuple[tuple[str, str, dict[str, Any], int], ...]
 
 REFERENCE = "AdamW, fused"  # of the path `TORCH`: what every other time is divided by
-OURS = "fusedbun.torch"
 
-
-class Optimizer(NamedTuple):
-    """A class and its arguments.
-
-    Args:
-        module: the module that has the class.
-        name: the class's name.
-        settings: its arguments beside parameters and learning rate.
-        dtype: of parameters and gradients.
-        spoils_gradients: it computes in them, and so gets copies.
-    """
-
-    module: str
-    name: str
-    settings: Mapping[str, Any] = {}
-    dtype: torch.dtype = torch.float32
-    spoils_gradients: bool = False
-
-    def make(self, params: Params) -> Any:
-        """The optimizer of some parameters; ours gets their names, which u-muP's rule reads."""
-        given = [(f"p{k}", param) for k, param in enumerate(params)] if self.module == OURS else params
-        return getattr(import_module(self.module), self.name)(given, lr=LEARNING_RATE, **self.settings)
-
-
-_FUSEDBUN = {"centralize": True, "use_rms": True}
+_MODULE = "fusedbun.torch"
 _ROUNDED = {"stochastic_rounding": True}
-# Name, class, arguments, how often more than once the gradient has to be read.
-_OURS: Rows = (
-    ("SM3", "SM3", {}, 0),
-    ("SM3, momentum", "SM3", {"momentum": 0.9}, 0),
-    ("Fusedbun", "Fusedbun", _FUSEDBUN, 1),
-    ("Fusedbun, lagged", "Fusedbun", {**_FUSEDBUN, "lagged": True}, 0),
-    ("DecoupledLionW", "DecoupledLionW", {}, 0),
-    ("MupAdamW", "MupAdamW", {"mup": lambda path, param: "weight"}, 0),
-    ("ScaledOptum", "ScaledOptum", {}, 0),
-)
-# The same on bfloat16 parameters, where the default path alone is measured.
+_INT8, _INT4 = ({**FUSEDBUN, "momentum_dtype": dtype} for dtype in ("int8", "int4"))
+# Ours on bfloat16 parameters, where the default path alone is measured.
 _OURS_BFLOAT16: Rows = (
-    ("SM3, bfloat16", "SM3", {}, 0),
-    ("SM3, bfloat16 rounded stochastically", "SM3", _ROUNDED, 0),
-    ("Fusedbun, bfloat16, int8", "Fusedbun", {**_FUSEDBUN, "momentum_dtype": "int8"}, 1),
-    *(
-        (
-            f"Fusedbun, bfloat16 rounded stochastically, {d}",
-            "Fusedbun",
-            {**_FUSEDBUN, "momentum_dtype": d, **_ROUNDED},
-            1,
-        )
-        for d in ("int8", "int4")
-    ),
+    ("sm3", ", bfloat16", {}, 0),
+    ("sm3", ", bfloat16 rounded stochastically", _ROUNDED, 0),
+    ("fusedbun", ", bfloat16, int8", _INT8, 1),
+    ("fusedbun", ", bfloat16 rounded stochastically, int8", {**_INT8, **_ROUNDED}, 1),
+    ("fusedbun", ", bfloat16 rounded stochastically, int4", {**_INT4, **_ROUNDED}, 1),
 )
+# Torch's own: the class, what follows its name, arguments, how often more than once the gradient has to be read.
 _OWN: Rows = (
-    (REFERENCE, "AdamW", {"fused": True}, 0),
-    ("AdamW, foreach", "AdamW", {"foreach": True}, 0),
-    ("AdamW, for-loop", "AdamW", {"foreach": False, "fused": False}, 0),
-    ("SGD, fused", "SGD", {"fused": True}, 0),
-    ("SGD, momentum, fused", "SGD", {"momentum": 0.9, "fused": True}, 0),
-    ("Adafactor", "Adafactor", {}, 1),
+    ("AdamW", ", fused", {"fused": True}, 0),
+    ("AdamW", ", foreach", {"foreach": True}, 0),
+    ("AdamW", ", for-loop", {"foreach": False, "fused": False}, 0),
+    ("SGD", ", fused", {"fused": True}, 0),
+    ("SGD", ", momentum, fused", {"momentum": 0.9, "fused": True}, 0),
+    ("Adafactor", "", {}, 1),
 )
 # Package, module, class, how often more than once the gradient has to be read.
 _PACKAGES = (
@@ -92,21 +63,17 @@ _PACKAGES = (
     ("torch-optimi", "optimi", "AdamW", 0),
     ("heavyball", "heavyball", "AdamW", 0),
 )
-_SPOILS_GRADIENTS = {"Adalite"}
 
 
-class TorchStepper:
-    """A torch optimizer on an arena's parameters.
+class TorchStepper(Stepper):
+    """An optimizer class, with its arguments beside parameters and learning rate, on an arena's parameters."""
 
-    Args:
-        optimizer: the optimizer.
-        arena: what it steps.
-    """
-
-    def __init__(self, optimizer: Optimizer, arena: Arena) -> None:
-        self._params, self._grads = _shared(arena, optimizer.dtype)
-        self._copies = optimizer.spoils_gradients
-        self._optimizer = optimizer.make(self._params)
+    def __init__(self, module: str, name: str, settings: Mapping[str, Any], dtype: torch.dtype, arena: Arena) -> None:
+        self._params, self._grads = _shared(arena, dtype)
+        self._copies = name == "Adalite"  # which computes in the gradients
+        # ours gets names, which u-muP's rule reads
+        given = [(f"p{k}", x) for k, x in enumerate(self._params)] if module == _MODULE else self._params
+        self._optimizer = getattr(import_module(module), name)(given, lr=LEARNING_RATE, **settings)
 
     def prepare(self) -> None:
         """Gives every parameter its gradient, for some optimizers take it away."""
@@ -114,11 +81,9 @@ class TorchStepper:
             param.grad = grad.clone() if self._copies else grad
 
     def step(self) -> None:
-        """One step."""
         self._optimizer.step()
 
     def state_bytes(self) -> int:
-        """The bytes of the tensors that the optimizer holds."""
         return held_bytes(dict(enumerate(self._optimizer.state.values())))
 
     def temporaries(self) -> int | None:
@@ -129,23 +94,21 @@ class TorchStepper:
 
 def contenders() -> list[Contender]:
     """All of them; those of packages that are not installed too."""
+    paths = [(TORCH_OURS, {}), *((f"{TORCH_OURS} {x}", {"implementation": x}) for x in IMPLEMENTATIONS)]
+    ours = [(path, row, choice, torch.float32) for path, choice in paths for row in OURS]
+    ours += [(TORCH_OURS, row, {}, torch.bfloat16) for row in _OURS_BFLOAT16]
     found = []
-    for path, choice in [(TORCH_OURS, {}), *((f"{TORCH_OURS} {x}", {"implementation": x}) for x in IMPLEMENTATIONS)]:
-        for name, cls, settings, rereads in _OURS:
-            found.append(_contender(path, name, rereads, Optimizer(OURS, cls, {**settings, **choice})))
-    for name, cls, settings, rereads in _OURS_BFLOAT16:
-        found.append(_contender(TORCH_OURS, name, rereads, Optimizer(OURS, cls, settings, torch.bfloat16)))
-    for name, cls, settings, rereads in _OWN:
-        found.append(_contender(TORCH, name, rereads, Optimizer("torch.optim", cls, settings)))
+    for path, (recipe, suffix, settings, rereads), choice, dtype in ours:
+        cls = RECIPES[recipe].torch_class
+        make = partial(TorchStepper, _MODULE, cls, {**settings, **choice}, dtype)
+        found.append(Contender(path, cls + suffix, make, rereads=rereads, itemsize=dtype.itemsize))
+    for cls, suffix, settings, rereads in _OWN:
+        make = partial(TorchStepper, "torch.optim", cls, settings, torch.float32)
+        found.append(Contender(TORCH, cls + suffix, make, rereads=rereads))
     for package, module, cls, rereads in _PACKAGES:
-        optimizer = Optimizer(module, cls, spoils_gradients=cls in _SPOILS_GRADIENTS)
-        found.append(_contender(TORCH_PACKAGES, f"{package} {cls}", rereads, optimizer, package))
+        make = partial(TorchStepper, module, cls, {}, torch.float32)
+        found.append(Contender(TORCH_PACKAGES, f"{package} {cls}", make, module, package, rereads))
     return found
-
-
-def _contender(path: str, name: str, rereads: int, optimizer: Optimizer, package: str | None = None) -> Contender:
-    module = optimizer.module if package else None
-    return Contender(path, name, partial(TorchStepper, optimizer), module, package, rereads, optimizer.dtype.itemsize)
 
 
 @contextmanager
@@ -165,7 +128,7 @@ def _shared(arena: Arena, dtype: torch.dtype) -> tuple[Params, list[Tensor]]:
     """The arena's arrays as parameters and gradients, made once; those in float32 share its memory."""
     key = f"torch {dtype}"
     if key not in arena.shared:
-        params = [nn.Parameter(torch.from_numpy(array).to(dtype)) for array in arena.params]
-        arena.shared[key] = params, [torch.from_numpy(array).to(dtype) for array in arena.grads]
+        params, grads = ([torch.from_numpy(x).to(dtype) for x in arrays] for arrays in (arena.params, arena.grads))
+        arena.shared[key] = [nn.Parameter(x) for x in params], grads
     found: tuple[Params, list[Tensor]] = arena.shared[key]
     return found

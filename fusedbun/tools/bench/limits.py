@@ -12,9 +12,8 @@ import tempfile
 from functools import cache, partial
 from pathlib import Path
 
-from fusedbun.tools.bench.arena import Arena, Array, zeros
-from fusedbun.tools.bench.contenders import LIMIT, Contender, held_bytes
-from fusedbun.tools.shared.errors import CommandError
+from fusedbun.tools.bench.contenders import LIMIT, Arena, Array, Contender, Stepper, held_bytes, zeros
+from fusedbun.tools.shared.command import CommandError
 from fusedbun.tools.shared.files import make_directory, write_atomically
 from fusedbun.tools.shared.machine import cpu_model
 
@@ -32,50 +31,33 @@ class NoCompilerError(Exception):
 
 def limits() -> list[Contender]:
     """The loops as contenders."""
-    return [
-        Contender(LIMIT, name, partial(Loop, number, arrays), rereads=int(number == 2))
-        for name, number, arrays in _LOOPS
-    ]
+    return [Contender(LIMIT, name, partial(Loop, k, arrays), rereads=int(k == 2)) for name, k, arrays in _LOOPS]
 
 
-class Loop:
-    """A loop over an arena's arrays, with state of its own.
-
-    Args:
-        number: the loop's number in limits.c.
-        arrays: how many arrays of state it has, from 0 to 2.
-        arena: what it steps.
-    """
+class Loop(Stepper):
+    """A loop of limits.c over an arena's arrays, with as many arrays of state of its own, from 0 to 2."""
 
     def __init__(self, number: int, arrays: int, arena: Arena) -> None:
         self._function = library().fusedbun_step
         self._state = [[zeros(p.shape) for p in arena.params] for _ in range(arrays)]
         self._arena = arena  # its arrays have to live as long as the pointers to them
         unused: list[list[Array]] = [[]] * (2 - arrays)
-        tensors = len(arena.params)
-        sizes = (ctypes.c_size_t * tensors)(*(p.size for p in arena.params))
-        pointers = [_pointers(arrays) for arrays in (arena.params, arena.grads, *self._state, *unused)]
-        self._arguments = (number, arena.threads, ctypes.c_size_t(tensors), sizes, *pointers)
-
-    def prepare(self) -> None:
-        """Nothing."""
+        sizes = (ctypes.c_size_t * len(arena.params))(*(p.size for p in arena.params))
+        pointers = [
+            (ctypes.c_void_p * max(1, len(arrays)))(*(array.ctypes.data for array in arrays))
+            for arrays in (arena.params, arena.grads, *self._state, *unused)
+        ]
+        self._arguments = (number, arena.threads, ctypes.c_size_t(len(sizes)), sizes, *pointers)
 
     def step(self) -> None:
-        """One pass of the loop over all tensors."""
         if error := self._function(*self._arguments):
             raise OSError(error, "cannot start a thread")
 
     def state_bytes(self) -> int:
-        """The bytes of its state."""
         return held_bytes(self._state)
 
     def temporaries(self) -> int | None:
-        """None are made."""
         return 0
-
-
-def _pointers(arrays: list[Array]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * max(1, len(arrays)))(*(array.ctypes.data for array in arrays))
 
 
 @cache
@@ -86,29 +68,23 @@ def library() -> ctypes.CDLL:
     if command is None:
         raise NoCompilerError(f"no C compiler: {compiler!r} was not found; install one, or name it in CC")
     made_by = "\n".join([_SOURCE.read_text(), command, *_FLAGS, *_FASTER, platform.machine(), cpu_model()])
-    path = _folder() / f"limits-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusedbun")
+    try:
+        make_directory(folder)
+    except CommandError:  # a new one, for a library in a folder that others can write to might be theirs
+        folder = Path(tempfile.mkdtemp(prefix="fusedbun-"))
+    path = folder / f"limits-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        _compile(command, path)
+        write_atomically(path, _compiled(command))
     return ctypes.CDLL(str(path))
 
 
-def _compile(command: str, path: Path) -> None:
+def _compiled(command: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "limits.so")
         for flags in ((*_FLAGS, *_FASTER), _FLAGS):
             done = subprocess.run([command, *flags, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
             if done.returncode == 0:
-                write_atomically(path, made.read_bytes())
-                return
+                return made.read_bytes()
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     raise NoCompilerError(f"the C compiler {command} failed: {lines[0]}")
-
-
-def _folder() -> Path:
-    """A folder of the user's own, for a library in one that others can write to might be theirs."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusedbun")
-    try:
-        make_directory(folder)
-    except CommandError:
-        folder = Path(tempfile.mkdtemp(prefix="fusedbun-"))
-    return folder

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, NoReturn
 
 from fusedbun.tools.bench import command as bench
-from fusedbun.tools.cli import info
-from fusedbun.tools.cli.listing import listing
+from fusedbun.tools.cli import info, listing
 from fusedbun.tools.plan import command as plan
-from fusedbun.tools.shared.command import AS_JSON, INTERRUPTED, Commands, Parser, Text, add_command, print_out
-from fusedbun.tools.shared.errors import CommandError
+from fusedbun.tools.shared.command import INTERRUPTED, Command, CommandError
 from fusedbun.tools.train import command as train
 from fusedbun.version import __version__
+
+COMMANDS: dict[str, Command] = {
+    command.name: command for command in (listing.COMMAND, train.COMMAND, bench.COMMAND, plan.COMMAND, info.COMMAND)
+}
 
 _DESCRIPTION = """\
 Memory-efficient optimizers, defined once, for PyTorch and for JAX.
@@ -29,53 +35,52 @@ examples:
 `fusedbun COMMAND --help` describes the options of a command.
 """
 
-_LIST_DESCRIPTION = """\
-List the optimizers: the torch class, the optax factory, the bytes of state that each
-parameter costs (of a float32 matrix of 1024 x 1024, counted from the declared state),
-the defaults and the source. Needs neither torch nor JAX.
-"""
 
-_LIST_EPILOG = """\
-examples:
-  fusedbun list
-  fusedbun list --json
-"""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help stands as it is written, with room for the longest option."""
+
+    def __init__(self, **texts: Any) -> None:
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+        super().__init__(**texts, formatter_class=layout, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with the message and exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; bad options raise SystemExit(2) after one line on stderr."""
     root = parser()
     options = vars(root.parse_args(argv))
-    command, run = options.pop("command"), options.pop("run", None)
-    if run is None:
+    name = options.pop("command")
+    if name is None:
         root.print_help()
         return 0
+    command = COMMANDS[name]
     try:
-        return int(run(**options))
+        return command.run(command.settings(**options))
     except CommandError as error:
         reason, code = f"error: {error}", 2
     except KeyboardInterrupt:
         reason, code = "interrupted", INTERRUPTED
-    print(f"fusedbun {command}: {reason}", file=sys.stderr)
+    print(f"fusedbun {name}: {reason}", file=sys.stderr)
     return code
 
 
 def parser() -> Parser:
     """The parser of the whole command."""
-    root = Parser("fusedbun", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=Text, allow_abbrev=False)
+    root = Parser(prog="fusedbun", description=_DESCRIPTION, epilog=_EPILOG)
     root.add_argument("--version", action="version", version=f"fusedbun {__version__}")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    _register_list(commands)
-    for command in (train, bench, plan, info):
-        command.register(commands)
+    for name, command in COMMANDS.items():
+        about, below = command.description, command.epilog
+        own = commands.add_parser(name, help=command.summary, description=about, epilog=below)
+        for setting in fields(command.settings):
+            dashed, how = setting.name.replace("_", "-"), dict(setting.metadata)
+            flag, no = how.pop("flag", f"--{dashed}"), how.pop("no", None)
+            if flag != setting.name:  # which is an argument without a flag
+                how["dest"] = setting.name
+            own.add_argument(flag, **how)
+            if no is not None:
+                own.add_argument(f"--no-{dashed}", dest=setting.name, action="store_const", const=None, help=no)
     return root
-
-
-def _register_list(commands: Commands) -> None:
-    summary = "list the optimizers with their classes, state, defaults and sources"
-    add = add_command(commands, "list", _list, summary, _LIST_DESCRIPTION, _LIST_EPILOG)
-    add("--json", action="store_true", dest="as_json", help=AS_JSON)
-
-
-def _list(as_json: bool) -> int:
-    return print_out(listing(as_json))

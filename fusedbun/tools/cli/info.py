@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import textwrap
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.cpp.family import chain_of
 from fusedbun.compiler.cpp.module import emit
 from fusedbun.recipes import RECIPES
-from fusedbun.tools.shared.command import AS_JSON, Commands, add_command, print_out
+from fusedbun.tools.shared.command import Command, Shown, print_out
 from fusedbun.tools.shared.machine import cpu_model, cpus, versions
 
 _DESCRIPTION = """\
@@ -50,19 +49,12 @@ _MEANING = {
 }
 
 
-def register(commands: Commands) -> None:
-    """Adds the command to the parser of all commands."""
-    add = add_command(commands, "info", run, "show what steps an optimizer here, and why", _DESCRIPTION, _EPILOG)
-    add("--json", action="store_true", dest="as_json", help=AS_JSON)
+def _run(settings: Shown) -> int:
+    found = _found()
+    return print_out(json.dumps(found, indent=1) if settings.json else "\n".join(_lines(found)))
 
 
-def run(as_json: bool) -> int:
-    """Prints all of it as text, or as JSON."""
-    found = report()
-    return print_out(json.dumps(found, indent=1) if as_json else "\n".join(_lines(found)))
-
-
-def report() -> dict[str, Any]:
+def _found() -> dict[str, Any]:
     """What is found, for a JSON file."""
     driver = _origin(build.DRIVER.read_text(), 1)
     registers = native.registers() if driver in ("package", "cache") else None
@@ -113,25 +105,26 @@ def _held(folder: Path) -> dict[str, Any]:
 
 def _torch() -> dict[str, Any] | None:
     try:
-        torch = import_module("torch")
+        import torch
     except ModuleNotFoundError:
         return None
     from fusedbun.torch.openmp import parallel
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    shared = bool(parallel())
-    return {"devices": ["cpu", *names], "threads": torch.get_num_threads(), "shares_openmp": shared}
+    return {"devices": ["cpu", *names], "threads": torch.get_num_threads(), "shares_openmp": bool(parallel())}
 
 
 def _jax() -> dict[str, Any] | None:
     try:
-        jax = import_module("jax")
+        import jax
     except ModuleNotFoundError:
         return None
-    devices = [device.device_kind for device in jax.devices()]
     handler = build.jax_handler()
-    origin = "definition" if handler is None else _origin(handler, 1)
-    return {"backend": jax.default_backend(), "devices": devices, "handler": origin}
+    return {
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "handler": "definition" if handler is None else _origin(handler, 1),
+    }
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
@@ -139,9 +132,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for title, text in _facts(found):
         yield from textwrap.wrap(text, width, initial_indent=f"{title:12}", subsequent_indent=" " * 12)
     yield ""
-    yield f"{'at its defaults, float32':26}" + "".join(f"{shape:12}" for shape in _SHAPES).rstrip()
-    for name, kernels in found["optimizers"].items():
-        yield f"{name:26}" + "".join(f"{kernel['from']:12}" for kernel in kernels.values()).rstrip()
+    rows = {name: [kernel["from"] for kernel in kernels.values()] for name, kernels in found["optimizers"].items()}
+    for title, cells in {"at its defaults, float32": list(_SHAPES), **rows}.items():
+        yield f"{title:26}" + "".join(f"{cell:12}" for cell in cells).rstrip()
     yield ""
     shown = [kernel for kernels in found["optimizers"].values() for kernel in kernels.values()]
     for origin, meaning in _MEANING.items():
@@ -165,3 +158,6 @@ def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "torch", f"{', '.join(torch['devices'])}; threads: at most {torch['threads']}, {threads}"
     if jax:
         yield "jax", f"{jax['backend']}: {', '.join(jax['devices'])}; the call from XLA: {_MEANING[jax['handler']]}"
+
+
+COMMAND = Command("info", "show what steps an optimizer here, and why", _DESCRIPTION, _EPILOG, Shown, _run)

@@ -1,6 +1,6 @@
 """How much memory training takes: weights, gradients, optimizer state and a step's temporaries, without allocating it.
 
-sources      what is trained: a module, a tree of arrays or shapes (`trees`), or files (`files`)
+sources      what is trained: a module, a tree of arrays or shapes, or files
 settings     the optimizers to plan for
 temporaries  what a step takes beside its arrays
 planner      the sums

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import re
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Plan, Setting, plan
-from fusedbun.tools.plan.sizes import parse_size, readable
-from fusedbun.tools.shared.command import AS_JSON, DEFAULT, Commands, add_command, print_out
-from fusedbun.tools.shared.errors import CommandError, libraries_for
-from fusedbun.tools.shared.files import write_atomically
+from fusedbun.tools.plan.sizes import SIZE, parse_size, readable
+from fusedbun.tools.shared.command import Command, CommandError, converter, count, libraries_for, option, print_out
+from fusedbun.tools.shared.files import write_atomically, writing
 from fusedbun.tools.shared.networks import gpt2, resnet50
-from fusedbun.tools.shared.options import whole
 
 _DESCRIPTION = """\
 Show how much memory training a model takes with each optimizer: its weights, gradients
@@ -51,56 +50,57 @@ exit codes:
        installed; one line on stderr says which
 """
 
+_NETWORKS = {"gpt2": gpt2, "resnet50": resnet50}
 _SHAPE = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<sizes>-?[0-9]+(?:x-?[0-9]+)*)")
+_PLAN_TAKES = ("dtype", "stochastic_rounding", "sparse", "tokens", "threads", "budget")
+_SIZE = converter(parse_size, bool, SIZE)
+_TO_NEAREST = "round bfloat16 weights to the nearest instead of stochastically"
+_SPARSE = "the gradients of parameters of such names are sparse rows"
 
 
-def register(commands: Commands) -> None:
-    """Adds the command to the parser of all commands."""
-    summary = "show how much memory training a model takes with each optimizer"
-    names = textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent="  ")
-    add = add_command(commands, "plan", run, summary, _DESCRIPTION, _EPILOG.format(names=names))
-    add("model", nargs="+", metavar="MODEL", help="what is trained, as above")
-    add("--optimizer", nargs="+", metavar="NAME", help="plan for these alone (default: for all)")
-    add("--dtype", metavar="DTYPE", help="of floating-point weights, such as bfloat16 (default: their own)")
-    rounding = "round bfloat16 weights to the nearest instead of stochastically"
-    add("--no-stochastic-rounding", dest="stochastic_rounding", action="store_false", help=rounding)
-    sparse = "the gradients of parameters of such names are sparse rows"
-    add("--sparse", nargs="+", default=[], metavar="PATTERN", help=sparse)
-    tokens = f"in a batch: so many rows has a sparse gradient {DEFAULT}"
-    add("--tokens", type=whole(1), default=4096, metavar="N", help=tokens)
-    add("--threads", type=whole(1), metavar="N", help="on so many the step runs (default: the number of CPUs)")
-    add("--budget", type=_size, metavar="SIZE", help="mark what fits in so much, such as 24GiB")
-    add("--only-fitting", action="store_true", help="leave out what does not fit in --budget")
-    add("--chart", type=Path, metavar="FILE", help="write a bar chart as PNG")
-    add("--json", action="store_true", dest="as_json", help=f"{AS_JSON}; sizes are in bytes")
+@dataclass(frozen=True)
+class Options:
+    """The options, as `fusedbun plan --help` describes them."""
+
+    model: Sequence[str] = option("what is trained, as above", flag="model", nargs="+", metavar="MODEL")
+    optimizer: Sequence[str] | None = option("plan for these alone (default: for all)", nargs="+", metavar="NAME")
+    dtype: str | None = option("of floating-point weights, such as bfloat16 (default: their own)", metavar="DTYPE")
+    stochastic_rounding: bool = option(_TO_NEAREST, flag="--no-stochastic-rounding", action="store_false")
+    sparse: Sequence[str] = option(_SPARSE, nargs="+", default=[], metavar="PATTERN")
+    tokens: int = count("in a batch: so many rows has a sparse gradient", 4096)
+    threads: int | None = count("on so many the step runs (default: the number of CPUs)", None)
+    budget: int | None = option("mark what fits in so much, such as 24GiB", type=_SIZE, metavar="SIZE")
+    only_fitting: bool = option("leave out what does not fit in --budget", action="store_true")
+    chart: Path | None = option("write a bar chart as PNG", type=Path, metavar="FILE")
+    json: bool = option("the same as JSON, for a program to read; sizes are in bytes", action="store_true")
 
 
-def run(*, as_json: bool, chart: Path | None, only_fitting: bool, **options: Any) -> int:
-    """Plans, and returns the exit code.
-
-    Raises:
-        CommandError: it cannot be run as it was given.
-    """
-    if only_fitting and options["budget"] is None:
+def _run(options: Options) -> int:
+    if options.only_fitting and options.budget is None:
         raise CommandError("argument --only-fitting: needs a --budget to fit in, such as --budget 24GiB")
-    everything = _plan(**options)
-    shown = everything.fitting() if only_fitting else everything
-    if chart is not None:
-        _draw(chart, shown)
-    if as_json:
+    everything = _plan(options)
+    shown = everything.fitting() if options.only_fitting else everything
+    if options.chart is not None:
+        with libraries_for("a chart", "plan"), writing(options.chart, "--chart", "write"):
+            from fusedbun.tools.plan.picture import draw
+
+            write_atomically(options.chart, draw(shown))
+    if options.json:
         return print_out(json.dumps(shown.as_dict(), indent=1))
     lines = [str(shown)]
     if not shown.estimates and everything.estimates:
         least = min(everything.estimates, key=lambda one: one.total)
         release = " with gradient release" if least.gradient_release else ""
         lines.append(f"The least takes {readable(least.total)}: {least.setting.title}, {least.setting.label}{release}.")
-    return print_out("\n".join([*lines, *([f"chart: {chart}"] if chart is not None else [])]))
+    if options.chart is not None:
+        lines.append(f"chart: {options.chart}")
+    return print_out("\n".join(lines))
 
 
-def _plan(*, model: list[str], optimizer: list[str] | None, **options: Any) -> Plan:
+def _plan(options: Options) -> Plan:
     try:
-        settings = None if optimizer is None else [_setting(text) for text in optimizer]
-        return plan(_model(model), settings, **options)
+        settings = None if options.optimizer is None else [_setting(text) for text in options.optimizer]
+        return plan(_model(options.model), settings, **{name: getattr(options, name) for name in _PLAN_TAKES})
     except OSError as error:
         reason = f"cannot read {error.filename!r}: {error.strerror}" if error.filename else str(error)
         raise CommandError(reason) from error
@@ -110,25 +110,21 @@ def _plan(*, model: list[str], optimizer: list[str] | None, **options: Any) -> P
         raise CommandError(" ".join(str(error).split())) from error
 
 
-def _model(texts: list[str]) -> Any:
+def _model(texts: Sequence[str]) -> Any:
     """The model that the arguments name: a path, a network, or shapes."""
-    networks = {"gpt2": gpt2, "resnet50": resnet50}
-    shapes = [_SHAPE.fullmatch(text) for text in texts]
-    if len(texts) == 1 and (Path(texts[0]).exists() or not shapes[0]):
-        text = texts[0]
-        if not Path(text).exists() and text not in networks:
-            raise CommandError(
-                f"argument MODEL: there is no file or folder {text!r}; it must be one, a network "
-                f"({', '.join(networks)}), or shapes such as 768x3072"
-            )
-        return Path(text) if Path(text).exists() else networks[text]()
+    is_alone = len(texts) == 1
+    if is_alone and Path(texts[0]).exists():
+        return Path(texts[0])
+    if is_alone and texts[0] in _NETWORKS:
+        return _NETWORKS[texts[0]]()
     found: dict[str, tuple[int, ...]] = {}
-    for place, (text, shape) in enumerate(zip(texts, shapes, strict=True)):
+    for place, text in enumerate(texts):
+        shape = _SHAPE.fullmatch(text)
         if shape is None:
-            raise CommandError(
-                f"argument MODEL: where several are given, each must be a shape such as 768x3072 or "
-                f"embed=50257x768, but one is {text!r}"
-            )
+            must = f"it must be one, a network ({', '.join(_NETWORKS)}), or shapes such as 768x3072"
+            several = "where several are given, each must be a shape such as 768x3072 or embed=50257x768, but one is"
+            reason = f"there is no file or folder {text!r}; {must}" if is_alone else f"{several} {text!r}"
+            raise CommandError(f"argument MODEL: {reason}")
         name = shape["name"] or str(place)
         if name in found:
             raise CommandError(f"argument MODEL: each shape must have a name of its own, but {name!r} is there twice")
@@ -141,35 +137,23 @@ def _setting(text: str) -> str | Setting:
     name, colon, listed = text.partition(":")
     if not colon:
         return name
-    values = {}
+    values: dict[str, Any] = {}
     for entry in re.split(r",(?=\s*\w+=)", listed):
-        key, equals, value = entry.partition("=")
+        key, equals, value = map(str.strip, entry.partition("="))
         if not equals:
             raise CommandError(f"argument --optimizer: must be NAME or NAME:KEY=VALUE,…, but it is {text!r}")
-        values[key.strip()] = _value(value)
+        try:
+            values[key] = ast.literal_eval(value)  # a number, True, False, None or a tuple of these
+        except (ValueError, SyntaxError):
+            values[key] = value
     return Setting(name, values)
 
 
-def _value(text: str) -> Any:
-    """A number, True, False, None or a tuple of these; anything else is text."""
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        return text.strip()
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _draw(path: Path, shown: Plan) -> None:
-    try:
-        with libraries_for("a chart", "plan"):
-            from fusedbun.tools.plan.picture import draw
-
-            write_atomically(path, draw(shown))
-    except OSError as error:
-        raise CommandError(f"argument --chart: cannot write {str(path)!r}: {error.strerror}") from error
+COMMAND = Command(
+    "plan",
+    "show how much memory training a model takes with each optimizer",
+    _DESCRIPTION,
+    _EPILOG.format(names=textwrap.fill(", ".join([*RECIPES, "adamw (torch's own)"]), 86, subsequent_indent="  ")),
+    Options,
+    _run,
+)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from fusedbun.tools.plan.settings import Setting
 from fusedbun.tools.plan.sizes import in_unit, readable, unit_of
-from fusedbun.tools.plan.trees import Tensor
+from fusedbun.tools.plan.sources import Tensor
 
 TOKENS = 4096  # rows of a sparse gradient
 _WIDTH = 100  # of the remarks below the table
@@ -58,11 +58,10 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers for a JSON file."""
-        setting, numbers = self.setting, {k: v for k, v in vars(self).items() if k != "setting"}
-        named = {"optimizer": setting.optimizer, "setting": setting.label}
-        settings = {key: str(x) if callable(x) else x for key, x in setting.hyperparameters.items()}
+        given = {key: str(x) if callable(x) else x for key, x in self.setting.hyperparameters.items()}
+        numbers = {name: x for name, x in vars(self).items() if name != "setting"}
         sums = {"total": self.total, "bytes_per_parameter": self.bytes_per_parameter}
-        return {**named, "hyperparameters": settings, **numbers, **sums}
+        return {**self.setting.named, "hyperparameters": given, **numbers, **sums}
 
 
 Pair: TypeAlias = tuple[Estimate | None, Estimate | None]  # without and with gradient release
@@ -120,23 +119,22 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers for a JSON file; all sizes are in bytes."""
-        estimates = [
-            {**one.as_dict(), **({} if self.budget is None else {"fits": self.fits(one)})} for one in self.estimates
-        ]
-        refused = [
-            {"optimizer": one.setting.optimizer, "setting": one.setting.label, "reason": one.reason}
-            for one in self.refusals
-        ]
-        counted = {"parameters": self.parameters, "tensors": len(self.tensors)}
-        about = {"threads": self.threads, "tokens": self.tokens, "sparse": self.sparse, "budget": self.budget}
-        return {**counted, **about, "estimates": estimates, "refused": refused}
+        return {
+            "parameters": self.parameters,
+            "tensors": len(self.tensors),
+            **{name: getattr(self, name) for name in ("threads", "tokens", "sparse", "budget")},
+            "estimates": [
+                one.as_dict() | ({} if self.budget is None else {"fits": self.fits(one)}) for one in self.estimates
+            ],
+            "refused": [{**one.setting.named, "reason": one.reason} for one in self.refusals],
+        }
 
     def pairs(self) -> list[tuple[Setting, Pair]]:
         """The estimates of each setting, without and with gradient release."""
-        found: dict[int, tuple[Setting, list[Estimate | None]]] = {}
+        found: dict[int, dict[bool, Estimate]] = {}
         for one in self.estimates:
-            found.setdefault(id(one.setting), (one.setting, [None, None]))[1][one.gradient_release] = one
-        return [(setting, (usual, released)) for setting, (usual, released) in found.values()]
+            found.setdefault(id(one.setting), {})[one.gradient_release] = one
+        return [(next(iter(by.values())).setting, (by.get(False), by.get(True))) for by in found.values()]
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -164,20 +162,19 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _title(plan: Plan) -> str:
-    sizes: Counter[str] = Counter()
-    for tensor in plan.tensors:
-        if tensor.role != "buffer":
-            sizes[tensor.dtype] += tensor.elements
-    dtypes = " and ".join(dtype for dtype, _ in sizes.most_common())
     parameters = [tensor for tensor in plan.tensors if tensor.role != "buffer"]
+    sizes: Counter[str] = Counter()
+    for tensor in parameters:
+        sizes[tensor.dtype] += tensor.elements
+    dtypes = " and ".join(dtype for dtype, _ in sizes.most_common())
     frozen = sum(tensor.elements for tensor in parameters if tensor.role == "frozen")
-    title = f"{plan.parameters:,} {dtypes} parameters in {len(parameters):,} tensors"
-    return title + (f", {frozen:,} of them frozen" if frozen else "")
+    frozen_too = f", {frozen:,} of them frozen" if frozen else ""
+    return f"{plan.parameters:,} {dtypes} parameters in {len(parameters):,} tensors{frozen_too}"
 
 
 def _table(plan: Plan, rows: list[tuple[Setting, Pair]], unit: str) -> Iterator[str]:
     columns = [*_COLUMNS, *([] if plan.budget is None else [f"fits in\n{readable(plan.budget)}"])]
-    heads = list(zip(*(column.split("\n") if "\n" in column else ("", column) for column in columns), strict=True))
+    heads = list(zip(*(column.rpartition("\n")[::2] for column in columns), strict=True))
     cells = [_cells(plan, setting, pair, unit) for setting, pair in rows]
     widths = [max(map(len, column)) for column in zip(*heads, *cells, strict=True)]
     sides = ["<" if i < _LEFT or i == len(_COLUMNS) else ">" for i in range(len(columns))]
@@ -187,24 +184,23 @@ def _table(plan: Plan, rows: list[tuple[Setting, Pair]], unit: str) -> Iterator[
 
 
 def _cells(plan: Plan, setting: Setting, pair: Pair, unit: str) -> list[str]:
+    def sums(one: Estimate | None) -> list[str]:
+        return ["-"] * 2 if one is None else [in_unit(one.total, unit), f"{one.bytes_per_parameter:.2f}"]
+
     usual, released = pair
-    cells = [setting.title, setting.label]
-    if usual is None:
-        cells += ["-"] * 6
-    else:
-        cells += [in_unit(size, unit) for size in (usual.weights, usual.gradients, usual.state)]
-        cells += [readable(usual.temporaries), in_unit(usual.total, unit), f"{usual.bytes_per_parameter:.2f}"]
-    cells += ["-", "-"] if released is None else [in_unit(released.total, unit), f"{released.bytes_per_parameter:.2f}"]
-    return cells if plan.budget is None else [*cells, _fits(plan.budget, pair, unit)]
+    parts = ["-"] * 4
+    if usual is not None:
+        parts = [in_unit(size, unit) for size in (usual.weights, usual.gradients, usual.state)]
+        parts.append(readable(usual.temporaries))
+    fits = [] if plan.budget is None else [_fits(plan.budget, pair, unit)]
+    return [setting.title, setting.label, *parts, *sums(usual), *sums(released), *fits]
 
 
 def _fits(budget: int, pair: Pair, unit: str) -> str:
     """Whether a setting fits, and how much is left or missing, without gradient release if that will do."""
-    usual, released = pair
-    if usual is not None and usual.total <= budget:
-        return f"yes, {in_unit(budget - usual.total, unit)} left"
-    if released is not None and released.total <= budget:
-        return f"released, {in_unit(budget - released.total, unit)} left"
+    for one, yes in zip(pair, ("yes", "released"), strict=True):
+        if one is not None and one.total <= budget:
+            return f"{yes}, {in_unit(budget - one.total, unit)} left"
     least = min(one.total for one in pair if one is not None)
     return f"no, {in_unit(least - budget, unit)} over"
 
@@ -234,10 +230,9 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if any(one.stochastic_rounding for one in plan.estimates):
         yield "Weights in bfloat16 are rounded stochastically, which takes 4 bytes for each tensor."
     if plan.sparse:
-        names = ", ".join(plan.sparse)
         yield (
-            f"Sparse gradients ({names}) have {plan.tokens:,} rows, of which a step takes several copies; their "
-            f"parameters have no momentum."
+            f"Sparse gradients ({', '.join(plan.sparse)}) have {plan.tokens:,} rows, of which a step takes several "
+            f"copies; their parameters have no momentum."
         )
     if any(one.setting.is_torch_adamw for one in plan.estimates):
         yield (

@@ -14,9 +14,7 @@ from fusedbun.tools.plan.sizes import UNITS, readable, unit_of
 from fusedbun.tools.shared.picture import BLACK, BLUE, GREEN, ORANGE, VERMILION, style_bars, to_png
 
 _PARTS: dict[str, Any] = {"weights": BLUE, "gradients": ORANGE, "state": GREEN, "temporaries": VERMILION}
-_PALER: dict[str, Any] = {
-    part: tuple(0.5 + channel / 2 for channel in to_rgb(colour)) for part, colour in _PARTS.items()
-}
+_PALER: dict[str, Any] = {part: tuple(0.5 + x / 2 for x in to_rgb(colour)) for part, colour in _PARTS.items()}
 _ROW, _MARGIN = 0.42, 1.9  # inches: of a setting, of titles and axes
 
 
@@ -29,11 +27,10 @@ def draw(plan: Plan) -> bytes:
     axes = figure.subplots()
     longest = max((one.total for one in plan.estimates), default=1) / scale
     for place, (_, pair) in enumerate(rows):
-        is_alone = None in pair
         for one, offset, colours in zip(pair, (-0.2, 0.2), (_PARTS, _PALER), strict=True):
             if one is None:
                 continue
-            at, begin = place + (0.0 if is_alone else offset), 0.0
+            at, begin = place + (0.0 if None in pair else offset), 0.0
             for part, colour in colours.items():
                 size = getattr(one, part) / scale
                 axes.barh(at, size, left=begin, height=0.36, color=colour)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
-import math
-from collections import Counter
+import heapq
+import re
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.graph import UnplannableError
+from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import temporaries
 from fusedbun.tools.plan.estimates import TOKENS, Estimate, Plan, Refusal
-from fusedbun.tools.plan.settings import ADAMW, Setting, chosen
-from fusedbun.tools.plan.sizes import BITS, parse_size
-from fusedbun.tools.plan.sources import tensors_of, tied_parameters
+from fusedbun.tools.plan.settings import Setting, chosen
+from fusedbun.tools.plan.sizes import parse_size, size_of
+from fusedbun.tools.plan.sources import Tensor, tensors_of, tied_parameters
 from fusedbun.tools.plan.temporaries import Room
-from fusedbun.tools.plan.trees import Tensor
 from fusedbun.tools.shared.machine import cpus
+from fusedbun.transform import Shape
 
 _PLACE = 8  # bytes of the number that says which row of an embedding a row of a sparse gradient belongs to
 _ADAMW_STEP = 4  # bytes of torch's step counter, one for every parameter
@@ -30,24 +31,17 @@ class _Kind(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     is_sparse: bool
+    is_rounded: bool  # stochastically
 
 
 class _Needs(NamedTuple):
-    """The bytes that one parameter of a kind needs.
-
-    Args:
-        gradient: its gradient.
-        state: its state.
-        room: while a kernel steps it.
-        definition: while its rules are run as they are written, where there is no kernel.
-        densified: its dense gradient, where a sparse one is made so; that of all parameters is held at once.
-    """
+    """The bytes that one parameter of a kind needs."""
 
     gradient: int
     state: int
-    room: Room = Room(0, 0)
-    definition: int = 0
-    densified: int = 0
+    room: Room = Room(0, 0)  # while a kernel steps it
+    definition: int = 0  # while its rules are run as they are written, where there is no kernel
+    densified: int = 0  # a sparse gradient made dense; that of all parameters is held at once
 
 
 def plan(
@@ -96,12 +90,15 @@ def plan(
             budget = parse_size(budget)
         except ValueError as error:
             raise ValueError(f"budget {error}") from None
-    threads = _checked("threads", cpus() if threads is None else threads)
-    _checked("tokens", tokens)
-    if budget is not None:
-        _checked("budget", budget)
+    threads = cpus() if threads is None else threads
+    for name, number in {"threads": threads, "tokens": tokens, "budget": 1 if budget is None else budget}.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}")
     tensors = tensors_of(model, dtype)
-    settings = _without_repeats(chosen(optimizers), tensors)
+    settings = chosen(optimizers)
+    if all(tensor.dtype == "float32" for tensor in tensors if tensor.role == "trained"):
+        first = next((one for one in settings if one.is_torch_adamw), None)  # in float32 the other one is the same
+        settings = tuple(one for one in settings if one is first or not one.is_torch_adamw)
     embeddings = _matching(tensors, (sparse,) if isinstance(sparse, str) else tuple(sparse))
     planner = _Planner(tensors, embeddings, tokens, threads, stochastic_rounding)
     estimates: list[Estimate] = []
@@ -114,18 +111,13 @@ def plan(
     return Plan(tensors, tuple(estimates), tuple(refusals), threads, tokens, embeddings, tied_parameters(model), budget)
 
 
-def _checked(name: str, number: Any) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}")
-    return number
-
-
 def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str, ...]:
     """The names of the parameters that a pattern matches, from the beginning or from behind a dot."""
     found: dict[str, None] = {}
     names = [tensor.name for tensor in tensors if tensor.role == "trained" and len(tensor.shape) > 1]
     for pattern in patterns:
-        matching = [name for name in names if any(fnmatch.fnmatchcase(part, pattern) for part in _endings(name))]
+        expression = re.compile(r"(?:.*\.)?" + fnmatch.translate(pattern))
+        matching = [name for name in names if expression.match(name)]
         if not matching:
             known = ", ".join(map(repr, names[:4])) + (", …" if len(names) > 4 else "")
             raise ValueError(
@@ -136,62 +128,53 @@ def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str
     return tuple(found)
 
 
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def _without_repeats(settings: tuple[Setting, ...], tensors: Iterable[Tensor]) -> list[Setting]:
-    """The settings without AdamW in the weights' dtype, where that is the AdamW in float32 that is among them."""
-    is_float32 = all(tensor.dtype == "float32" for tensor in tensors if tensor.role == "trained")
-    found: dict[Any, Setting] = {}
-    for setting in settings:
-        found.setdefault(ADAMW if setting.is_torch_adamw and is_float32 else id(setting), setting)
-    return list(found.values())
-
-
 class _Planner:
     """A model, and how it is stepped."""
 
     def __init__(
-        self, tensors: Iterable[Tensor], sparse: Iterable[str], tokens: int, threads: int, stochastic_rounding: bool
+        self, tensors: tuple[Tensor, ...], sparse: Iterable[str], tokens: int, threads: int, stochastic_rounding: bool
     ) -> None:
-        self.tensors, self.tokens, self.threads = tuple(tensors), tokens, threads
-        self.parameters = sum(tensor.elements for tensor in self.tensors if tensor.role != "buffer")
-        self.stochastic_rounding, rows = stochastic_rounding, set(sparse)
-        trained = [t for t in self.tensors if t.role == "trained"]
-        self.names = {_Kind(t.shape, t.dtype, t.name in rows): t.name for t in trained}
-        self.counts = Counter(_Kind(t.shape, t.dtype, t.name in rows) for t in trained)
+        self.tensors, self.tokens, self.threads = tensors, tokens, threads
+        self.parameters = sum(tensor.elements for tensor in tensors if tensor.role != "buffer")
+        self.named: dict[_Kind, list[str]] = {}
+        rows = set(sparse)
+        for t in tensors:
+            if t.role == "trained":
+                kind = _Kind(t.shape, t.dtype, t.name in rows, stochastic_rounding and t.dtype == "bfloat16")
+                self.named.setdefault(kind, []).append(t.name)
+        self.trained = sum(map(len, self.named.values()))
 
     def estimates(self, setting: Setting) -> list[Estimate]:
         """What the setting needs; raises a TypeError or ValueError where it cannot train the model."""
         if setting.is_torch_adamw:
             return [self._adamw(setting)]
-        rounded = {kind: self.stochastic_rounding and kind.dtype == "bfloat16" for kind in self.counts}
-        chains = {is_rounded: setting.chain(is_rounded) for is_rounded in set(rounded.values())}
-        needs = {kind: self._needs(setting, chains[rounded[kind]], kind) for kind in self.counts}
+        chains = {rounds: setting.chain(rounds) for rounds in {kind.is_rounded for kind in self.named}}
+        needs = {kind: self._needs(setting, chains[kind.is_rounded], kind) for kind in self.named}
         weights = sum(tensor.size for tensor in self.tensors)
-        state = sum(count * needs[kind].state for kind, count in self.counts.items())
-        gradients = sum(count * needs[kind].gradient for kind, count in self.counts.items())
+        gradients, state = (
+            sum(len(names) * getattr(needs[kind], part) for kind, names in self.named.items())
+            for part in ("gradient", "state")
+        )
         parts = {False: (gradients, self._temporaries(needs)), True: self._released(needs)}
         return [
-            Estimate(setting, any(rounded.values()), releases, self.parameters, weights, held, state, most)
+            Estimate(setting, True in chains, releases, self.parameters, weights, held, state, most)
             for releases, (held, most) in parts.items()
         ]
 
     def _needs(self, setting: Setting, chain: Chain, kind: _Kind) -> _Needs:
-        name, shape, dtype = self.names[kind], kind.shape, kind.dtype
+        name, shape, dtype = self.named[kind][-1], kind.shape, kind.dtype
         chain = chain.at(tuple(name.split(".")), SimpleNamespace(shape=shape), name)
-        size = math.prod(shape) * BITS[dtype] // 8
+        size = size_of(shape, dtype)
         if kind.is_sparse:
-            rows = (self.tokens, *shape[1:])
-            gradient = math.prod(rows) * BITS[dtype] // 8 + self.tokens * _PLACE
-            if setting.makes_gradients_dense:
-                definition = temporaries.definition(chain, shape, dtype)
-                return _Needs(gradient, _state(chain, kind), definition=definition, densified=size)
-            chain = chain.for_rows()
-            return _Needs(gradient, _state(chain, kind), definition=temporaries.definition(chain, rows, dtype))
-        state = _state(chain, kind)
+            rows, densified = (self.tokens, *shape[1:]), size
+            gradient = size_of(rows, dtype) + self.tokens * _PLACE
+            if RECIPES[setting.optimizer].densifies_sparse_gradients:  # by making them dense
+                rows = shape
+            else:
+                chain, densified = chain.for_rows(), 0
+            definition = temporaries.definition(chain, rows, dtype)
+            return _Needs(gradient, state_bytes(chain, shape, dtype), definition=definition, densified=densified)
+        state = state_bytes(chain, shape, dtype)
         if not size:  # there is nothing to step
             return _Needs(0, state)
         try:
@@ -201,11 +184,10 @@ class _Planner:
 
     def _temporaries(self, needs: Mapping[_Kind, _Needs]) -> int:
         """The most while all parameters are stepped: as many leaves are under way as there are threads."""
-        at_once = {kind: min(count, self.threads) for kind, count in self.counts.items()}
-        held = sorted((n.room.held for kind, n in needs.items() for _ in range(at_once[kind])), reverse=True)
+        held = [n.room.held for kind, n in needs.items() for _ in self.named[kind][: self.threads]]
         buffers = self.threads * max(n.room.buffer for n in needs.values())
-        kernels = sum(held[: self.threads]) + buffers + temporaries.RECORD * self.counts.total()
-        densified = sum(count * needs[kind].densified for kind, count in self.counts.items())
+        kernels = sum(heapq.nlargest(self.threads, held)) + buffers + temporaries.RECORD * self.trained
+        densified = sum(len(names) * needs[kind].densified for kind, names in self.named.items())
         return densified + max(kernels, *(n.definition for n in needs.values()))
 
     def _released(self, needs: Mapping[_Kind, _Needs]) -> tuple[int, int]:
@@ -216,17 +198,16 @@ class _Planner:
 
     def _adamw(self, setting: Setting) -> Estimate:
         """torch's AdamW with fused=True, which takes no temporaries."""
-        if any(kind.is_sparse for kind in self.counts):
+        if any(kind.is_sparse for kind in self.named):
             raise TypeError("torch's AdamW takes dense gradients")
         in_float32 = setting.hyperparameters.get("weights", "float32") == "float32"
         trained = [t._replace(dtype="float32") if in_float32 else t for t in self.tensors if t.role == "trained"]
         gradients = sum(t.size for t in trained)
         others = sum(t.size for t in self.tensors if t.role != "trained")
-        state = 2 * gradients + _ADAMW_STEP * self.counts.total()
+        state = 2 * gradients + _ADAMW_STEP * self.trained
         return Estimate(setting, False, False, self.parameters, gradients + others, gradients, state, 0)
 
 
-def _state(chain: Chain, kind: _Kind) -> int:
+def state_bytes(chain: Chain, shape: Shape, dtype: str) -> int:
     """The bytes of the arrays that a parameter's state is stored in."""
-    arrays = chain.arrays(kind.shape, kind.dtype).values()
-    return sum(math.prod(array.shape(kind.shape)) * BITS[array.dtype] // 8 for array in arrays)
+    return sum(size_of(array.shape(shape), array.dtype) for array in chain.arrays(shape, dtype).values())

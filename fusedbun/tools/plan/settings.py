@@ -12,6 +12,7 @@ from fusedbun.recipe import bind
 from fusedbun.recipes import RECIPES
 
 ADAMW = "adamw"
+_TYPED = {"mup": lambda path, param: "norm"}  # u-muP's type of every parameter, for its state does not depend on it
 _TITLES = {name: recipe.torch_class for name, recipe in RECIPES.items()} | {ADAMW: "torch AdamW"}
 _BY_CLASS = {recipe.torch_class.lower(): name for name, recipe in RECIPES.items()}
 
@@ -37,13 +38,13 @@ class Setting:
     def __post_init__(self) -> None:
         name = _known(self.optimizer)
         object.__setattr__(self, "optimizer", name)
-        object.__setattr__(self, "label", self.label or _listed(self.hyperparameters) or "defaults")
+        object.__setattr__(self, "label", self.label or listed(self.hyperparameters) or "defaults")
         if name != ADAMW:
             self.chain(False)
         elif self.hyperparameters.keys() - {"weights"}:
-            raise TypeError(f'adamw takes "weights" only, but it is given {_listed(self.hyperparameters)}')
+            raise TypeError(f'adamw takes "weights" only, but it is given {listed(self.hyperparameters)}')
         elif self.hyperparameters.get("weights", "float32") not in ("float32", "param"):
-            raise ValueError(f'adamw: weights must be "float32" or "param", but it is {_listed(self.hyperparameters)}')
+            raise ValueError(f'adamw: weights must be "float32" or "param", but it is {listed(self.hyperparameters)}')
 
     @property
     def title(self) -> str:
@@ -51,26 +52,21 @@ class Setting:
         return _TITLES[self.optimizer]
 
     @property
+    def named(self) -> dict[str, str]:
+        """What it is called in a JSON file."""
+        return {"optimizer": self.optimizer, "setting": self.label}
+
+    @property
     def is_torch_adamw(self) -> bool:
         """Whether it is torch's AdamW and none of fusedbun's."""
         return self.optimizer == ADAMW
-
-    @property
-    def makes_gradients_dense(self) -> bool:
-        """Whether it takes sparse gradients by making them dense, which takes memory."""
-        return self.optimizer != ADAMW and RECIPES[self.optimizer].densifies_sparse_gradients
 
     def chain(self, stochastic_rounding: bool) -> Chain:
         """The chain of one of fusedbun's optimizers."""
         recipe = RECIPES[self.optimizer]
         bind(f"{self.optimizer}:", recipe.signature(), **self.hyperparameters)
-        typed = {"mup": _untyped} if "mup" in recipe.defaults else {}
+        typed = _TYPED if "mup" in recipe.defaults else {}
         return recipe.chain({**typed, **self.hyperparameters}, 1.0, stochastic_rounding)
-
-
-def _untyped(path: tuple[str, ...], param: Any) -> str:
-    """u-muP's type of every parameter, for its state does not depend on it."""
-    return "norm"
 
 
 def _known(name: str) -> str:
@@ -82,7 +78,8 @@ def _known(name: str) -> str:
     return found
 
 
-def _listed(hyperparameters: Mapping[str, Any]) -> str:
+def listed(hyperparameters: Mapping[str, Any]) -> str:
+    """Their names and values, for a reader."""
     return ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items())
 
 
@@ -94,11 +91,7 @@ USUAL = (
 
 
 def chosen(optimizers: Iterable[str | Setting] | str | Setting | None) -> tuple[Setting, ...]:
-    """The settings that are meant: of a name the usual ones; None stands for all that are usual.
-
-    Raises:
-        ValueError: there is no optimizer of a name.
-    """
+    """The settings that are meant: of a name its usual ones, of None all; a ValueError where the name is none."""
     if optimizers is None:
         return USUAL
     wanted = [optimizers] if isinstance(optimizers, (str, Setting)) else optimizers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 
 UNITS = {"B": 1} | {
@@ -10,6 +12,7 @@ UNITS = {"B": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for middle, base in (("i", 1024), ("", 1000))
 }
+SIZE = f"a size above 0, a number and one of the units {', '.join(UNITS)}, such as 24GiB"
 _BINARY = ("TiB", "GiB", "MiB", "KiB", "B")
 _LARGEST = 1 << 63  # no machine counts further
 
@@ -32,23 +35,21 @@ BITS = {
 STEPPED = ("float64", "float32", "bfloat16", "float16")  # what the optimizers step
 
 
+def size_of(shape: Iterable[int], dtype: str) -> int:
+    """The bytes of an array."""
+    return -(-math.prod(shape) * BITS[dtype] // 8)
+
+
 def parse_size(text: str) -> int:
-    """The bytes of a size such as "24GiB" or "1.5 GB".
+    """The bytes of a size such as "24GiB" or "1.5 gb"; a ValueError where it is none.
 
-    Args:
-        text: a number and a unit: B, KiB, MiB, GiB, TiB (of 1024) or KB, MB, GB, TB (of 1000), in any case.
-
-    Raises:
-        ValueError: it is no size.
+    Its unit is B, KiB, MiB, GiB, TiB (of 1024) or KB, MB, GB, TB (of 1000), in any case.
     """
     found = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]+)\s*", text)
     units = {unit.lower(): size for unit, size in UNITS.items()}
     size = int(Fraction(found[1]) * units.get(found[2].lower(), 0)) if found else 0
     if not 0 < size < _LARGEST:
-        raise ValueError(
-            f"must be a size above 0, a number and one of the units {', '.join(UNITS)}, such as 24GiB, "
-            f"but it is {text!r}"
-        )
+        raise ValueError(f"must be {SIZE}, but it is {text!r}")
     return size
 
 

@@ -7,7 +7,7 @@ memory serves a shape; they hold for arrays whose elements follow one another in
 from __future__ import annotations
 
 import math
-from functools import cache
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
@@ -35,15 +35,10 @@ _MOST_ARRAYS, _NOISE = 14, 72
 
 
 class Room(NamedTuple):
-    """The bytes that one leaf takes while it is stepped.
+    """The bytes that one leaf takes while it is stepped."""
 
-    Args:
-        held: from its first chunk to its last.
-        buffer: while a chunk is worked at, by each thread.
-    """
-
-    held: int
-    buffer: int
+    held: int  # from its first chunk to its last
+    buffer: int  # while a chunk is worked at, by each thread
 
 
 class _Sizes(NamedTuple):
@@ -68,62 +63,38 @@ class Program(NamedTuple):
     columns: _Sizes | None
 
 
+_PROGRAMS: dict[Any, Program] = {}  # by what decides the code
+
+
 def room(chain: Chain, shape: Shape, dtype: str) -> Room:
     """The bytes that a parameter takes while a kernel steps it: at most so many on any machine.
-
-    Args:
-        chain: what steps it.
-        shape: its shape.
-        dtype: its dtype.
 
     Raises:
         UnplannableError: there is no kernel.
     """
-    program = _program(_Key(chain, (structure(chain), len(shape), dtype)), len(shape), dtype)
-    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
-    found = [_room(program, rows, columns, BITS[computed_in(dtype)] // 8, register) for register in _REGISTERS]
+    key = structure(chain), len(shape), dtype
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = _program(chain, len(shape), dtype)
+    program, element = _PROGRAMS[key], BITS[computed_in(dtype)] // 8
+    found = [_room(program, *_matrix(shape), element, register) for register in _REGISTERS]
     return Room(*map(max, zip(*found, strict=True)))
 
 
 def definition(chain: Chain, shape: Shape, dtype: str) -> int:
-    """The bytes that a parameter takes at most while its rules are run as they are written.
-
-    Args:
-        chain: what steps it.
-        shape: its shape.
-        dtype: its dtype.
-    """
+    """The bytes that a parameter takes at most while its rules are run as they are written."""
     is_noisy, width = bool(chain.noisy(shape)), BITS[computed_in(dtype)] // 8
-    arrays = _MOST_ARRAYS if is_noisy else min(_MOST_ARRAYS, _full_values(chain, len(shape), dtype))
-    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    arrays = _MOST_ARRAYS
+    if not is_noisy:
+        with suppress(UnplannableError):  # the values of the parameter's size that its rules compute
+            values = used(trace(chain, len(shape), dtype=dtype).outputs.values())
+            arrays = min(arrays, sum(value.span in WIDE for value in values))
+    rows, columns = _matrix(shape)
     elements: int = rows * _up(columns, BLOCK)  # codes fill their rows' last block
     return (arrays * width + is_noisy * _NOISE) * elements
 
 
-def _full_values(chain: Chain, ndim: int, dtype: str) -> int:
-    """How many values of the parameter's size its rules compute, or the most of which so many are held."""
-    try:
-        return sum(v.span in WIDE for v in used(trace(chain, ndim, dtype=dtype).outputs.values()))
-    except UnplannableError:
-        return _MOST_ARRAYS
-
-
-class _Key:
-    """A chain that is equal to another where their code is."""
-
-    def __init__(self, chain: Chain, key: Any) -> None:
-        self.chain, self._key = chain, key
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-@cache
-def _program(key: _Key, ndim: int, dtype: str) -> Program:
-    by_row = schedule(trace(key.chain, ndim, dtype=dtype))
+def _program(chain: Chain, ndim: int, dtype: str) -> Program:
+    by_row = schedule(trace(chain, ndim, dtype=dtype))
     if by_row.is_elementwise:
         return Program(True, False, _sizes(by_row), None)
     try:
@@ -150,12 +121,11 @@ def _room(program: Program, rows: int, columns: int, element: int, register: int
         chunks, buffer = _divided(rows * columns, _CHUNK_ELEMENTS), 0
     elif program.columns and rows <= _FEW_ROWS and columns >= _LONG_ROW:
         plan, length, across = program.columns, rows, columns
-        chunk = max(_up(_CHUNK_ELEMENTS // rows, 64), _up(_up(columns, _MOST_CHUNKS) // _MOST_CHUNKS, 64))
-        chunks = _divided(columns, chunk)
+        chunks = _divided(columns, _up(max(_CHUNK_ELEMENTS // rows, _divided(columns, _MOST_CHUNKS)), 64))
         buffer = (plan.partials + plan.buffered * _ROWS) * _up(rows * register, _ALIGNMENT)
     else:
-        enough = max(_CHUNK_ROWS, _up(_CHUNK_ELEMENTS, columns) // columns)
-        chunks = _divided(rows, _up(max(enough, _up(rows, _MOST_CHUNKS) // _MOST_CHUNKS), 16))
+        enough = max(_CHUNK_ROWS, _divided(_CHUNK_ELEMENTS, columns), _divided(rows, _MOST_CHUNKS))
+        chunks = _divided(rows, _up(enough, 16))
         buffer = plan.buffered * _ROWS * _up(columns, lanes) * element
         if program.has_packed and columns < 2 * lanes and rows >= lanes:
             buffer += plan.packed_blocks * _up(columns * register, _ALIGNMENT)
@@ -166,9 +136,14 @@ def _room(program: Program, rows: int, columns: int, element: int, register: int
     return Room(small + kept + partial * max(1, chunks), buffer)
 
 
-def _up(n: int, to: int) -> int:
-    return -(-n // to) * to
+def _matrix(shape: Shape) -> tuple[int, int]:
+    """The rows and columns that it is stepped as."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def _divided(n: int, by: int) -> int:
     return -(-n // by)
+
+
+def _up(n: int, to: int) -> int:
+    return _divided(n, to) * to

@@ -6,11 +6,12 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fusedbun.tools.shared.errors import CommandError
+from fusedbun.tools.shared.command import INTERRUPTED, CommandError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -33,42 +34,35 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@contextmanager
+def writing(path: Path, option: str = "--output", what: str = "write in") -> Iterator[None]:
+    """Says of an error what cannot be done with the path that an option names."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"argument {option}: cannot {what} {str(path)!r}: {error.strerror}") from error
+
+
 def make_directory(path: Path) -> None:
     """Makes the directory that `--output` names; a CommandError where nothing can be written to it."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(directory: Path, error: OSError) -> CommandError:
-    """The error to be shown where a file cannot be written to the directory that `--output` names."""
-    return CommandError(f"argument --output: cannot write in {str(directory)!r}: {error.strerror}")
 
 
 def save(
-    numbers: Path,
-    report: Mapping[str, Any],
-    picture: Path,
-    draw: Callable[[], bytes],
-    show: Callable[..., None],
-    *remarks: str,
-) -> None:
-    """Writes numbers and their picture where `--output` says, and shows them whether or not they can be written.
+    results: Any, numbers: Path, title: str, picture: Path, draw: Callable[[Any], bytes], show: Callable[..., None]
+) -> int:
+    """Writes what was measured, and its picture beside it, and shows it even if that fails; returns the exit code.
 
-    Args:
-        numbers: the JSON file.
-        report: what is written to it.
-        picture: the file of the picture, in the same directory.
-        draw: makes the picture.
-        show: prints the results, and lines below.
-        remarks: these lines, where the files can be written.
+    The results have a `report()` for the JSON file and may be `interrupted`; `show` prints lines below them too.
     """
     try:
-        write_json(numbers, report)
-        write_atomically(picture, draw())
-    except OSError as error:
-        show()
-        raise cannot_write(numbers.parent, error) from None
-    show(*remarks)
+        with writing(numbers.parent):
+            write_json(numbers, results.report())
+            write_atomically(picture, draw(results))
+    except CommandError:
+        show(results)
+        raise
+    show(results, f"numbers: {numbers}", f"{title + ':':8} {picture}")
+    return INTERRUPTED if results.interrupted else 0

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,31 +24,20 @@ def cpus() -> int:
 
 def cpu_model() -> str:
     """The processor's name."""
-    for line in _lines("/proc/cpuinfo"):
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+    return _said("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """The versions of Python, of fusedbun, and of the libraries and some packages, as far as they are installed."""
     found = {"python": platform.python_version(), "fusedbun": __version__}
     for package in (*_LIBRARIES, *packages):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def description(threads: list[int], packages: Iterable[str]) -> dict[str, Any]:
-    """The machine and the versions, for a JSON file.
-
-    Args:
-        threads: the numbers of threads that are measured.
-        packages: those beside the libraries whose versions matter.
-    """
+    """The machine, the numbers of threads that are measured, and versions, of some packages too, for a JSON file."""
     return {
         "cpu": cpu_model(),
         "cpus": cpus(),
@@ -83,15 +73,15 @@ def peak_during(action: Callable[[], None]) -> int | None:
 
 
 def _kibibytes(path: str, name: str) -> int | None:
-    for line in _lines(path):
-        key, _, value = line.partition(":")
-        if key == name:
-            return 1024 * int(value.split()[0])
-    return None
+    found = _said(path, name)
+    return None if found is None else 1024 * int(found.split()[0])
 
 
-def _lines(path: str) -> list[str]:
+def _said(path: str, name: str) -> str | None:
+    """What a file of the system says of something."""
     try:
-        return Path(path).read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        return []
+        return None
+    said = ((key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines))
+    return next((value for key, value in said if key == name), None)

@@ -11,12 +11,6 @@ from matplotlib.figure import Figure
 BLACK, BLUE, ORANGE, GREEN, VERMILION = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 
-def style_curves(axes: Axes) -> None:
-    """A grid, and no frame."""
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def style_bars(axes: Axes) -> None:
     """A grid behind horizontal bars, and no frame."""
     axes.grid(axis="x", alpha=0.3)

@@ -1,4 +1,4 @@
-"""Tables on stdout."""
+"""Tables on stdout, and progress on stderr: bars on a terminal, elsewhere lines."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
 
 def new_table(title: str, texts: Iterable[str], numbers: Iterable[str], heads: str = "bottom") -> Table:
-    """A table without rows.
-
-    Args:
-        title: its title.
-        texts: the heads of the columns of text, which come first.
-        numbers: the heads of the columns of numbers.
-        heads: where those stand: at the "top" or "bottom".
-    """
+    """A table without rows: heads of the columns of text, and then of those of numbers, at the "top" or "bottom"."""
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for head in texts:
         table.add_column(head, vertical="bottom", no_wrap=True)
@@ -37,3 +31,16 @@ def print_all(parts: Iterable[RenderableType], width: int | None = None) -> None
 def cell(value: float | None, form: str) -> str:
     """A number in a table, or a dash where there is none."""
     return "-" if value is None else format(value, form)
+
+
+class Bars(Progress):
+    """Bars of some columns on a terminal; elsewhere the lines that are said beside them."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        console = Console(stderr=True, highlight=False)
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+
+    def say(self, line: str) -> None:
+        """A line in the place of the bars, where there is no terminal."""
+        if not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True)

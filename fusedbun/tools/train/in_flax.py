@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -12,7 +10,7 @@ import numpy as np
 import optax
 from flax import linen
 
-from fusedbun.tools.train.network import LAYERS, Array, Images, Score, Weights
+from fusedbun.tools.train.network import LAYERS, STRIDES, Array, Images, Score, Weights
 from fusedbun.tools.train.optimizers import Entry
 
 Params = dict[str, dict[str, jax.Array]]
@@ -26,29 +24,17 @@ class Network(linen.Module):
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images (n, 8, 8, 1) to logits (n, 10)."""
-        x = linen.relu(self._convolution("conv1")(x))
-        x = linen.relu(self._convolution("conv2", stride=2)(x))
-        x = x.reshape(len(x), -1)
-        x = linen.relu(self._dense("hidden")(x))
-        return self._dense("output")(x)
-
-    def _convolution(self, layer: str, stride: int = 1) -> linen.Conv:
-        channels, _, *kernel = LAYERS[layer]
-        return linen.Conv(channels, kernel, stride, padding=1, dtype=self.dtype, name=layer)
-
-    def _dense(self, layer: str) -> linen.Dense:
-        return linen.Dense(LAYERS[layer][0], dtype=self.dtype, name=layer)
+        for name, (outputs, _, *kernel) in LAYERS.items():
+            if name in STRIDES:
+                x = linen.Conv(outputs, kernel, STRIDES[name], padding=1, dtype=self.dtype, name=name)(x)
+            else:
+                x = linen.Dense(outputs, dtype=self.dtype, name=name)(x.reshape(len(x), -1))
+            x = x if name == "output" else linen.relu(x)
+        return x
 
 
 class Trainer:
-    """Trains the network.
-
-    Args:
-        entry: the optimizer.
-        weights: the initial weights.
-        learning_rates: the learning rate of every step.
-        dtype: float32 or float64, of the weights and the arithmetic; float64 inside `session("float64")` only.
-    """
+    """Trains the network as torch's does; in float64 inside `session("float64")` alone."""
 
     def __init__(self, entry: Entry, weights: Weights, learning_rates: Array, dtype: str) -> None:
         network = Network(dtype)
@@ -71,51 +57,35 @@ class Trainer:
             return (logits.argmax(1) == labels).sum(), loss
 
         self._step, self._evaluate = step, evaluate
-        self._params = jax.tree.map(lambda value: jnp.asarray(value, dtype), _to_flax(weights))
+        self._params = {
+            layer: {
+                "kernel": jnp.asarray(np.moveaxis(weights[f"{layer}.weight"], (0, 1), (-1, -2)), dtype),
+                "bias": jnp.asarray(weights[f"{layer}.bias"], dtype),
+            }
+            for layer in LAYERS
+        }
         self._state = optimizer.init(self._params)
 
     def step(self, batch: Images) -> float:
-        """One step on a batch; returns the loss before it."""
-        done = jax.block_until_ready(self._step(self._params, self._state, *batch))
-        self._params, self._state, loss = done
+        self._params, self._state, loss = jax.block_until_ready(self._step(self._params, self._state, *batch))
         return float(loss)
 
     def evaluate(self, images: Images) -> Score:
-        """How well the network does on images."""
         right, loss = self._evaluate(self._params, *images)
         return Score(int(right) / len(images.labels), float(loss))
 
     def weights(self) -> Weights:
-        """The weights as they are now, in torch's layouts."""
-        return _to_torch(self._params)
+        """The weights as they are now, in torch's layout: (out, in, …), where Flax's is (…, in, out)."""
+        found = {}
+        for layer, leaves in self._params.items():
+            kernel, bias = (np.asarray(leaves[name], np.float64) for name in ("kernel", "bias"))
+            found[f"{layer}.weight"], found[f"{layer}.bias"] = np.moveaxis(kernel, (-1, -2), (0, 1)), bias
+        return found
 
     def state_bytes(self) -> int:
-        """The bytes of the optimizer's state."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
 
 
-@contextmanager
-def session(dtype: str) -> Iterator[None]:
+def session(dtype: str) -> Any:
     """JAX set up for this network: with float64, where that is asked for."""
-    with jax.enable_x64(dtype == "float64"):
-        yield
-
-
-def _to_flax(weights: Weights) -> dict[str, dict[str, Array]]:
-    """Torch's (out, in, …) as Flax's (…, in, out)."""
-    return {
-        layer: {
-            "kernel": np.moveaxis(weights[f"{layer}.weight"], (0, 1), (-1, -2)),
-            "bias": weights[f"{layer}.bias"],
-        }
-        for layer in LAYERS
-    }
-
-
-def _to_torch(params: Params) -> Weights:
-    weights = {}
-    for layer, leaves in params.items():
-        kernel, bias = (np.asarray(leaves[name], np.float64) for name in ("kernel", "bias"))
-        weights[f"{layer}.weight"] = np.moveaxis(kernel, (-1, -2), (0, 1))
-        weights[f"{layer}.bias"] = bias
-    return weights
+    return jax.enable_x64(dtype == "float64")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedbun.tools.train.network import LAYERS, Array, Images, Score, Weights
+from fusedbun.tools.train.network import LAYERS, STRIDES, Array, Images, Score, Weights
 from fusedbun.tools.train.optimizers import Entry
 
 
@@ -18,29 +18,21 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = _convolution("conv1")
-        self.conv2 = _convolution("conv2", stride=2)
-        self.hidden = _dense("hidden")
-        self.output = _dense("output")
+        for name, (outs, ins, *kernel) in LAYERS.items():
+            layer = nn.Conv2d(ins, outs, kernel[0], STRIDES[name], padding=1) if kernel else nn.Linear(ins, outs)
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (n, 1, 8, 8) to logits (n, 10)."""
-        x = functional.relu(self.conv1(x))
-        x = functional.relu(self.conv2(x))
-        x = x.permute(0, 2, 3, 1).flatten(1)  # in Flax's order, so that `hidden` is Flax's kernel, transposed
-        x = functional.relu(self.hidden(x))
-        return self.output(x)  # type: ignore[no-any-return]  # torch: a module's call has no type
+        for name, layer in self.named_children():
+            if name == "hidden":
+                x = x.permute(0, 2, 3, 1).flatten(1)  # in Flax's order, so that it is Flax's kernel, transposed
+            x = layer(x) if name == "output" else functional.relu(layer(x))
+        return x
 
 
 class Trainer:
-    """Trains the network.
-
-    Args:
-        entry: the optimizer.
-        weights: the initial weights.
-        learning_rates: the learning rate of every step.
-        dtype: float32 or float64, of the weights and the arithmetic.
-    """
+    """Trains the network from its initial weights, in float32 or float64, with a learning rate for every step."""
 
     def __init__(self, entry: Entry, weights: Weights, learning_rates: Array, dtype: str) -> None:
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -72,7 +64,6 @@ class Trainer:
         return {name: value.double().numpy().copy() for name, value in self._network.state_dict().items()}
 
     def state_bytes(self) -> int:
-        """The bytes of the optimizer's state."""
         states = self._optimizer.state.values()
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
@@ -91,13 +82,3 @@ def session(dtype: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _convolution(layer: str, stride: int = 1) -> nn.Conv2d:
-    channels_out, channels_in, height, width = LAYERS[layer]
-    return nn.Conv2d(channels_in, channels_out, (height, width), stride, padding=1)
-
-
-def _dense(layer: str) -> nn.Linear:
-    width_out, width_in = LAYERS[layer]
-    return nn.Linear(width_in, width_out)

@@ -13,6 +13,7 @@ Weights = dict[str, Array]  # by torch's names, `<layer>.weight` and `<layer>.bi
 
 # Two 3x3 convolutions, the second with stride 2 (8x8 pixels to 4x4), and two dense layers, with ReLU between them.
 LAYERS = {"conv1": (16, 1, 3, 3), "conv2": (32, 16, 3, 3), "hidden": (64, 32 * 4 * 4), "output": (10, 64)}
+STRIDES = {"conv1": 1, "conv2": 2}
 
 
 class Images(NamedTuple):
@@ -30,12 +31,7 @@ class Score(NamedTuple):
 
 
 def digits(seed: int, shares: Sequence[float]) -> list[Images]:
-    """Scikit-learn's digits, shuffled and cut into parts.
-
-    Args:
-        seed: of the shuffle.
-        shares: the share of the images in every part but the last, which gets the rest.
-    """
+    """Scikit-learn's digits, shuffled and cut into parts of these shares and a last one with the rest."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from importlib import import_module
 from typing import Any
 
-from fusedbun.tools.shared.errors import CommandError
+from fusedbun.tools.shared.command import CommandError
 from fusedbun.tools.shared.files import make_directory, save
-from fusedbun.tools.train import picture, report
 from fusedbun.tools.train.network import Images, batches, cosine, digits, initial_weights
 from fusedbun.tools.train.optimizers import OPTIMIZERS
-from fusedbun.tools.train.results import Results, Run
+from fusedbun.tools.train.results import Display, Results, Run, draw, show
 from fusedbun.tools.train.settings import Settings
 
 TRAINING_SHARE = 0.7  # the rest is the test
 
 
-def train(settings: Settings) -> Results:
-    """Trains as the settings say, prints the table and writes the files; Ctrl-C ends the training, not the rest."""
+def train(settings: Settings) -> int:
+    """Trains, prints the table and writes the files, which Ctrl-C does not keep it from; returns the exit code."""
     frameworks = {name: import_module(f"fusedbun.tools.train.in_{name}") for name in settings.frameworks}
     images, test = digits(settings.seed, [TRAINING_SHARE])
     if settings.batch_size > len(images.labels):
@@ -30,13 +28,12 @@ def train(settings: Settings) -> Results:
     make_directory(settings.output)
     results = Results(settings, parameters=sum(value.size for value in initial_weights(settings.seed).values()))
     try:
-        display = report.Display(settings.epochs)
-        with display.bars:
+        with Display(settings.epochs) as display:
             for optimizer, learning_rate in settings.learning_rates.items():
                 for name, framework in frameworks.items():
                     run = Run(optimizer, name, learning_rate)
                     results.runs.append(run)
-                    display.start(run)
+                    display.begin(run)
                     _train_one(run, framework, settings, images, test, display)
     except KeyboardInterrupt:
         results.runs = [run for run in results.runs if run.losses]
@@ -44,14 +41,10 @@ def train(settings: Settings) -> Results:
             raise
         results.interrupted = True
     numbers, curves = settings.output / "results.json", settings.output / "curves.png"
-    draw, show = partial(picture.draw, results), partial(report.show, results)
-    save(numbers, results.report(), curves, draw, show, f"numbers: {numbers}", f"curves:  {curves}")
-    return results
+    return save(results, numbers, "curves", curves, draw, show)
 
 
-def _train_one(
-    run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: report.Display
-) -> None:
+def _train_one(run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: Display) -> None:
     steps_per_epoch = len(images.labels) // settings.batch_size
     rates = cosine(run.learning_rate, settings.epochs * steps_per_epoch)
     with framework.session(settings.dtype):
@@ -64,7 +57,7 @@ def _train_one(
                 run.losses.append(loss)
                 if len(run.losses) % steps_per_epoch == 0:
                     run.scores.append((len(run.losses), trainer.evaluate(test)))
-                    display.epoch(run)
+                    display.end_epoch(run)
             run.weights = trainer.weights()
         finally:
             run.state_bytes = trainer.state_bytes()

@@ -31,14 +31,13 @@ class Chain:
     rounding: Rounding = TO_NEAREST
 
     def __post_init__(self) -> None:
-        before: Transform | None = None
-        names: set[str] = set()
-        for transform in self.transforms:
+        for i, transform in enumerate(self.transforms):
+            before = self.transforms[i - 1] if i else None
             if not isinstance(transform, Transform):
                 raise TypeError(
                     f"a chain is made of fusedbun's transformations, but {transform!r} is a {type(transform).__name__}"
                 )
-            if transform.name in names:
+            if transform.name in (t.name for t in self.transforms[:i]):
                 raise ValueError(
                     f"a chain takes one transformation of each name, for state is kept by name, "
                     f"but {transform.name!r} stands in it twice; subclass it with another name"
@@ -48,8 +47,6 @@ class Chain:
                     f"{transform.name} reads the second moment of the transformation directly before it, but that is "
                     f"{before.name if before else 'nothing'}; put an accumulator such as sm3_accumulate there"
                 )
-            names.add(transform.name)
-            before = transform
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.transforms)
@@ -68,19 +65,15 @@ class Chain:
         Raises:
             ValueError: a parameter of this dtype cannot be rounded so.
         """
-        found = {
-            key + part: array
-            for key, slot in self.slots(shape).items()
-            for part, array in codes.arrays(slot, dtype).items()
-        }
+        arrays = arrays_of(self.slots(shape), dtype)
         if self.rounding.stochastic:
             if dtype != "bfloat16":
                 raise ValueError(
                     f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
                     f"with an optimizer, that has stochastic_rounding=False"
                 )
-            found[COUNTER] = codes.COUNT
-        return found
+            arrays[COUNTER] = codes.COUNT
+        return arrays
 
     def at(self, path: tuple[str, ...], param: Any, name: str | None = None) -> Chain:
         """The chain for one parameter; see `Transform.at`.
@@ -90,13 +83,13 @@ class Chain:
             param: the parameter.
             name: the name that decides the noise of its rounding; None: the path's.
         """
-        here = Chain(tuple(t.at(path, param) for t in self), self.rounding) if self.has_rules else self
-        if not (keys := here.noisy(tuple(param.shape))):
-            return here
-        return Chain(here.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
+        chain = Chain(tuple(t.at(path, param) for t in self), self.rounding) if self.has_rules else self
+        if not (keys := chain.noisy(tuple(param.shape))):
+            return chain
+        return Chain(chain.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
 
     def named_as(self, other: Chain) -> Chain:
-        """This chain for the parameter that the other one, of the same slots, is for."""
+        """This chain with the noise of the parameter that `other` was made for; the two have the same slots."""
         keys = [key for key, _ in other.rounding.starts]
         return Chain(self.transforms, self.rounding.of(other.rounding.name, keys)) if keys else self
 
@@ -131,6 +124,11 @@ def chain(*transforms: Transform | None) -> Chain:
     ['sm3_accumulate.axis0', 'sm3_accumulate.axis1']
     """
     return Chain(tuple(t for t in transforms if t is not None))
+
+
+def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
+    """The arrays of slots of a parameter of this dtype, by the slot's name and what its code appends."""
+    return {key + part: x for key, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
 
 
 def entries_of(transform: Transform, named: Mapping[str, Any]) -> dict[str, Any]:

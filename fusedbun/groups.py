@@ -20,15 +20,15 @@ def overrides(names: Iterable[str], rules: Rules) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a pattern matches no name.
     """
-    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    by_name: dict[str, dict[str, Any]] = {name: {} for name in names}
     for pattern, hyperparameters in rules.items():
-        matching = [name for name in found if fnmatchcase(name, pattern)]
+        matching = [name for name in by_name if fnmatchcase(name, pattern)]
         if not matching:
-            near = get_close_matches(pattern, found, n=3, cutoff=0.3) or list(found)[:3]
+            near = get_close_matches(pattern, by_name, n=3, cutoff=0.3) or list(by_name)[:3]
             raise ValueError(
-                f"the pattern {pattern!r} matches no parameter; there are {len(found)}, such as "
+                f"the pattern {pattern!r} matches no parameter; there are {len(by_name)}, such as "
                 f"{', '.join(map(repr, near)) or 'none'}"
             )
         for name in matching:
-            found[name] |= hyperparameters
-    return found
+            by_name[name] |= hyperparameters
+    return by_name

@@ -140,7 +140,7 @@ def is_concrete_zero(value: Any) -> bool:
 
 
 def choose(xp: Any, condition: Any, a: Any, b: Any) -> Any:
-    """`xp.where` for hyper-parameters: settled at once where the condition is a plain bool."""
+    """`xp.where` for hyper-parameters: decided at once where the condition is a plain bool."""
     if isinstance(condition, (bool, np.bool_)):
         return a if condition else b
     return xp.where(condition, a, b)
@@ -158,71 +158,49 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _check_one(label: str, hint: Any, value: Any) -> None:
-    options = _options(hint)
-    also = " or None" if type(None) in options else ""
-    kind, *more = [option for option in options if option is not type(None)]
-    if more:
-        return  # a union of other types, which its user checks
-    if get_origin(kind) is Annotated and "or a rule" in kind.__metadata__:
-        also += " or a rule"
-    if (value is None and "None" in also) or (callable(value) and "rule" in also):
-        return
-    if kind is bool:
-        if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{label} must be True or False{also}{_but(value)}{_static(value)}")
-    elif get_origin(kind) is Literal:
-        _check_choice(label, get_args(kind), also, value)
-    elif get_origin(kind) is tuple:
+    kinds = [option for option in _options(hint) if option is not type(None)]
+    takes_none = type(None) in _options(hint)
+    kind, origin = kinds[0], get_origin(kinds[0])
+    takes_rules = origin is Annotated and "or a rule" in kind.__metadata__
+    if len(kinds) > 1 or (value is None and takes_none) or (callable(value) and takes_rules):
+        return  # a union of several types is checked by whoever uses it
+    also = " or None" * takes_none + " or a rule" * takes_rules
+    if origin is tuple:
         parts = get_args(kind)
         if not isinstance(value, (tuple, list)) or len(value) != len(parts):
             raise TypeError(f"{label} must be a tuple of {len(parts)} numbers{also}{_but(value)}")
         for i, (part, item) in enumerate(zip(parts, value, strict=True)):
             _check_one(f"{label}[{i}]", part, item)
-    elif get_origin(kind) is Annotated:
-        allowed = kind.__metadata__[0]
-        checks: dict[Any, Callable[[str, Any, str, Any], None]]
-        checks = {Whole: _check_whole, Interval: _check_number, Dtypes: _check_dtype}
-        checks[type(allowed)](label, allowed, also, value)
+    elif kind is bool or origin in (Literal, Annotated):
+        allowed, is_kind, is_within = _compared(kind, value)
+        is_number = isinstance(allowed, Interval)
+        if not is_kind:
+            what, why = (f"a number in {allowed}", "") if is_number else (allowed, _static(value))
+            raise TypeError(f"{label} must be {what}{also}{_but(value)}{why}")
+        if not is_within:
+            raise ValueError(f"{label} must {'lie in' if is_number else 'be'} {allowed}{also}, but it is {value!r}")
 
 
-def _check_choice(label: str, options: tuple[Any, ...], also: str, value: Any) -> None:
-    listed = ", ".join(map(repr, options))
-    if not isinstance(value, str):
-        raise TypeError(f"{label} must be one of {listed}{also}{_but(value)}{_static(value)}")
-    if value not in options:
-        raise ValueError(f"{label} must be one of {listed}{also}, but it is {value!r}")
-
-
-def _check_dtype(label: str, allowed: Dtypes, also: str, value: Any) -> None:
-    name = dtype_name(value) or value
-    if not isinstance(name, str):
-        raise TypeError(f"{label} must be {allowed}{also}{_but(value)}{_static(value)}")
-    if name not in allowed.names:
-        raise ValueError(f"{label} must be {allowed}{also}, but it is {value!r}")
-
-
-def _check_whole(label: str, allowed: Whole, also: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{label} must be {allowed}{also}{_but(value)}{_static(value)}")
-    if int(value) not in allowed:
-        raise ValueError(f"{label} must be {allowed}{also}, but it is {value!r}")
-
-
-def _check_number(label: str, interval: Interval, also: str, value: Any) -> None:
-    is_scalar_array = getattr(value, "shape", None) == () and not isinstance(value, np.generic)
-    if isinstance(value, (bool, np.bool_)) or not (isinstance(value, Real) or is_scalar_array):
-        raise TypeError(f"{label} must be a number in {interval}{also}{_but(value)}")
-    number = _concrete(value)
-    if number is not None and number not in interval:
-        raise ValueError(f"{label} must lie in {interval}{also}, but it is {value!r}")
-
-
-def _concrete(value: Any) -> float | None:
-    """The number behind `value`, or None where a framework has not computed it yet (a traced value)."""
+def _compared(kind: Any, value: Any) -> tuple[Any, bool, bool]:
+    """What is allowed, whether the value is of that kind, and, if so, whether it is one of the allowed."""
+    if kind is bool:
+        return "True or False", isinstance(value, (bool, np.bool_)), True
+    if get_origin(kind) is Literal:
+        allowed: Any = Dtypes(get_args(kind))
+        return allowed, isinstance(value, str), isinstance(value, str) and value in allowed.names
+    allowed = kind.__metadata__[0]
+    if isinstance(allowed, Dtypes):
+        name = dtype_name(value) or value
+        return allowed, isinstance(name, str), isinstance(name, str) and name in allowed.names
+    if isinstance(allowed, Whole):
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return allowed, is_whole, is_whole and int(value) in allowed
+    is_array = getattr(value, "shape", None) == () and not isinstance(value, np.generic)
+    is_number = not isinstance(value, (bool, np.bool_)) and (isinstance(value, Real) or is_array)
     try:
-        return float(value)
-    except (TypeError, RuntimeError):
-        return None
+        return allowed, is_number, is_number and float(value) in allowed
+    except (TypeError, RuntimeError):  # a framework has not computed it yet
+        return allowed, is_number, True
 
 
 def _but(value: Any) -> str:

@@ -58,18 +58,18 @@ class MupScale:
         depth_scale: float = depth**-0.5
         if kind == "output":
             return depth_scale
-        if self.readout_constraint is None:
-            return depth_scale / math.sqrt(self.fan_in(path, param)) if kind == "weight" else depth_scale
         if kind == "weight":
-            return depth_scale * math.sqrt(self.fan_in(path, param))
-        return depth_scale * (int(param.shape[0]) or 1 if param.shape else 1)
+            root = math.sqrt(self.fan_in(path, param))
+            return depth_scale / root if self.readout_constraint is None else depth_scale * root
+        size = int(param.shape[0]) if param.shape else 1
+        return depth_scale if self.readout_constraint is None else depth_scale * (size or 1)
 
     def type_and_depth(self, path: tuple[str, ...], param: Any) -> tuple[Type | None, int]:
-        """The parameter's type and depth, once known to be valid."""
-        found = look_up(self.types, path, param)
-        if found is None:
-            found = getattr(param, "mup_type", None), getattr(param, "mup_scaling_depth", None)
-        kind, depth = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        """The parameter's type and depth; raises a ValueError where they are not valid."""
+        typed = entry_of(self.types, path, param)
+        if typed is None:
+            typed = getattr(param, "mup_type", None), getattr(param, "mup_scaling_depth", None)
+        kind, depth = typed if isinstance(typed, tuple) and len(typed) == 2 else (typed, None)
         name, shape = describe(path), tuple(param.shape)
         if kind is None and not self.allow_untyped:
             raise ValueError(
@@ -150,7 +150,7 @@ def describe(path: tuple[str, ...]) -> str:
     return f"parameter {'.'.join(path)!r}" if path else "a parameter without a name"
 
 
-def look_up(types: Types, path: tuple[str, ...], param: Any) -> Any:
+def entry_of(types: Types, path: tuple[str, ...], param: Any) -> Any:
     """A parameter's entry: what the rule says, or what the mapping has under its dotted name or along its path."""
     if types is None:
         return None
@@ -158,9 +158,7 @@ def look_up(types: Types, path: tuple[str, ...], param: Any) -> Any:
         return types(path, param)
     if (name := ".".join(path)) in types:
         return types[name]
-    node: Any = types
+    entry: Any = types
     for key in path:
-        if not isinstance(node, Mapping) or key not in node:
-            return None
-        node = node[key]
-    return None if isinstance(node, Mapping) else node
+        entry = entry.get(key) if isinstance(entry, Mapping) else None
+    return None if isinstance(entry, Mapping) else entry

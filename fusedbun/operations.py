@@ -60,9 +60,20 @@ class Operation:
 def _infix(name: str, sign: str, *, method: str = "", triton: str = "", **more: Any) -> Operation:
     """A row of an operator between two operands; of the method that is called so, unless it is said."""
     text, method = f"{{0}} {sign} {{1}}", method or name
-    return Operation(
-        name, 2, getattr(operator, f"__{method}__"), text, triton or text, sign=sign, method=method, **more
-    )
+    host = getattr(operator, f"__{method}__")
+    return Operation(name, 2, host, text, triton or text, sign=sign, method=method, **more)
+
+
+def _chosen(condition: bool, a: float, b: float) -> float:
+    return a if condition else b
+
+
+def _bits(x: float) -> int:
+    return int(np.float32(x).view(np.int32))
+
+
+def _float(word: int) -> float:
+    return float(np.int32(word).view(np.float32))
 
 
 _OPERATORS = (
@@ -92,27 +103,10 @@ _FUNCTIONS = (
     Operation("floor", 1, lambda x: float(np.floor(x)), "floor_of({0})", "tl.floor({0})"),
     Operation("minimum", 2, min, "minimum<{V}>({0}, {1})", "minimum({0}, {1})", takes="any"),
     Operation("maximum", 2, max, "maximum<{V}>({0}, {1})", "maximum({0}, {1})", takes="any"),
-    Operation(
-        "where", 3, lambda c, a, b: a if c else b, "select<{V}>({0}, {1}, {2})", "tl.where({0}, {1}, {2})", takes="any"
-    ),
+    Operation("where", 3, _chosen, "select<{V}>({0}, {1}, {2})", "tl.where({0}, {1}, {2})", takes="any"),
     # a float32's bits as a word, and back; a whole number as a word, and back
-    Operation(
-        "bits",
-        1,
-        lambda x: int(np.float32(x).view(np.int32)),
-        "bits_of<{V}>({0})",
-        "{0}.to(tl.int32, bitcast=True)",
-        gives="word",
-    ),
-    Operation(
-        "from_bits",
-        1,
-        lambda word: float(np.int32(word).view(np.float32)),
-        "from_bits<{V}>({0})",
-        "{0}.to(T, bitcast=True)",
-        takes="word",
-        gives="number",
-    ),
+    Operation("bits", 1, _bits, "bits_of<{V}>({0})", "{0}.to(tl.int32, bitcast=True)", gives="word"),
+    Operation("from_bits", 1, _float, "from_bits<{V}>({0})", "{0}.to(T, bitcast=True)", takes="word", gives="number"),
     Operation("whole", 1, int, "whole<{V}>({0})", "{0}.to(tl.int32)", gives="word"),
     Operation("real", 1, float, "real<{V}>({0})", "{0}.to(T)", takes="word", gives="number"),
 )

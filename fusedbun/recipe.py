@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, ParamSpec
 
@@ -32,16 +32,13 @@ ARGUMENTS = {
     "betas": "the shares of the past that the mean and the mean of squares keep, in [0, 1).",
     "eps": "added to the root, in [0, inf).",
     "amsgrad": "divide by the largest mean of squares so far.",
+    "weight_decay": "added to the gradient as `weight_decay*p` (an L2 penalty), in [0, inf).",
     "independent_weight_decay": "divide weight_decay by the parameter's scaled initial learning rate.",
     "allow_non_unit_scaling_params": "step a parameter without a type with the scale 1 instead of raising an error.",
     "mup": "the parameters' types, as a mapping by name, a tree of names or a rule `(path, param) -> type`; None reads "
     "the attributes that unit-scaling's modules set. See `fusedbun.mup.MupScale`.",
     "channel_axis": "the axis of a parameter's outputs; its fan-in is the product of the others.",
 }
-
-
-def no_notice(hyperparameters: Settings) -> None:
-    """There is nothing to warn of."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Recipe:
     aliases: tuple[str, ...] = ()
     lr: float | None = None
     fixed_lr: bool = False
-    notice: Callable[[Settings], str | None] = no_notice
+    notice: Callable[[Settings], str | None] = lambda hyperparameters: None
     densifies_sparse_gradients: bool = False
     recommended: Settings = field(default_factory=dict)
     training_lr: float | None = None
@@ -173,12 +170,9 @@ def described(function: Callable[..., Any]) -> str:
     head, args, rest = (inspect.getdoc(function) or "").partition("Args:\n")
     paragraphs, end, tail = rest.partition("\n\n")
     said = {text.split(":")[0].strip(): text for text in re.split(r"\n(?= {4}\S)", paragraphs)}
+    fill = partial(textwrap.fill, width=116, initial_indent=" " * 4, subsequent_indent=" " * 8)
     names = [name for name in inspect.signature(function).parameters if name != INITIAL_LR]
-    return f"{head}{args}" + "\n".join(said.get(name) or _paragraph(name) for name in names) + end + tail
-
-
-def _paragraph(name: str) -> str:
-    return textwrap.fill(f"{name}: {ARGUMENTS[name]}", 116, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    return f"{head}{args}" + "\n".join(said.get(n) or fill(f"{n}: {ARGUMENTS[n]}") for n in names) + end + tail
 
 
 def every(**values: Sequence[Any]) -> list[Settings]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusedbun import transforms
 from fusedbun.chain import chain as chain
-from fusedbun_jax.axes import flax_channel_axis as flax_channel_axis
+from fusedbun_jax.flax import flax_channel_axis as flax_channel_axis
+from fusedbun_jax.flax import flax_mapping as flax_mapping
 from fusedbun_jax.groups import by_name as by_name
 from fusedbun_jax.lift import lift as lift
 from fusedbun_jax.lift import lifted as lifted
@@ -22,7 +23,6 @@ from fusedbun_jax.metrics import MetricsState as MetricsState
 from fusedbun_jax.metrics import with_metrics as with_metrics
 from fusedbun_jax.optimizers import FACTORIES
 from fusedbun_jax.optimizers import factory as factory
-from fusedbun_jax.portable import flax_mapping as flax_mapping
 from fusedbun_jax.portable import load_state as load_state
 from fusedbun_jax.portable import save_state as save_state
 from fusedbun_jax.rounding import round_stochastically as round_stochastically

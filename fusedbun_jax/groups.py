@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import optax
 
 from fusedbun.groups import Rules, overrides
 from fusedbun_jax import leaf
-from fusedbun_jax.operands import IrregularError
+from fusedbun_jax.definition import IrregularError
 from fusedbun_jax.step import SteppingTransformation
 
 
@@ -38,18 +39,18 @@ def by_name(
     Raises:
         ValueError: a pattern matches no parameter (when the optimizer sees the parameters).
     """
-
     groups = Groups(make, rules or {}, no_decay, hyperparameters)
     return SteppingTransformation(groups.init, groups.update)
 
 
+@dataclass(frozen=True, eq=False)
 class Groups:
-    """An optimizer for each group of parameters that have the same hyper-parameters."""
+    """An optimizer for each group of parameters that have the same hyper-parameters; the arguments are `by_name`'s."""
 
-    def __init__(
-        self, make: Callable[..., Any], rules: Rules, no_decay: str | None, hyperparameters: Mapping[str, Any]
-    ) -> None:
-        self._make, self._rules, self._no_decay, self._hyperparameters = make, rules, no_decay, hyperparameters
+    make: Callable[..., Any]
+    rules: Rules
+    no_decay: str | None
+    hyperparameters: Mapping[str, Any]
 
     def init(self, params: optax.Params) -> Any:
         return self._partition(params).init(params)
@@ -59,49 +60,46 @@ class Groups:
 
     def step(self, grads: Any, state: Any, params: Any, needs_kernels: bool) -> tuple[Any, Any]:
         """The steps of the groups, each by itself; see `SteppingTransformation.step`."""
-        tree: Any = jax.tree.structure(grads)
+        _, tree = leaf.flatten(grads)
         if tree != jax.tree.structure(params):
             raise IrregularError("the gradients and the parameters are different trees")
-        labels, transforms = self.groups(grads)
-        if not isinstance(state, optax.transforms.PartitionState) or state.inner_states.keys() != transforms.keys():
+        labels, optimizers = self.groups(grads)
+        if not isinstance(state, optax.transforms.PartitionState) or state.inner_states.keys() != optimizers.keys():
             raise IrregularError("the state is another optimizer's")
-        steps = {
-            label: tx.update.__self__.step for label, tx in transforms.items() if isinstance(tx, SteppingTransformation)
-        }
-        if steps.keys() != transforms.keys():
+        if not all(isinstance(tx, SteppingTransformation) for tx in optimizers.values()):
             raise IrregularError("the optimizer is not one of fusedbun's")
         leaves, states = jax.tree.leaves(params), {}
-        for label, step in steps.items():
-            held = state.inner_states[label]
-            places = [i for i, of in enumerate(labels) if of == label]
-            masked = [masked_except({*places}, tree, x) for x in (grads, params)]
-            after, inner = step(masked[0], held.inner_state, masked[1], needs_kernels)
-            states[label] = held._replace(inner_state=inner)
-            for i, x in zip(places, jax.tree.leaves(after), strict=True):
-                leaves[i] = x
+        for label, tx in optimizers.items():
+            masked = state.inner_states[label]
+            of_group = [only_group(label, labels, x) for x in (grads, params)]
+            stepped, inner = tx.driver.step(of_group[0], masked.inner_state, of_group[1], needs_kernels)
+            states[label] = masked._replace(inner_state=inner)
+            new = iter(jax.tree.leaves(stepped))
+            leaves = [next(new) if of == label else x for of, x in zip(labels, leaves, strict=True)]
         return tree.unflatten(leaves), state._replace(inner_states=states)
 
     def _partition(self, tree: Any) -> optax.GradientTransformationExtraArgs:
-        labels, transforms = self.groups(tree)
-        return optax.partition(transforms, jax.tree.unflatten(jax.tree.structure(tree), labels))
+        labels, optimizers = self.groups(tree)
+        return optax.partition(optimizers, leaf.flatten(tree)[1].unflatten(labels))
 
     def groups(self, tree: Any) -> tuple[list[str], dict[str, Any]]:
         """The group of each leaf, and the optimizers by group."""
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        names = [leaf.name(path) for path, _ in leaves]
-        found = overrides(names, self._rules)
-        if self._no_decay is not None:
-            for name, (_, x) in zip(names, leaves, strict=True):
-                spared = {self._no_decay: 0.0} if is_spared_from_decay(name, x) else {}
-                found[name] = spared | found[name]
-        labels = [repr(sorted(found[name].items())) for name in names]
-        of_labels = {label: found[name] for label, name in zip(labels, names, strict=True)}
-        return labels, {label: self._make(**{**self._hyperparameters, **x}) for label, x in of_labels.items()}
+        leaves = [(leaf.name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+        settings = overrides((name for name, _ in leaves), self.rules)
+        for name, x in leaves:
+            if self.no_decay is not None and is_spared_from_decay(name, x):
+                settings[name] = {self.no_decay: 0.0} | settings[name]
+        labels = [repr(sorted(settings[name].items())) for name, _ in leaves]
+        by_label = {label: settings[name] for label, (name, _) in zip(labels, leaves, strict=True)}
+        return labels, {label: self.make(**{**self.hyperparameters, **x}) for label, x in by_label.items()}
 
 
-def masked_except(places: set[int], tree: Any, whole: Any) -> Any:
-    """The tree with the leaves at these places, and what optax has in the place of others."""
-    return tree.unflatten([x if i in places else optax.MaskedNode() for i, x in enumerate(jax.tree.leaves(whole))])
+def only_group(label: str, labels: list[str], tree: Any) -> Any:
+    """The tree with the leaves of one group, and what optax has in the place of others."""
+    leaves, structure = leaf.flatten(tree)
+    return structure.unflatten(
+        x if of == label else optax.MaskedNode() for of, (_, x) in zip(labels, leaves, strict=True)
+    )
 
 
 def is_spared_from_decay(name: str, param: Any) -> bool:

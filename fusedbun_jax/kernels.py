@@ -21,7 +21,7 @@ import numpy as np
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun_jax import namespace
-from fusedbun_jax.leaf import computed_in
+from fusedbun_jax.leaf import floating
 from fusedbun_jax.operands import Leaf
 
 HEADER = "xla/ffi/api/c_api.h"
@@ -42,13 +42,14 @@ def step(leaves: Sequence[Leaf]) -> list[Any]:
     for kernel in named.values():
         library.fusedbun_jax_kernel(kernel.name.encode(), ctypes.c_void_p(kernel.address))
     words: list[int] = []
-    records, numbers = [], _NumbersOfLeaves()
-    for leaf, kernel in zip(leaves, kernels, strict=True):
+    records = []
+    places, numbers = _numbers(leaves, kernels)
+    for leaf, kernel, place in zip(leaves, kernels, places, strict=True):
         arrays = [native.Array(0, x.dtype.itemsize, _strides(x)) for x in leaf.arrays]
         record = native.describe(native.Description(kernel, leaf.param.shape, arrays, 0), words)
         steps, count = record[3], record[6]
         words[steps : steps + count] = [0] * count  # the elements of every array follow one another
-        record[NUMBERS] = numbers.place(leaf, kernel)
+        record[NUMBERS] = place
         records.append(record)
     operands = [x for leaf in leaves for x in leaf.arrays]
     written = [i for i, a in enumerate(a for leaf in leaves for a in range(len(leaf.arrays))) if a != GRAD]
@@ -59,7 +60,7 @@ def step(leaves: Sequence[Leaf]) -> list[Any]:
     )
     return list(
         call(
-            numbers.array(),
+            numbers,
             *operands,
             kernels="".join(f"{name} " for name in named),
             kinds=np.array([list(named).index(kernel.name) for kernel in kernels], np.int64),
@@ -75,16 +76,16 @@ def _kernels(leaves: Sequence[Leaf]) -> list[native.Kernel]:
     kinds = [(native.structure(leaf.chain), leaf.param.ndim, leaf.param.dtype.name) for leaf in leaves]
     one_of_each = dict(zip(kinds, leaves, strict=True))
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(one_of_each, pool.map(_kernel, one_of_each.values()), strict=True))
-    return [found[kind] for kind in kinds]
+        kernels = dict(zip(one_of_each, pool.map(_kernel, one_of_each.values()), strict=True))
+    return [kernels[kind] for kind in kinds]
 
 
 def _kernel(leaf: Leaf) -> native.Kernel:
     param, dtype = leaf.param, leaf.param.dtype.name
-    found = native.kernel(leaf.chain, param.ndim, tuple(range(param.ndim)), dtype)
-    if list(found.program.arrays) != list(leaf.chain.arrays(param.shape, dtype)):
+    kernel = native.kernel(leaf.chain, param.ndim, tuple(range(param.ndim)), dtype)
+    if list(kernel.program.arrays) != list(leaf.chain.arrays(param.shape, dtype)):
         raise native.KernelError(f"the state of a parameter of shape {param.shape} is not the one planned for")
-    return found
+    return kernel
 
 
 def _strides(x: Any) -> tuple[int, ...]:
@@ -92,30 +93,22 @@ def _strides(x: Any) -> tuple[int, ...]:
     return tuple(x.dtype.itemsize * math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
 
 
-class _NumbersOfLeaves:
-    """The numbers that leaves are stepped with; leaves of one chain, one learning rate and one kernel share theirs."""
-
-    def __init__(self) -> None:
-        self._values: list[Any] = []
-        self._places: dict[Any, int] = {}
-
-    def place(self, leaf: Leaf, kernel: native.Kernel) -> int:
-        """Where a leaf's numbers begin."""
-        key = (id(leaf.chain), id(leaf.lr), kernel.name)
-        if key not in self._places:
-            self._places[key] = len(self._values)
-            computed = computed_in((), "parameter", leaf.param)
+def _numbers(leaves: Sequence[Leaf], kernels: Sequence[native.Kernel]) -> tuple[list[int], Any]:
+    """Where each leaf's numbers begin, and all numbers; leaves of one chain, learning rate and kernel share theirs."""
+    places: dict[Any, int] = {}
+    numbers: list[Any] = []
+    keys = [(id(leaf.chain), id(leaf.lr), kernel.name) for leaf, kernel in zip(leaves, kernels, strict=True)]
+    for key, leaf, kernel in zip(keys, leaves, kernels, strict=True):
+        if key not in places:
+            places[key] = len(numbers)
+            _, dtype = floating((), "parameter", leaf.param)
             named = hyperparameters(kernel.program, leaf.chain, leaf.lr)
-            cast = {name: x.astype(computed) if isinstance(x, jax.Array) else x for name, x in named.items()}
-            self._values += evaluate(kernel.program.scalars, cast, namespace)
-        return self._places[key]
-
-    def array(self) -> Any:
-        """The numbers as the driver takes them, whatever JAX's own precision is: float32 has no place for words."""
-        with jax.enable_x64(True):
-            if any(isinstance(x, jax.Array) for x in self._values):
-                return jnp.stack([jnp.asarray(x, np.float64) for x in self._values])
-            return jnp.asarray(np.array(self._values, np.float64))
+            cast = {name: x.astype(dtype) if isinstance(x, jax.Array) else x for name, x in named.items()}
+            numbers += evaluate(kernel.program.scalars, cast, namespace)
+    with jax.enable_x64(True):  # the driver takes float64, whatever JAX's own precision: float32 cannot hold words
+        if any(isinstance(x, jax.Array) for x in numbers):
+            return [places[key] for key in keys], jnp.stack([jnp.asarray(x, np.float64) for x in numbers])
+        return [places[key] for key in keys], jnp.asarray(np.array(numbers, np.float64))
 
 
 @cache

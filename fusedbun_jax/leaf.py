@@ -11,6 +11,11 @@ import numpy as np
 KeyPath = tuple[Any, ...]
 
 
+def flatten(tree: Any) -> tuple[list[tuple[KeyPath, Any]], Any]:
+    """The leaves of a tree with their paths, and its structure."""
+    return jax.tree_util.tree_flatten_with_path(tree)
+
+
 def names(path: KeyPath) -> tuple[str, ...]:
     """The names that lead to a leaf.
 
@@ -42,9 +47,9 @@ def as_array(path: KeyPath, what: str, x: Any) -> Any:
         return jnp.asarray(x)
     if not hasattr(x, "shape"):
         raise TypeError(f"the {what} of {title(path)} must be an array, but it is {x!r} ({type(x).__name__})")
-    if varying := _varying(x):
+    if axes := _varying_over(x):
         raise ValueError(
-            f"the {what} of {title(path)} varies over {', '.join(map(repr, varying))} of the mesh: in shard_map a "
+            f"the {what} of {title(path)} varies over {', '.join(map(repr, axes))} of the mesh: in shard_map a "
             f"device sees its own part only, but an optimizer needs the whole for its statistics and its noise. Step "
             f"under jax.jit with sharded arrays instead (fusedbun_jax.state_shardings), or give shard_map whole "
             f"parameters and state (in_specs=P()) and average the gradients (jax.lax.pmean)"
@@ -52,25 +57,29 @@ def as_array(path: KeyPath, what: str, x: Any) -> Any:
     return x
 
 
-def _varying(x: Any) -> list[str]:
+def _varying_over(x: Any) -> list[str]:
     """The axes of a mesh along which the devices of `shard_map` have different values; with check_vma=False, none."""
     if not isinstance(x, jax.core.Tracer):
         return []
     kind = jax.typeof(x)
     kind = getattr(kind, "manual_axis_type", kind)  # from JAX 0.10 on it holds what the type itself held
-    found: frozenset[str] = kind.varying if hasattr(kind, "varying") else kind.vma
-    return sorted(found)
+    axes: frozenset[str] = kind.varying if hasattr(kind, "varying") else kind.vma
+    return sorted(axes)
 
 
-def computed_in(path: KeyPath, what: str, x: Any) -> Any:
-    """The dtype a leaf is computed in: float64 for float64, else float32; what is not floating is a TypeError."""
-    dtype = x.dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
+def floating(path: KeyPath, what: str, x: Any) -> tuple[Any, Any]:
+    """The leaf as a JAX array, and the dtype it is computed in: float64 for float64, else float32.
+
+    Raises:
+        TypeError, ValueError: it cannot be stepped (`as_array`), or is not real floating-point.
+    """
+    x = as_array(path, what, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"the {what} of {title(path)} is {dtype.name}, but only real floating-point ones can be stepped; "
+            f"the {what} of {title(path)} is {x.dtype.name}, but only real floating-point ones can be stepped; "
             f"leave it out with optax.masked"
         )
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+    return x, x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def check_shape(path: KeyPath, update: Any, param: Any) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import advance, entries_of
+from fusedbun.chain import advance, arrays_of, entries_of
 from fusedbun.hyper import NonNegative, check
 from fusedbun.storage.rounding import Rounding
 from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
@@ -20,15 +20,7 @@ from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.second_moment import WithSecondMoment
-from fusedbun_jax.state import (
-    Differentiable,
-    Stepped,
-    TransformState,
-    arrays_of,
-    check_state,
-    over_leaves,
-    zeros,
-)
+from fusedbun_jax.state import Arrays, Differentiable, TransformState, check_state, over_leaves, zeros
 
 P = ParamSpec("P")
 
@@ -49,13 +41,11 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     check(transform.name, SEED, {"seed": seed})
 
     def init(params: optax.Params) -> TransformState:
-        return TransformState(jax.tree_util.tree_map_with_path(lambda path, p: _zeros(transform, path, p), params))
+        return TransformState(jax.tree_util.tree_map_with_path(partial(_start, transform), params))
 
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, TransformState]:
-        if params is None and transform.reads_param and jax.tree.leaves(updates):
-            raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
         return over_leaves(partial(_update, transform, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -84,45 +74,48 @@ class Descend(Transform):
         return Signal(-self.learning_rate * signal.update), state
 
 
-def _zeros(transform: Transform, path: leaf.KeyPath, param: Any) -> dict[str, jax.Array]:
-    param = leaf.as_array(path, "parameter", param)
-    _, slots = _at_leaf(transform, path, param, leaf.computed_in(path, "parameter", param))
+def _start(transform: Transform, path: leaf.KeyPath, param: Any) -> Arrays:
+    param, dtype = leaf.floating(path, "parameter", param)
+    _, slots = _at_leaf(transform, path, param, dtype)
     return {name: zeros(stored, param) for name, stored in arrays_of(slots, param.dtype.name).items()}
 
 
 def _update(
-    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: dict[str, jax.Array]
-) -> Stepped:
+    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays
+) -> tuple[Any, Arrays]:
+    if param is None and transform.reads_param:
+        raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
     signal = update.signal if isinstance(update, WithSecondMoment) else Signal(update)
-    u = leaf.as_array(path, "update", signal.update)
-    leaf.computed_in(path, "update", u)
-    owner = u if param is None else leaf.as_array(path, "parameter", param)
-    dtype = leaf.computed_in(path, "parameter", owner)
-    leaf.check_shape(path, u, owner)
+    u, dtype = leaf.floating(path, "update", signal.update)
+    like = u
+    if param is not None:
+        like, dtype = leaf.floating(path, "parameter", param)
+    leaf.check_shape(path, u, like)
     u = u.astype(dtype)
     if not u.size:
-        return Stepped(u, stored)
-    here, slots = _at_leaf(transform, path, owner, dtype)
+        return u, stored
+    transform, slots = _at_leaf(transform, path, like, dtype)
     if param is None and any(slot.code == "param" for slot in slots.values()):
         raise ValueError(
             f"{transform.name} keeps state in the parameters' dtype: call update(updates, state, params) with them"
         )
-    check_state(transform.name, path, arrays_of(slots, owner.dtype.name), owner, stored, by_dtype=param is not None)
-    storage = Differentiable(xp, Rounding(seed=seed, name=leaf.name(path)), u, owner.dtype.name)
-    kept = {f"{transform.name}.{name}": jnp.asarray(x) for name, x in stored.items()}
-    p = None if param is None else owner.astype(dtype)
-    signal, new = advance(here, storage, Signal(u, signal.second_moment), kept, p)
+    needed = arrays_of(slots, like.dtype.name)
+    check_state(transform.name, path, needed, like, stored, by_dtype=param is not None)
+    storage = Differentiable(xp, Rounding(seed=seed, name=leaf.name(path)), u, like.dtype.name)
+    before = {f"{transform.name}.{name}": jnp.asarray(x) for name, x in stored.items()}
+    p = None if param is None else like.astype(dtype)
+    signal, after = advance(transform, storage, Signal(u, signal.second_moment), before, p)
     u = signal.update if signal.second_moment is None else WithSecondMoment(signal)
-    return Stepped(u, entries_of(transform, new))
+    return u, entries_of(transform, after)
 
 
 def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:
     """The transformation for one leaf, its arrays among the hyper-parameters in the leaf's dtype, and its slots."""
     try:
-        here = transform.at(leaf.names(path), param)
-        arrays = {name: jnp.asarray(value, dtype) for name, value in vars(here).items() if isinstance(value, jax.Array)}
-        here = replace(here, **arrays) if arrays else here
-        return here, here.slots(param.shape)
+        transform = transform.at(leaf.names(path), param)
+        arrays = {name: jnp.asarray(x, dtype) for name, x in vars(transform).items() if isinstance(x, jax.Array)}
+        transform = replace(transform, **arrays) if arrays else transform
+        return transform, transform.slots(param.shape)
     except (TypeError, ValueError) as error:
         error.add_note(f"This is at {leaf.title(path)}.")
         raise

@@ -56,26 +56,21 @@ def with_metrics(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.Array]:
-    tree: Any
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    moments: list[dict[str, Any]] = [{} for _ in leaves]
-    for transform in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState)):
-        if isinstance(transform, TransformState):
-            for moment, slots in zip(moments, tree.flatten_up_to(transform.slots), strict=True):
-                if "moment" in slots:  # which is empty where the leaf is masked
-                    moment |= {n.removeprefix("moment"): x for n, x in slots.items() if n.split(".")[0] == "moment"}
-    found: dict[str, jax.Array] = {}
-    for (path, p), q, g, moment in zip(
-        leaves, tree.flatten_up_to(after), tree.flatten_up_to(grads), moments, strict=True
-    ):
+    leaves, tree = leaf.flatten(params)
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState))
+    slots = [x.slots for x in nodes if isinstance(x, TransformState)]
+    measured: dict[str, jax.Array] = {}
+    for (path, p), q, g, *stored in zip(leaves, *map(tree.flatten_up_to, (after, grads, *slots)), strict=True):
+        arrays = [item for x in stored for item in dict(x).items()]  # none where the leaf is masked
+        moment = {name.removeprefix("moment"): x for name, x in arrays if name.split(".")[0] == "moment"}
         p, q, g = (leaf.as_array(path, what, x) for what, x in (("parameter", p), ("parameter", q), ("gradient", g)))
         if not jnp.issubdtype(p.dtype, jnp.floating):
             continue  # masked, or the optimizer inside would have refused it
-        dtype = leaf.computed_in(path, "parameter", p)
+        _, dtype = leaf.floating(path, "parameter", p)
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
         vectors = {"param": q, "update": p - q, "grad": g}
         if moment:
             vectors["moment"] = codes.recognised(moment, p.shape).decode(xp, moment, p.shape, dtype)
         products = metrics.inner_products(xp, vectors)
-        found |= metrics.measured(FUNCTIONS, products, leaf.name(path))
-    return found
+        measured |= metrics.measured(FUNCTIONS, products, leaf.name(path))
+    return measured

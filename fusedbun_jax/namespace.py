@@ -8,20 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fusedbun import namespace as in_numpy
 from fusedbun.operations import functions_of
 from fusedbun.storage import codes
 from fusedbun.transform import Array
 
 globals().update(functions_of(jnp))
 astype, max, mean, min, sum = jnp.astype, jnp.max, jnp.mean, jnp.min, jnp.sum
+# written with methods that JAX's arrays have as well
+single, real, whole, block_max = in_numpy.single, in_numpy.real, in_numpy.whole, in_numpy.block_max
 from_blocks, pack = codes.from_blocks, codes.pack
-
-
-def single(x: Array, /) -> Array:
-    return x.astype(jnp.float32)
-
-
-real = single
 
 
 def bits(x: Array, /) -> Array:
@@ -32,16 +28,8 @@ def from_bits(word: Array, /) -> Array:
     return jax.lax.bitcast_convert_type(word, jnp.float32)
 
 
-def whole(x: Array, /) -> Array:
-    return x.astype(jnp.int32)
-
-
 def index(like: Array, axes: Sequence[int], /) -> list[Array]:
     return [jax.lax.broadcasted_iota(jnp.int32, codes.along(like.shape, i), i) for i in axes]
-
-
-def block_max(words: Array, /) -> Array:
-    return words.max(axis=-1, keepdims=True)
 
 
 def to_blocks(x: Array, /) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -11,19 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusedbun.chain import Chain
-from fusedbun_jax.definition import arrays_by_state
-from fusedbun_jax.leaf import KeyPath, as_array, computed_in, names, title
-
-
-class IrregularError(Exception):
-    """The definition must take the step, or say what is wrong; the message says why."""
+from fusedbun_jax.definition import IrregularError, arrays_by_state
+from fusedbun_jax.leaf import KeyPath, check_shape, floating, names, title
+from fusedbun_jax.state import Arrays, check_state
 
 
 @dataclass(frozen=True)
 class Leaf:
     """One parameter of a step.
 
-    It is made with its arrays (`checked`). `pack` puts `Operand`s in their place, so that the leaf can be hashed and is
+    `make_leaf` makes it with its arrays. `pack` puts `Operand`s in their place, so that the leaf can be hashed and is
     what JAX keeps of a step when it is traced; `unpack` puts the operands' values there.
 
     Args:
@@ -53,27 +50,26 @@ class Leaf:
         return [{name: next(arrays) for name in names} for names in self.names]
 
 
-def checked(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[dict[str, Any]]) -> Leaf:
+def make_leaf(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[Arrays]) -> Leaf:
     """The leaf at a path, its gradient in the parameter's dtype; an IrregularError where something does not fit."""
     try:
-        param, grad = as_array(path, "parameter", param), as_array(path, "update", grad)
-        computed = computed_in(path, "parameter", param)
-        computed_in(path, "update", grad)
+        param, dtype = floating(path, "parameter", param)
+        grad, _ = floating(path, "update", grad)
+        check_shape(path, grad, param)
         chain = chain.at(names(path), param)
-        chain.arrays(param.shape, param.dtype.name)  # refuses what cannot be rounded so
-        declared = arrays_by_state(chain, param)
+        needed = arrays_by_state(chain, param)
     except (TypeError, ValueError) as error:
         raise IrregularError(str(error)) from error
-    if grad.shape != param.shape:
-        raise IrregularError(f"a gradient of {title(path)} has another shape")
-    if grad.dtype != param.dtype and param.dtype != computed:
+    try:
+        for owner, arrays in zip(needed, slots, strict=True):
+            check_state(owner, path, needed[owner], param, arrays, by_dtype=True)
+    except ValueError as error:
+        raise IrregularError(f"the state is not as it is declared: {error}") from error
+    if grad.dtype != param.dtype and param.dtype != dtype:
         raise IrregularError(f"the parameter at {title(path)} has fewer bits than its gradient")
-    for needed, arrays in zip(declared, slots, strict=True):
-        kept = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
-        if kept != {name: (x.shape(param.shape), x.dtype) for name, x in needed.items()}:
-            raise IrregularError(f"the state of {title(path)} is not as it is declared")
-    stored = [arrays[name] for needed, arrays in zip(declared, slots, strict=True) for name in needed]
-    return Leaf(chain, lr, (jnp.asarray(param), grad.astype(param.dtype), *stored), tuple(map(tuple, declared)))
+    stored = [arrays[name] for owner, arrays in zip(needed, slots, strict=True) for name in needed[owner]]
+    state_names = tuple(map(tuple, needed.values()))
+    return Leaf(chain, lr, (jnp.asarray(param), grad.astype(param.dtype), *stored), state_names)
 
 
 class Operand(NamedTuple):
@@ -120,12 +116,7 @@ def unpack(leaves: Sequence[Leaf], operands: Sequence[Any]) -> tuple[Leaf, ...]:
 def _mapped(function: Callable[[Any], Any], leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
     """The leaves with a function of every array and hyper-parameter; those that share a chain share one again."""
     chains = {id(leaf.chain): leaf.chain for leaf in leaves}
-    new = {key: _with_hyperparameters(function, chain) for key, chain in chains.items()}
-    return tuple(Leaf(new[id(x.chain)], function(x.lr), tuple(map(function, x.arrays)), x.names) for x in leaves)
-
-
-def _with_hyperparameters(function: Callable[[Any], Any], chain: Chain) -> Chain:
-    changed = [{name: new for name, x in vars(t).items() if (new := function(x)) is not x} for t in chain]
-    if not any(changed):
-        return chain
-    return Chain(tuple(replace(t, **new) for t, new in zip(chain, changed, strict=True)), chain.rounding)
+    for key, chain in chains.items():
+        changed = {name: y for name, x in chain.hyperparameters().items() if (y := function(x)) is not x}
+        chains[key] = chain.with_hyperparameters(**changed) if changed else chain
+    return tuple(Leaf(chains[id(x.chain)], function(x.lr), tuple(map(function, x.arrays)), x.names) for x in leaves)

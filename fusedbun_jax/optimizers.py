@@ -16,7 +16,7 @@ from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe, bind
 from fusedbun.recipes import RECIPES
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
-from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation, driven
+from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
@@ -34,7 +34,7 @@ _STATIC = """
 Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.
 """
 # The driver's keyword arguments. The seed's default is no number, or inject_hyperparams would make an array of it.
-_OWN = {"stochastic_rounding": False, "seed": None}
+_KEYWORDS = {"stochastic_rounding": False, "seed": None}
 _DECLARED = {**ROUNDING, "seed": Annotated[int, Whole()] | None}
 _INJECTED = """
 For parameters of 16 bits give optax.inject_hyperparams hyperparam_dtype=jnp.float32, or it rounds the numbers to the
@@ -46,32 +46,32 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     """The optax factory of a recipe: its arguments behind a learning rate, spelled out in the signature."""
 
     def make(*args: Any, **kwargs: Any) -> SteppingTransformation:
-        given = {"learning_rate": recipe.lr, **bind(f"{make.__name__}()", spelled_out, *args, **kwargs)}
-        learning_rate = given.pop("learning_rate")
+        settings = {"learning_rate": recipe.lr, **bind(f"{make.__name__}()", spelled_out, *args, **kwargs)}
+        learning_rate = settings.pop("learning_rate")
         if recipe.wants_initial_lr:
-            initial = given.pop("initial_learning_rate")
+            initial = settings.pop("initial_learning_rate")
             is_number = isinstance(learning_rate, Real) and initial is None
-            given[INITIAL_LR] = learning_rate if is_number else initial
-        own = {name: given.pop(name) for name in _OWN}
-        check(make.__name__, _DECLARED, own)
-        if "mup" in given:
-            given["mup"] = _types_by_name(given["mup"])
-        if notice := recipe.notice(given):
+            settings[INITIAL_LR] = learning_rate if is_number else initial
+        keywords = {name: settings.pop(name) for name in _KEYWORDS}
+        check(make.__name__, _DECLARED, keywords)
+        if "mup" in settings:
+            settings["mup"] = _types_by_name(settings["mup"])
+        if notice := recipe.notice(settings):
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
-        rounding = Rounding(bool(own["stochastic_rounding"]), int(own["seed"] or 0))
-        chain = replace(recipe.make(**given), rounding=rounding)
-        return driven(Driver(chain, learning_rate, (recipe.name, given)))
+        rounding = Rounding(bool(keywords["stochastic_rounding"]), int(keywords["seed"] or 0))
+        chain = replace(recipe.make(**settings), rounding=rounding)
+        return Driver(chain, learning_rate, (recipe.name, settings)).optimizer()
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
     before = [] if recipe.fixed_lr else [inspect.Parameter("learning_rate", POSITIONAL, default=default)]
     initial_rate = inspect.Parameter("initial_learning_rate", KEYWORD, default=None)
     after = [initial_rate] if recipe.wants_initial_lr else []
-    after += [inspect.Parameter(name, KEYWORD, default=value) for name, value in _OWN.items()]
+    after += [inspect.Parameter(name, KEYWORD, default=value) for name, value in _KEYWORDS.items()]
     spelled_out = recipe.signature(before, after)
     make.__signature__ = spelled_out  # type: ignore[attr-defined]
     make.__name__ = make.__qualname__ = recipe.name
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
-    static = (*recipe.structural, *_OWN)
+    static = (*recipe.structural, *_KEYWORDS)
     remarks = _ROUNDING + _STATIC.format(static=static) + ("" if recipe.fixed_lr else _INJECTED)
     make.__doc__ = recipe.documentation(arguments, remarks)
     return make

@@ -1,8 +1,8 @@
 """A step of many leaves as one primitive of JAX: by kernels where XLA can call them, by the definition elsewhere.
 
-Which of the two it is shows when a program is lowered, for then its devices are known: kernels on one CPU, under jit
-and its control flow. On several devices XLA partitions the definition, on GPUs and TPUs it compiles it, and vmap and
-derivatives are those of the definition.
+Which of the two is decided when a program is lowered, for only then are its devices known: kernels on one CPU, under
+jit and its control flow. On several devices XLA partitions the definition, on GPUs and TPUs it compiles it, and vmap
+and derivatives are those of the definition.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from fusedbun.compiler.cpp.build import BuildError
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun_jax import kernels
-from fusedbun_jax.definition import transformation
+from fusedbun_jax.definition import join_state, split_state, transformation
 from fusedbun_jax.lift import Descend, lift
 from fusedbun_jax.operands import Leaf, pack, unpack
 from fusedbun_jax.state import TransformState
@@ -29,12 +29,7 @@ from fusedbun_jax.state import TransformState
 
 @dataclass(frozen=True, repr=False)
 class Step:
-    """What of a step is known when it is traced.
-
-    Args:
-        leaves: its leaves, packed.
-        needs_kernels: an error is raised where there are none.
-    """
+    """What of a step is known when it is traced: its leaves, packed, and whether to do without kernels is an error."""
 
     leaves: tuple[Leaf, ...]
     needs_kernels: bool
@@ -46,14 +41,14 @@ class Step:
 def step(leaves: Sequence[Leaf], needs_kernels: bool) -> list[Sequence[Any]]:
     """What a step makes of each leaf's parameter and of its state's arrays; an empty leaf is left as it is."""
     operands, packed = pack([leaf for leaf in leaves if leaf.param.size])
-    changed = iter(_bound(*operands, step=Step(packed, needs_kernels)))
+    changed = iter(_jitted(*operands, step=Step(packed, needs_kernels)))
     return [[next(changed) for _ in leaf.changed] if leaf.param.size else leaf.changed for leaf in leaves]
 
 
 @partial(jax.jit, static_argnames="step", inline=True)
-def _bound(*operands: Any, step: Step) -> list[Any]:
-    found: list[Any] = _step.bind(*operands, step=step)
-    return found
+def _jitted(*operands: Any, step: Step) -> list[Any]:
+    changed: list[Any] = _step.bind(*operands, step=step)
+    return changed
 
 
 def _by_kernels(*operands: Any, step: Step) -> list[Any]:
@@ -69,42 +64,39 @@ def _updated(leaf: Leaf) -> list[Any]:
     chain, (param, grad, *stored) = leaf.chain, leaf.arrays
     name = chain.rounding.name  # decides the noise
     tx = transformation(chain, lift(Descend(leaf.lr)))
-    states: list[Any] = [TransformState({name: slots}) for slots in leaf.slots(stored)]
-    states.insert(len(chain.transforms), TransformState({name: {}}))  # of the learning rate
-    if not chain.rounding.stochastic:
-        states.append(optax.EmptyState())
-    updates, after = tx.update({name: grad}, tuple(states), {name: param})
-    slots = [state.slots[name] for state in after if isinstance(state, TransformState)]
-    return [optax.apply_updates({name: param}, updates)[name], *(x for of in slots for x in of.values())]
+    states = [TransformState({name: slots}) for slots in leaf.slots(stored)]
+    before = join_state(chain, states, TransformState({name: {}}))
+    updates, after = tx.update({name: grad}, before, {name: param})
+    arrays = [x for state in split_state(chain, after)[0] for x in state.slots[name].values()]
+    return [optax.apply_updates({name: param}, updates)[name], *arrays]
 
 
 def _abstract(*operands: Any, step: Step) -> list[Any]:
     return [operands[x.place].update(weak_type=False) for leaf in step.leaves for x in leaf.changed]
 
 
-def _instead(step: Step, where: str) -> Any:
-    """The definition, where there are no kernels; raises a KernelError where they are needed."""
+def _definition(step: Step, where: str) -> Any:
+    """The definition, for what has no kernels; raises a KernelError where they are needed."""
     if step.needs_kernels:
         raise KernelError(f'step(…, implementation="kernel"): there are no kernels {where}')
     return partial(_by_definition, step=step)
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step) -> Any:
-    return mlir.lower_fun(_instead(step, "for this platform"), multiple_results=True)(ctx, *operands)
+def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step, where: str = "for this platform") -> Any:
+    return mlir.lower_fun(_definition(step, where), multiple_results=True)(ctx, *operands)
 
 
 def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step) -> Any:
-    if getattr(ctx.module_context.axis_context, "num_devices", None) != 1:
-        where = "for more than one device, or under shard_map"
-        return mlir.lower_fun(_instead(step, where), multiple_results=True)(ctx, *operands)
-    try:
-        return mlir.lower_fun(_by_kernels, multiple_results=True)(ctx, *operands, step=step)
-    except BuildError as error:
-        _warn(f"the definition stands in for kernels: {error}")
-        instead = _instead(step, f"here: {error}")
-    except KernelError as error:
-        instead = _instead(step, f"for this chain: {error}")
-    return mlir.lower_fun(instead, multiple_results=True)(ctx, *operands)
+    where = "for more than one device, or under shard_map"
+    if getattr(ctx.module_context.axis_context, "num_devices", None) == 1:
+        try:
+            return mlir.lower_fun(_by_kernels, multiple_results=True)(ctx, *operands, step=step)
+        except BuildError as error:
+            _warn(f"the definition stands in for kernels: {error}")
+            where = f"here: {error}"
+        except KernelError as error:
+            where = f"for this chain: {error}"
+    return _lower(ctx, *operands, step=step, where=where)
 
 
 @cache
@@ -113,22 +105,22 @@ def _warn(message: str) -> None:
 
 
 def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, step: Step) -> tuple[list[Any], list[int]]:
-    found = jax.vmap(_instead(step, "under vmap"), in_axes=tuple(axes))(*operands)
-    return found, [0] * len(found)
+    changed = jax.vmap(_definition(step, "under vmap"), in_axes=tuple(axes))(*operands)
+    return changed, [0] * len(changed)
 
 
 def _differentiated(primals: Sequence[Any], tangents: Sequence[Any], *, step: Step) -> tuple[list[Any], list[Any]]:
-    definition, values = _instead(step, "for derivatives"), list(primals)
+    definition, values = _definition(step, "for derivatives"), list(primals)
     varied = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
 
     def of_varied(*some: Any) -> list[Any]:
         for i, x in zip(varied, some, strict=True):
             values[i] = x
-        found: list[Any] = definition(*values)
-        return found
+        changed: list[Any] = definition(*values)
+        return changed
 
-    after, moved = jax.jvp(of_varied, [primals[i] for i in varied], [tangents[i] for i in varied])
-    return after, [_or_zero(x, d) for x, d in zip(after, moved, strict=True)]
+    after, derivatives = jax.jvp(of_varied, [primals[i] for i in varied], [tangents[i] for i in varied])
+    return after, [_or_zero(x, d) for x, d in zip(after, derivatives, strict=True)]
 
 
 def _or_zero(x: Any, tangent: Any) -> Any:

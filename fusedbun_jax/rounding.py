@@ -15,11 +15,10 @@ from fusedbun.storage.rounding import COUNTER, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
-from fusedbun_jax.state import Stepped, TransformState, check_state, over_leaves, with_derivative_of, zeros
+from fusedbun_jax.state import Arrays, TransformState, check_state, over_leaves, with_derivative_of, zeros
 
 SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
 NAME, STEP = COUNTER.split(".")
-ARRAYS = {STEP: COUNT}
 
 
 def round_to_params() -> optax.GradientTransformationExtraArgs:
@@ -33,7 +32,7 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
 
     def update(updates: optax.Updates, state: optax.EmptyState, params: Any = None, **_: Any) -> Any:
         if params is not None:
-            updates = jax.tree.map(lambda u, p: _round_to(u, jnp.asarray(p)), updates, params)
+            updates = jax.tree.map(lambda u, p: _round_to_nearest(u, jnp.asarray(p)), updates, params)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
@@ -59,7 +58,9 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     check(NAME, SEED, {"seed": seed})
 
     def init(params: optax.Params) -> TransformState:
-        return TransformState(jax.tree_util.tree_map_with_path(_start, params))
+        return TransformState(
+            jax.tree_util.tree_map_with_path(lambda path, p: {STEP: zeros(COUNT, _bfloat16(path, p))}, params)
+        )
 
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
@@ -71,20 +72,14 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
                 f"stochastic rounding counts the steps of each parameter in its state, but that is {state!r}; "
                 f"it belongs to an optimizer without it, so make one with init"
             )
-        return over_leaves(partial(_rounded, seed), updates, state, params)
+        return over_leaves(partial(_round_stochastically, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _start(path: leaf.KeyPath, param: Any) -> dict[str, jax.Array]:
-    param = _bfloat16(path, param)
-    return {name: zeros(stored, param) for name, stored in ARRAYS.items()}
-
-
 def _bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     """The parameter as an array; one that is not bfloat16 is a ValueError."""
-    param = leaf.as_array(path, "parameter", param)
-    leaf.computed_in(path, "parameter", param)
+    param, _ = leaf.floating(path, "parameter", param)
     if param.dtype != jnp.bfloat16:
         raise ValueError(
             f"stochastic rounding is for bfloat16 parameters, but the parameter of {leaf.title(path)} is "
@@ -93,24 +88,24 @@ def _bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     return param
 
 
-def _rounded(seed: int, path: leaf.KeyPath, update: Any, param: Any, kept: dict[str, jax.Array]) -> Stepped:
+def _round_stochastically(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
     param, update = _bfloat16(path, param), leaf.as_array(path, "update", update)
     leaf.check_shape(path, update, param)
     update = update.astype(jnp.float32)
     if not update.size:
-        return Stepped(update, kept)
-    check_state(NAME, path, ARRAYS, param, kept, by_dtype=True)
+        return update, stored
+    check_state(NAME, path, {STEP: COUNT}, param, stored, by_dtype=True)
     p = param.astype(jnp.float32)
     storage = Storage(xp, Rounding(True, seed, leaf.name(path)), p, "bfloat16")
     # The choice keeps the sum apart from a product before it: contracted the two would have bits that the difference
     # below has no place for.
     exact = p + jnp.where(update == update, update, jnp.nan)
-    q, after = storage.round(exact, {COUNTER: jnp.asarray(kept[STEP])})
+    q, after = storage.round(exact, {COUNTER: jnp.asarray(stored[STEP])})
     stepped = jnp.where(q == p, -0.0, q - p)  # an infinite parameter stays what it is, and so does -0
-    return Stepped(with_derivative_of(update, stepped), {STEP: after[COUNTER]})
+    return with_derivative_of(update, stepped), {STEP: after[COUNTER]}
 
 
-def _round_to(update: Any, param: Any) -> Any:
+def _round_to_nearest(update: Any, param: Any) -> Any:
     if param.dtype.itemsize >= update.dtype.itemsize:
         return update.astype(param.dtype)
     return _nearest(update, param)

@@ -20,9 +20,9 @@ def state_shardings(
 ) -> Any:
     """The shardings of the state that `tx.init(params)` gives, as a tree like it; nothing is allocated.
 
-        held = state_shardings(tx, params)
-        state = jax.jit(tx.init, out_shardings=held)(params)
-        train = jax.jit(step, out_shardings=(param_shardings, held))
+        of_state = state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=of_state)(params)
+        train = jax.jit(step, out_shardings=(param_shardings, of_state))
 
     An array that has its parameter's size along an axis is cut along it as the parameter is; along others, and what
     belongs to no parameter, it is replicated. In the state of optax's own transformations, and of those around
@@ -41,42 +41,39 @@ def state_shardings(
         ValueError: a sharding does not fit a parameter's shape, two parameters lie on different meshes, or there are
             none.
     """
-    sources = params if shardings is None else _of_each(params, shardings)
-    tree: Any
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves, tree = leaf.flatten(params)
     placed = [
         _placed(path, leaf.as_array(path, "parameter", x), s, mesh)
-        for (path, x), s in zip(leaves, tree.flatten_up_to(sources), strict=True)
+        for (path, x), s in zip(leaves, tree.flatten_up_to(_of_each(params, shardings)), strict=True)
     ]
     if not placed:
         raise ValueError("state_shardings needs a parameter: it is their sharding that the state's follows from")
-    found = placed[0].sharding.mesh
+    common = placed[0].sharding.mesh
     for (path, _), x in zip(leaves, placed, strict=True):
-        if x.sharding.mesh != found:
+        if x.sharding.mesh != common:
             raise ValueError(
                 f"all parameters must lie on one mesh, but that of {leaf.title(path)} is {x.sharding.mesh} and that of "
-                f"{leaf.title(leaves[0][0])} is {found}"
+                f"{leaf.title(leaves[0][0])} is {common}"
             )
     # Explicit axes are part of an array's type: tracing `init` with them shows where it puts what it makes.
-    explicit = AbstractMesh(found.axis_sizes, found.axis_names, axis_types=(AxisType.Explicit,) * len(found.axis_names))
+    names = common.axis_names
+    explicit = AbstractMesh(common.axis_sizes, names, axis_types=(AxisType.Explicit,) * len(names))
     typed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(explicit, x.sharding.spec)) for x in placed]
     with jax.sharding.use_abstract_mesh(explicit):
         state = jax.eval_shape(tx.init, tree.unflatten(typed))
-    return jax.tree.map(lambda x: NamedSharding(found, x.sharding.spec if x.sharding else PartitionSpec()), state)
+    return jax.tree.map(lambda x: NamedSharding(common, x.sharding.spec if x.sharding else PartitionSpec()), state)
 
 
 def _of_each(params: Any, shardings: Any) -> Any:
-    """A sharding for each parameter, from a tree that may have one for a whole branch."""
+    """What says each parameter's sharding: the parameter, or from a tree the entry for it or for its branch."""
+    if shardings is None:
+        return params
     try:
-        return jax.tree.map(
-            lambda s, branch: jax.tree.map(lambda _: s, branch), shardings, params, is_leaf=_is_sharding
+        return jax.tree.broadcast(
+            shardings, params, is_leaf=lambda x: isinstance(x, (jax.sharding.Sharding, PartitionSpec))
         )
     except ValueError as error:
         raise ValueError(f"the shardings must be a tree of the parameters', or the head of one: {error}") from error
-
-
-def _is_sharding(x: Any) -> bool:
-    return isinstance(x, (jax.sharding.Sharding, PartitionSpec))
 
 
 def _placed(path: leaf.KeyPath, param: Any, sharding: Any, mesh: Mesh | AbstractMesh | None) -> jax.ShapeDtypeStruct:

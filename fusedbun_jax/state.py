@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fusedbun.storage import codes
 from fusedbun.storage.codes import BLOCK, Stored
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Shape, Slot, State
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
+
+Arrays = dict[str, jax.Array]  # of one leaf's state, by name
 
 
 class TransformState(NamedTuple):
@@ -29,31 +30,18 @@ class TransformState(NamedTuple):
     slots: Any
 
 
-class Stepped(NamedTuple):
-    """A leaf's update and the new arrays of its state."""
-
-    update: Any
-    arrays: dict[str, jax.Array]
-
-
 def over_leaves(
-    step: Callable[[leaf.KeyPath, Any, Any, dict[str, jax.Array]], Stepped],
+    step: Callable[[leaf.KeyPath, Any, Any, Arrays], tuple[Any, Arrays]],
     updates: optax.Updates,
     state: TransformState,
     params: optax.Params | None,
 ) -> tuple[optax.Updates, TransformState]:
     """The updates and the state that `step(path, update, parameter or None, arrays)` gives leaf by leaf."""
-    tree: Any
-    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    leaves, tree = leaf.flatten(updates)
     owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
-    kept = tree.flatten_up_to(state.slots)
-    new = [step(path, u, p, k) for (path, u), p, k in zip(leaves, owners, kept, strict=True)]
-    return tree.unflatten([s.update for s in new]), TransformState(tree.unflatten([s.arrays for s in new]))
-
-
-def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
-    """The arrays that the slots of a parameter of this dtype are stored in, by slot and what its code appends."""
-    return {name + part: x for name, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
+    stored = tree.flatten_up_to(state.slots)
+    stepped = [step(path, u, p, arrays) for (path, u), p, arrays in zip(leaves, owners, stored, strict=True)]
+    return tree.unflatten([u for u, _ in stepped]), TransformState(tree.unflatten([arrays for _, arrays in stepped]))
 
 
 def zeros(stored: Stored, param: Any) -> jax.Array:
@@ -64,9 +52,9 @@ def zeros(stored: Stored, param: Any) -> jax.Array:
 
 
 def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
-    """The array's sharding; None where the parameter's does not show: under jit the compiler chooses then.
+    """The array's sharding; None where the parameter's is not known: under jit the compiler chooses then.
 
-    Of a traced parameter it shows along the explicit axes of its mesh, which is what `state_shardings` makes use of.
+    That of a traced parameter is known along the explicit axes of its mesh, which `state_shardings` makes use of.
     """
     if not isinstance(param, jax.Array):
         return None
@@ -91,28 +79,28 @@ def _along_a_row(shape: Shape, trailing: tuple[Any, ...], sizes: Mapping[str, in
 
 
 def check_state(
-    owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, kept: Mapping[str, Any], by_dtype: bool
+    owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, arrays: Mapping[str, Any], by_dtype: bool
 ) -> None:
-    """Raises a ValueError where the arrays kept for a leaf are not those that are needed.
+    """Raises a ValueError where the arrays of a transformation's state do not have the shapes that it declares.
 
     Args:
         owner: the transformation's name.
         path: the leaf's.
-        needed: the arrays that are.
+        needed: what the transformation declares.
         param: the parameter, or an array of its shape.
-        kept: the arrays that are kept.
-        by_dtype: look at their dtypes as well.
+        arrays: the state's.
+        by_dtype: compare dtypes as well.
     """
-    shapes, wanted = {n: x.shape for n, x in kept.items()}, {n: x.shape(param.shape) for n, x in needed.items()}
-    if shapes != wanted:
+    shapes, right = {n: x.shape for n, x in arrays.items()}, {n: x.shape(param.shape) for n, x in needed.items()}
+    if shapes != right:
         raise ValueError(
-            f"{owner}: the state of {leaf.title(path)} holds {shapes or 'nothing'}, but {wanted or 'nothing'} "
+            f"{owner}: the state of {leaf.title(path)} holds {shapes or 'nothing'}, but {right or 'nothing'} "
             f"is needed; it belongs to other parameters or other hyper-parameters, so make one with init"
         )
     for name, stored in needed.items():
-        if by_dtype and kept[name].dtype.name != stored.dtype:
+        if by_dtype and (dtype := arrays[name].dtype.name) != stored.dtype:
             raise ValueError(
-                f"{owner}: the state {name!r} of {leaf.title(path)} is {kept[name].dtype.name}, but {stored.dtype} is "
+                f"{owner}: the state {name!r} of {leaf.title(path)} is {dtype}, but {stored.dtype} is "
                 f"stored now; what it is stored in must not change in a run, so make one with init"
             )
 

@@ -15,9 +15,10 @@ from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.hyper import check, plain
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import primitive
-from fusedbun_jax.definition import transformation
+from fusedbun_jax.definition import IrregularError, join_state, split_state, transformation
+from fusedbun_jax.leaf import flatten
 from fusedbun_jax.lift import Descend, lift
-from fusedbun_jax.operands import IrregularError, checked
+from fusedbun_jax.operands import make_leaf
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.state import TransformState
 
@@ -29,6 +30,11 @@ class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ig
 
     params, state = tx.step(grads, state, params)
     """
+
+    @property
+    def driver(self) -> Any:
+        """What `init`, `update` and `step` are done by: a `Driver`, or the `Groups` of `by_name`."""
+        return self.update.__self__
 
     def step(
         self,
@@ -67,10 +73,9 @@ class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ig
             raise ValueError(f'implementation must be "kernel", "definition" or None, but it is {implementation!r}')
         if implementation != "definition":
             try:
-                found: tuple[optax.Params, optax.OptState] = self.update.__self__.step(
-                    grads, state, params, implementation == "kernel"
-                )
-                return found
+                stepped: tuple[optax.Params, optax.OptState]
+                stepped = self.driver.step(grads, state, params, implementation == "kernel")
+                return stepped
             except IrregularError as error:
                 if implementation == "kernel":
                     raise KernelError(f"these arrays cannot be stepped by a kernel: {error}") from error
@@ -94,12 +99,7 @@ def from_chain(
     """
     check("from_chain", ROUNDING, {"stochastic_rounding": stochastic_rounding, "seed": seed})
     rounded = replace(chain, rounding=Rounding(bool(stochastic_rounding), int(seed)))
-    return driven(Driver(rounded, learning_rate))
-
-
-def driven(driver: Driver) -> SteppingTransformation:
-    """The optimizer that a driver runs."""
-    return SteppingTransformation(driver.init, driver.update)
+    return Driver(rounded, learning_rate).optimizer()
 
 
 class Driver:
@@ -112,10 +112,7 @@ class Driver:
     """
 
     def __init__(
-        self,
-        chain: Chain,
-        learning_rate: optax.ScalarOrSchedule,
-        made_by: tuple[str, Mapping[str, Any]] | None = None,
+        self, chain: Chain, learning_rate: optax.ScalarOrSchedule, made_by: tuple[str, Mapping[str, Any]] | None = None
     ) -> None:
         self.chain, self.learning_rate, self.made_by = chain, learning_rate, made_by
         if callable(learning_rate):
@@ -123,6 +120,10 @@ class Driver:
         else:
             scale = lift(Descend(learning_rate))
         self._definition = transformation(chain, scale)
+
+    def optimizer(self) -> SteppingTransformation:
+        """The optimizer that it runs."""
+        return SteppingTransformation(self.init, self.update)
 
     def init(self, params: optax.Params) -> Any:
         return self._definition.init(params)
@@ -132,36 +133,23 @@ class Driver:
 
     def step(self, grads: Any, state: Any, params: Any, needs_kernels: bool) -> tuple[Any, Any]:
         """The step as one primitive. What it cannot take is an IrregularError: `update` takes it, or refuses it."""
-        tree: Any
-        with_paths, tree = jax.tree_util.tree_flatten_with_path(grads)
+        with_paths, tree = flatten(grads)
         if tree != jax.tree.structure(params):
             raise IrregularError("the gradients and the parameters are different trees")
-        states, rate_state = self.states(state)
+        states, rate_state = split_state(self.chain, state)
         try:
-            slots = [tree.flatten_up_to(kept.slots) for kept in states]
+            by_state = [tree.flatten_up_to(x.slots) for x in states]
         except (TypeError, ValueError) as error:
             raise IrregularError("the state and the parameters are different trees") from error
         lr, rate_state = self._rate(rate_state)
         leaves = [
-            checked(self.chain, lr, path, param, grad, [of[i] for of in slots])
+            make_leaf(self.chain, lr, path, param, grad, [slots[i] for slots in by_state])
             for i, ((path, grad), param) in enumerate(zip(with_paths, jax.tree.leaves(params), strict=True))
         ]
         stepped = primitive.step(leaves, needs_kernels)
-        new = [leaf.slots(stored) for leaf, (_, *stored) in zip(leaves, stepped, strict=True)]
-        after = [TransformState(tree.unflatten([of[i] for of in new])) for i in range(len(states))]
-        rounding = after.pop() if self.chain.rounding.stochastic else state[-1]
-        return tree.unflatten([param for param, *_ in stepped]), (*after, rate_state, rounding)
-
-    def states(self, state: Any) -> tuple[list[TransformState], Any]:
-        """The states of the transformations and of stochastic rounding, if it is on, and that of the learning rate."""
-        if not isinstance(state, tuple) or len(state) != len(self.chain.transforms) + 2:
-            raise IrregularError("the state is another optimizer's")
-        *kept, rate_state, rounding = state
-        if self.chain.rounding.stochastic:
-            kept.append(rounding)
-        if not all(isinstance(x, TransformState) for x in kept):
-            raise IrregularError("the state is another optimizer's")
-        return kept, rate_state
+        by_leaf = [leaf.slots(stored) for leaf, (_, *stored) in zip(leaves, stepped, strict=True)]
+        after = [TransformState(tree.unflatten([slots[i] for slots in by_leaf])) for i in range(len(states))]
+        return tree.unflatten([param for param, *_ in stepped]), join_state(self.chain, after, rate_state)
 
     def _rate(self, state: Any) -> tuple[Any, Any]:
         """The learning rate of this step, and its state after it."""

@@ -19,8 +19,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,16 +39,17 @@ DTYPES = {
     "int8": ("I8", "|i1"),
     "uint8": ("U8", "|u1"),
 }
-_NAMES = {code: name for name, (code, _) in DTYPES.items()}
+_NAMES = {code.encode(): name for name, (code, _) in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes: as much as safetensors allows
 _CHUNK = 1 << 20
-_BEGIN = '{"__metadata__":{"sha256":"'
+_BEGIN = b'{"__metadata__":{"sha256":"'
 _DIGITS = slice(8 + len(_BEGIN), 8 + len(_BEGIN) + 64)  # where the checksum stands in the file
+_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_METADATA = re.compile(rb",(%b):(%b)" % (_TEXT, _TEXT))
 _ENTRY = re.compile(
-    r':\{"dtype":"([A-Z0-9]{1,8})","shape":\[((?:[0-9]{1,18}(?:,[0-9]{1,18}){0,63})?)\],'
-    r'"data_offsets":\[([0-9]{1,18}),([0-9]{1,18})\]\}'
+    rb',(%b):\{"dtype":"(%b)","shape":\[((?:[0-9]{1,18}(?:,[0-9]{1,18}){0,63})?)\],"data_offsets"'
+    % (_TEXT, b"|".join(_NAMES))
 )
-_STRINGS = json.JSONDecoder()
 
 
 class Entry(NamedTuple):
@@ -69,7 +72,7 @@ def write(path: Path, metadata: Mapping[str, str], entries: Sequence[Entry], con
     Args:
         path: the file.
         metadata: texts by key.
-        entries: the arrays.
+        entries: what the arrays are.
         content: the numbers of the i-th array, of its shape, called once for each in order; only one is held.
     """
     header = _header(metadata, entries)
@@ -95,16 +98,16 @@ def write(path: Path, metadata: Mapping[str, str], entries: Sequence[Entry], con
 
 
 def _header(metadata: Mapping[str, str], entries: Sequence[Entry]) -> bytes:
-    found, at = {}, 0
+    described, end = {}, 0
     for entry in entries:
-        if entry.name in found:
+        if entry.name in described:
             raise ValueError(f"two arrays would be called {entry.name!r} in the file; rename a parameter")
-        found[entry.name] = {
+        described[entry.name] = {
             "dtype": DTYPES[entry.dtype][0],
             "shape": entry.shape,
-            "data_offsets": (at, at := at + entry.bytes),
+            "data_offsets": (end, end := end + entry.bytes),
         }
-    text = json.dumps({"__metadata__": {"sha256": "0" * 64, **metadata}, **found}, separators=(",", ":"))
+    text = json.dumps({"__metadata__": {"sha256": "0" * 64, **metadata}, **described}, separators=(",", ":"))
     text += " " * (-len(text) % 8)
     if len(text) > _LARGEST_HEADER:
         raise ValueError(f"the file's header must have at most {_LARGEST_HEADER:,} bytes, but it has {len(text):,}")
@@ -123,37 +126,22 @@ def _sync(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """A file whose bytes are those that were written, open for reading.
-
-    Args:
-        path: where it is.
-        metadata: its texts by key.
-        entries: its arrays by name, each with the place of its first byte.
-        source: the open file.
-    """
+    """A file whose bytes are those that were written, open for reading."""
 
     path: Path
     metadata: Mapping[str, str]
-    entries: Mapping[str, tuple[Entry, int]]
-    source: BinaryIO
+    entries: Mapping[str, tuple[Entry, int]]  # by name, each with the place of its first byte
+    source: BufferedReader
 
     def read(self, name: str) -> Numbers:
         """The numbers of an array; those of bfloat16 as words of 16 bits."""
         entry, at = self.entries[name]
         numbers = np.empty(entry.shape, DTYPES[entry.dtype][1])
         self.source.seek(at)
-        if _fill(self.source, numbers) != entry.bytes:
+        buffer: Any = numbers.reshape(-1).view(np.uint8)
+        if self.source.readinto(buffer) != entry.bytes:
             raise ValueError(f"{self.path} has become shorter while it was read")
         return numbers
-
-
-def _fill(source: BinaryIO, numbers: Numbers) -> int:
-    """Reads into an array; returns how many bytes there were."""
-    buffer: Any = numbers.reshape(-1).view(np.uint8)
-    view, done = memoryview(buffer), 0
-    while done < len(view) and (count := source.readinto(view[done:])):  # type: ignore[attr-defined]
-        done += count
-    return done
 
 
 @contextmanager
@@ -170,7 +158,7 @@ def opened(path: Path) -> Iterator[Opened]:
         size = os.fstat(source.fileno()).st_size
         start = source.read(_DIGITS.stop)
         length = int.from_bytes(start[:8], "little")
-        if start[8 : _DIGITS.start] != _BEGIN.encode() or len(start) < _DIGITS.stop:
+        if start[8 : _DIGITS.start] != _BEGIN or len(start) < _DIGITS.stop:
             raise ValueError(
                 f"{path} is not a file of fusedbun's optimizer state, or only the start of one ({size:,} bytes); give "
                 f"one that save_state wrote"
@@ -181,16 +169,13 @@ def opened(path: Path) -> Iterator[Opened]:
                 f"again"
             )
         _check_digest(path, source, start)
-        source.seek(8)
-        header = source.read(length)
-        try:
-            metadata, entries = _parsed(header.decode("ascii"), size - 8 - length)
-        except ValueError as error:
-            raise ValueError(f"{path} has a header that fusedbun does not write: {error}") from None
-        yield Opened(path, metadata, {e.name: (e, 8 + length + at) for e, at in entries}, source)
+        source.seek(0)
+        metadata, entries = _parsed(path, source.read(8 + length), size - 8 - length)
+        offsets = accumulate((entry.bytes for entry in entries), initial=8 + length)
+        yield Opened(path, metadata, {e.name: (e, at) for e, at in zip(entries, offsets, strict=False)}, source)
 
 
-def _check_digest(path: Path, source: BinaryIO, start: bytes) -> None:
+def _check_digest(path: Path, source: BufferedReader, start: bytes) -> None:
     digest = hashlib.sha256(start[: _DIGITS.start] + b"0" * 64)
     source.seek(_DIGITS.stop)
     while chunk := source.read(_CHUNK):
@@ -199,50 +184,23 @@ def _check_digest(path: Path, source: BinaryIO, start: bytes) -> None:
         raise ValueError(f"{path} is damaged: its checksum is not that of its bytes; copy or save it again")
 
 
-def _parsed(text: str, size: int) -> tuple[dict[str, str], list[tuple[Entry, int]]]:
-    """The metadata, and the arrays with their places in the data, of a header.
+def _parsed(path: Path, header: bytes, size: int) -> tuple[dict[str, str], list[Entry]]:
+    """The metadata and the arrays of a header.
 
-    Args:
-        text: the header.
-        size: how many bytes of data there are.
+    Only what is written here is sought in it, so nothing is allocated for the rest. That there is no rest shows when
+    what was found is written again: it must be the header, and the arrays must take up the data, of `size` bytes.
     """
-    metadata: dict[str, str] = {}
-    entries: list[tuple[Entry, int]] = []
-    names: set[str] = set()
-    at, end = _DIGITS.stop - 8, 0
-    if text[at : at + 1] != '"':
-        raise ValueError("its checksum has more than 64 digits")
-    at += 1
-    while text[at : at + 1] == ",":
-        key, at = _string(text, at + 1)
-        if text[at : at + 1] != ":" or key in metadata or key == "sha256":
-            raise ValueError(f"the key {key!r:.100} of its metadata has no value or stands there twice")
-        metadata[key], at = _string(text, at + 1)
-    if text[at : at + 1] != "}":
-        raise ValueError(f"its metadata does not end at byte {at}")
-    at += 1
-    while text[at : at + 1] == ",":
-        name, at = _string(text, at + 1)
-        found = _ENTRY.match(text, at)
-        if found is None or name in names or found[1] not in _NAMES:
-            raise ValueError(f"the array {name!r:.100} is described wrongly, or twice, or has an unknown dtype")
-        entry = Entry(name, _NAMES[found[1]], tuple(int(n) for n in found[2].split(",") if n))
-        begin, at = end, found.end()
-        end = int(found[4])
-        if int(found[3]) != begin or end > size or end - begin != entry.bytes:
-            raise ValueError(f"the array {name!r:.100} of shape {entry.shape} does not lie where it should")
-        names.add(name)
-        entries.append((entry, begin))
-    if text[at : at + 1] != "}" or text[at + 1 :].strip(" "):
-        raise ValueError(f"there is something else at byte {at}")
-    if end != size:
-        raise ValueError(f"its arrays take {end:,} bytes, but it has {size:,}")
+    try:
+        texts = {json.loads(text[1]): json.loads(text[2]) for text in _METADATA.finditer(header)}
+        metadata = {"sha256": header[_DIGITS].decode()} | texts
+        entries = [
+            Entry(json.loads(entry[1]), _NAMES[entry[2]], tuple(int(n) for n in entry[3].split(b",") if n))
+            for entry in _ENTRY.finditer(header)
+        ]
+        if _header(metadata, entries)[8:].rstrip(b" ") != header[8:].rstrip(b" "):
+            raise ValueError("its entries are not all that it holds, or not as they should be")
+        if (needed := sum(entry.bytes for entry in entries)) != size:
+            raise ValueError(f"its arrays take {needed:,} bytes, but it has {size:,}")
+    except ValueError as error:
+        raise ValueError(f"{path} has a header that fusedbun does not write: {error}") from None
     return metadata, entries
-
-
-def _string(text: str, at: int) -> tuple[str, int]:
-    """The string that begins here, and where it ends."""
-    if text[at : at + 1] != '"':
-        raise ValueError(f"there is no string at byte {at}")
-    found, end = _STRINGS.raw_decode(text, at)
-    return found, end

@@ -9,7 +9,7 @@ each number this is half a code's step at most (`2^(e - 126 - bits)`, `e` being 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,42 +26,27 @@ _LISTED = 100  # problems in one message
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A parameter of the file and the name that it has here.
-
-    Args:
-        saved: the parameter in the file.
-        name: its name here.
-        axes: for each axis here the axis in the file, as `numpy.transpose` takes them; None: they are the same.
-    """
-
-    saved: Parameter
-    name: str
-    axes: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
 class Match:
-    """A parameter here, what it takes of the file, and how.
+    """A parameter here, and what it takes of the file.
 
     Args:
         saved: the parameter in the file.
-        axes: see `Pair`.
-        slots: what it keeps here; None: nothing was kept for it.
+        axes: for each axis here the axis in the file, as `numpy.transpose` takes them; None: they are the same.
+        slots: what is kept for it here; None: nothing.
         origins: for each of these slots the one in the file.
     """
 
     saved: Parameter
     axes: tuple[int, ...] | None
-    slots: Mapping[str, Slot] | None
-    origins: Mapping[str, str]
+    slots: Mapping[str, Slot] | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def arrays(self, file: Saved) -> Iterator[tuple[str, Numbers]]:
         """The arrays of its state by name, in its layout; one at a time is held."""
         for key, slot in (self.slots or {}).items():
             code = codes.code_of(slot, self.saved.dtype)
             arrays = code.arrays(slot.axes)
-            parts = {part: file.read(self.saved, self.origins[key] + part) for part in arrays}
+            parts = {part: file.opened.read(f"{self.saved.name}/{self.origins[key]}{part}") for part in arrays}
             if self.axes is not None and any(x.is_by_blocks for x in arrays.values()):
                 parts |= recoded(parts, self.saved.shape, self.axes, code)
             elif self.axes is not None:
@@ -97,7 +82,7 @@ class Loading:
 
     def __init__(self, file: Saved, names: Sequence[str], mapping: Names | None, partial: bool) -> None:
         self.file = file
-        self.pairs: dict[str, Pair] = {}  # by the name here
+        self.pairs: dict[str, Match] = {}  # by the name here; their slots are not looked at yet
         self.problems: list[str] = []
         here = set(names)
         if isinstance(mapping, Mapping) and not partial:
@@ -110,7 +95,7 @@ class Loading:
                 both = f"{self.pairs[to].saved.name!r} and {name!r}"
                 self.problems.append(f"{both} of the file are both to be {to!r}")
             elif to in here:
-                self.pairs[to] = Pair(parameter, to, axes)
+                self.pairs[to] = Match(parameter, axes)
             elif not partial:
                 self.problems.append(f"{name!r} is in the file, but {f'{to!r} is ' if to != name else ''}not here")
         if not partial:
@@ -118,8 +103,8 @@ class Loading:
 
     def groups(self, names: Iterable[str]) -> list[Group]:
         """The groups that parameters of these names here have in the file."""
-        found = {self.pairs[name].saved.group: None for name in names if name in self.pairs}
-        return [self.file.groups[index] for index in found]
+        indices = dict.fromkeys(self.pairs[name].saved.group for name in names if name in self.pairs)
+        return [self.file.groups[index] for index in indices]
 
     def matches(
         self,
@@ -134,23 +119,16 @@ class Loading:
             groups: their groups; None for one whose parameters take nothing.
             choices: what may be kept for a parameter (`entries.slots_of`); the first that fits is.
         """
-        together: dict[tuple[int, int], list[str]] = {}
+        by_groups: dict[tuple[int, int], list[Parameter]] = {}
         for p in parameters:
             if p.name in self.pairs:
-                together.setdefault((self.pairs[p.name].saved.group, p.group), []).append(p.name)
-        alike = {
-            (there, here): self._compare(self.file.groups[there], group, names)
-            for (there, here), names in together.items()
-            if (group := groups[here]) is not None
-        }
-        found = {}
-        for p in parameters:
-            pair = self.pairs.get(p.name)
-            if pair is not None and alike.get((pair.saved.group, p.group)):
-                match = self._matched(pair, p, choices(p))
-                if match is not None:
-                    found[p.name] = match
-        return found
+                by_groups.setdefault((self.pairs[p.name].saved.group, p.group), []).append(p)
+        matches: dict[str, Match] = {}
+        for (there, here), members in by_groups.items():
+            group = groups[here]
+            if group and self._compare(self.file.groups[there], group, [p.name for p in members]):
+                matches |= {p.name: match for p in members if (match := self._matched(p, choices(p)))}
+        return matches
 
     def _compare(self, saved: Group, here: Group, names: Sequence[str]) -> bool:
         """Whether two chains compute the same for these parameters, hyper-parameters that are numbers apart."""
@@ -159,37 +137,36 @@ class Loading:
             was, now = (" → ".join(x.transformations) or "none" for x in (saved, here))
             self.problems.append(f"the transformations in the file are {was:.300}, but here {now}{of}")
             return False
-        wrong = [
-            f"{transform}.{name} is {known[name]!r:.100} in the file, but {value!r} here{of}"
-            for transform, values in here.transformations.items()
-            for known in [saved.transformations[transform]]
+        differing = [
+            f"{transform}.{name} is {there[name]!r:.100} in the file, but {value!r} here{of}"
+            for (transform, there), values in zip(
+                saved.transformations.items(), here.transformations.values(), strict=True
+            )
             for name, value in values.items()
-            if name in known and known[name] != value
+            if name in there and there[name] != value
         ]
-        self.problems += wrong
-        return not wrong
+        self.problems += differing
+        return not differing
 
-    def _matched(self, pair: Pair, here: Parameter, choices: Sequence[Mapping[str, Slot]]) -> Match | None:
-        """What a parameter here takes of the file; None where it cannot."""
+    def _matched(self, here: Parameter, choices: Sequence[Mapping[str, Slot]]) -> Match | None:
+        """What a parameter here takes of the file; None, and a problem more, where it cannot."""
+        pair = self.pairs[here.name]
         saved, axes = pair.saved, pair.axes
-        was = saved.shape if axes is None else tuple(saved.shape[axis] for axis in axes)
-        if was != here.shape:
-            order = "" if axes is None else f" and {was} in the order {axes} of its axes"
-            self.problems.append(f"{pair.name!r} has shape {saved.shape} in the file{order}, but {here.shape} here")
+        shape = saved.shape if axes is None else tuple(saved.shape[axis] for axis in axes)
+        if shape != here.shape:
+            order = "" if axes is None else f" and {shape} in the order {axes} of its axes"
+            self.problems.append(f"{here.name!r} has shape {saved.shape} in the file{order}, but {here.shape} here")
             return None
         if saved.dtype != here.dtype:
-            self.problems.append(f"{pair.name!r} is {saved.dtype} in the file, but {here.dtype} here")
+            self.problems.append(f"{here.name!r} is {saved.dtype} in the file, but {here.dtype} here")
             return None
         if saved.slots is None:
-            return Match(saved, axes, None, {})
-        first: list[str] | None = None
-        for slots in choices:
-            wrong: list[str] = []
-            origins = _origins(pair, saved.slots, slots, wrong)
-            if not wrong:
-                return Match(saved, axes, slots, origins)
-            first = wrong if first is None else first
-        self.problems += first or []
+            return pair
+        tried = [(slots, *_origins(here.name, saved.slots, slots, axes)) for slots in choices]
+        for slots, origins, problems in tried:
+            if not problems:
+                return replace(pair, slots=slots, origins=origins)
+        self.problems += tried[0][2]
         return None
 
     def refuse(self, owner: str) -> None:
@@ -198,7 +175,7 @@ class Loading:
             return
         more = [f"… and {len(self.problems) - _LISTED} more"] if len(self.problems) > _LISTED else []
         raise ValueError(
-            f"{self.file.path} does not fit this {owner}, so nothing was loaded:\n  "
+            f"{self.file.opened.path} does not fit this {owner}, so nothing was loaded:\n  "
             + "\n  ".join([*self.problems[:_LISTED], *more])
             + "\nMake the optimizer with the hyper-parameters that the saved one had; mapping= is for other names and "
             "layouts, and partial=True loads the parameters that are both here and in the file."
@@ -222,35 +199,37 @@ def _target(name: str, target: Target, ndim: int) -> tuple[str, tuple[int, ...] 
     return to, None if axes == (*range(ndim),) else axes
 
 
-def _origins(pair: Pair, saved: Mapping[str, Slot], here: Mapping[str, Slot], wrong: list[str]) -> dict[str, str]:
-    """For each slot here the one in the file that is declared for the same axes by the same transformation.
+def _origins(
+    name: str, saved: Mapping[str, Slot], here: Mapping[str, Slot], order: tuple[int, ...] | None
+) -> tuple[dict[str, str], list[str]]:
+    """For each slot here the one in the file that the same transformation declares for the same axes; and problems.
 
-    Where there are several, such as two moments, the n-th here is the n-th there.
+    In another order of axes the names of slots say nothing: where there are several for the same axes, such as two
+    moments, the n-th here is the n-th there.
     """
-    found: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    problems = []
     for key, slot in here.items():
-        if pair.axes is None:
-            origin = key if key in saved and set(saved[key].axes) == set(slot.axes) else None
+        if order is None:
+            candidates = [key] if key in saved and {*saved[key].axes} == {*slot.axes} else []
         else:
-            axes = {pair.axes[i] if i < len(pair.axes) else i for i in slot.axes}
-            place = _alike(here, key, set(slot.axes)).index(key)
-            origin = next(iter(_alike(saved, key, axes)[place : place + 1]), None)
-        if origin is None:
-            wrong.append(f"{key!r} of {pair.name!r} is kept here, but not in the file")
-        elif saved[origin].code != slot.code:
-            code = saved[origin].code
-            wrong.append(f"{key!r} of {pair.name!r} is stored as {code} in the file, but as {slot.code} here")
+            axes = {order[i] if i < len(order) else i for i in slot.axes}
+            candidates = _alike(saved, key, axes)[_alike(here, key, {*slot.axes}).index(key) :]
+        if not candidates:
+            problems.append(f"{key!r} of {name!r} is kept here, but not in the file")
+        elif (code := saved[candidates[0]].code) != slot.code:
+            problems.append(f"{key!r} of {name!r} is stored as {code} in the file, but as {slot.code} here")
         else:
-            found[key] = origin
-    known = {*found.values()} | {key for key in here if key in saved}
-    wrong += [f"{key!r:.200} of {pair.name!r} is in the file, but not kept here" for key in saved if key not in known]
-    return found
+            origins[key] = candidates[0]
+    extra = saved.keys() - origins.values() - here.keys()
+    problems += [f"{key!r:.200} of {name!r} is in the file, but not kept here" for key in saved if key in extra]
+    return origins, problems
 
 
 def _alike(slots: Mapping[str, Slot], key: str, axes: set[int]) -> list[str]:
     """The slots for these axes of the transformation that the key names."""
     owner = key.partition(".")[0]
-    return [name for name, slot in slots.items() if name.partition(".")[0] == owner and set(slot.axes) == axes]
+    return [name for name, slot in slots.items() if name.partition(".")[0] == owner and {*slot.axes} == axes]
 
 
 def recoded(parts: Mapping[str, Numbers], shape: Shape, axes: Sequence[int], code: Code) -> dict[str, Numbers]:

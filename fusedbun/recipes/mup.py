@@ -140,7 +140,6 @@ def mup_sgd(
     Args:
         momentum: the share of the past that the momentum keeps, in [0, 1); at 0 no momentum is stored.
         dampening: how much of a new gradient is left out, in [0, 1), except of the first.
-        weight_decay: added to the gradient as `weight_decay*p` (an L2 penalty), in [0, inf).
         nesterov: Nesterov's momentum; with a momentum and no dampening only.
         readout_constraint: "to_output_scale" where the model's readout layer has this constraint.
 

@@ -44,8 +44,7 @@ class ScaleByAdam(Transform):
         k = len(shape)
         second = moment(k, self.second_dtype)
         largest = {"largest": second} if self.amsgrad else {}
-        moments = {"moment": moment(k, self.dtype), "second_moment": second, **largest}
-        return {"count": Slot((), "int32"), **moments}
+        return {"count": Slot((), "int32"), "moment": moment(k, self.dtype), "second_moment": second, **largest}
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u = signal.update
@@ -54,10 +53,5 @@ class ScaleByAdam(Transform):
         v = self.beta2 * state["second_moment"] + (1 - self.beta2) * u * u
         w = xp.maximum(state["largest"], v) if self.amsgrad else v
         root = xp.sqrt(w / from_start(xp, self.beta2, n)) + self.eps
-        largest = {"largest": w} if self.amsgrad else {}
-        return Signal(m / from_start(xp, self.beta1, n) / root), {
-            "count": n,
-            "moment": m,
-            "second_moment": v,
-            **largest,
-        }
+        after = {"count": n, "moment": m, "second_moment": v} | ({"largest": w} if self.amsgrad else {})
+        return Signal(m / from_start(xp, self.beta1, n) / root), after

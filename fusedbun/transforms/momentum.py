@@ -52,8 +52,8 @@ class Momentum(Transform):
         numbers = isinstance(self.beta, Real) and isinstance(self.dampening, Real)
         if self.bias_correction and numbers and self.beta != self.dampening:
             raise ValueError(
-                f"momentum: bias_correction=True corrects a running mean, so dampening must be beta, {self.beta!r}, but it "
-                f"is {self.dampening!r}"
+                f"momentum: bias_correction=True corrects a running mean, so dampening must be beta, {self.beta!r}, "
+                f"but it is {self.dampening!r}"
             )
         if self.bias_correction and self.undampened_start:
             raise ValueError("momentum: bias_correction=True leaves nothing for undampened_start=True to do; give one")

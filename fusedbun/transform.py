@@ -13,6 +13,7 @@ also be traced, planned and printed as a kernel it keeps to these habits:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -69,7 +70,7 @@ class Signal(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Transform:
+class Transform(ABC):
     """A step of an optimizer: hyper-parameters as fields, the state as `slots`, the rule as `update`.
 
     Subclass it as a frozen dataclass, give it a `name`, and annotate each field with a type of `fusedbun.hyper`. A
@@ -111,6 +112,7 @@ class Transform:
         """
         return {}
 
+    @abstractmethod
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         """The rule for one leaf: maps (signal, state) to (signal, state) and writes to neither.
 
@@ -120,7 +122,6 @@ class Transform:
             state: this transformation's slots by name, decoded.
             param: the parameter before the step, in the precision that is computed in.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no update")
 
 
 def others(x: Array, axis: int) -> Shape:

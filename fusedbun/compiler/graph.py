@@ -27,11 +27,12 @@ from typing import Any
 
 from fusedbun.operations import OPERATIONS, Kind
 
+Axes = frozenset[int]
 REDUCTIONS = ("across", "down", "within")
 
 
 class UnplannableError(Exception):
-    """A chain that cannot be put in the order of a kernel, with the reason. The definition itself runs instead."""
+    """A chain has no schedule; the message says why. Its rules are then run as they are written."""
 
 
 class Span(enum.IntEnum):
@@ -47,28 +48,18 @@ class Span(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False, repr=False)  # a repr of the arguments' arguments would have no end
 class Value:
-    """One value of a graph.
+    """One value of a graph."""
 
-    Args:
-        number: its place in the graph.
-        op: the operation that makes it: one of `OPERATIONS` or `REDUCTIONS`, or what has a method of `Graph`.
-        args: the values that it is made of.
-        axes: the parameter's axes that it spans.
-        span: see `Span`.
-        detail: what else says what it is: an input's name, a constant's number, a reduction's function ("sum", "max",
-            "min"), the axes whose elements are counted, or the axis along which places are.
-        varies: those of its axes along which its numbers may differ. Along the others they are repeated.
-        kind: what its elements are.
-    """
-
-    number: int
-    op: str
-    args: tuple[Value, ...]
-    axes: frozenset[int]
+    number: int  # its place in the graph
+    op: str  # the operation that makes it: one of `OPERATIONS` or `REDUCTIONS`, or what has a method of `Graph`
+    args: tuple[Value, ...]  # the values that it is made of
+    axes: Axes  # the parameter's axes that it spans
     span: Span
+    # an input's name, a constant's number, a reduction's function ("sum", "max" or "min"), a count's axes, an index's
+    # axis; None for other operations
     detail: Any
-    varies: frozenset[int]
-    kind: Kind = "number"
+    varies: Axes  # those of its axes along which its numbers may differ; along the others they are repeated
+    kind: Kind = "number"  # what its elements are
 
     @property
     def is_condition(self) -> bool:
@@ -86,52 +77,36 @@ class Value:
 
 
 class Graph:
-    """Values by what they are, so that what is computed twice becomes one.
-
-    Args:
-        ndim: the parameter's number of axes, at least 1. A parameter of one axis is one row.
-        order: its axes from the slowest in memory to the fastest; None: as they are.
-    """
+    """The values of a step. Whoever asks for the same value twice is given the one that there is."""
 
     def __init__(self, ndim: int, order: tuple[int, ...] | None = None) -> None:
-        self.ndim = ndim
-        self.order = order or tuple(range(ndim))
+        self.ndim = ndim  # the parameter's number of axes, at least 1; a parameter of one axis is one row
+        self.order = order or tuple(range(ndim))  # its axes from the slowest in memory to the fastest
         self.every = frozenset(range(ndim))
         self.row = frozenset(self.order[:1]) if ndim > 1 else frozenset()
         self.columns = self.every - self.row
+        self._spans = {self.row: Span.ROW, frozenset(): Span.SCALAR, self.every: Span.FULL}
         self.values: list[Value] = []
         self._known: dict[tuple[Any, ...], Value] = {}
 
     def input(self, name: str, axes: Iterable[int], is_word: bool = False, part: str = "element") -> Value:
-        """An array that is given: the parameter, its gradient, or one of the state.
-
-        Args:
-            name: its name.
-            axes: the axes that it spans.
-            is_word: whether its numbers are words.
-            part: what it has numbers for (`fusedbun.storage.codes.Stored`).
-        """
+        """An array in memory: the parameter, its gradient, or one of the state (`fusedbun.storage.codes.Stored`)."""
         axes = self.every & set(axes)
-        kind: Kind = "word" if is_word else "number"
-        if part != "element":
-            if self.order != tuple(range(self.ndim)):
-                raise UnplannableError(f"{name} is for blocks along the parameter's axes as they are, not {self.order}")
-            return self._value("input", (), axes, name, Span.BLOCK if part == "block" else Span.FULL, kind)
+        if part != "element" and self.order != tuple(range(self.ndim)):
+            raise UnplannableError(f"{name} is for blocks along the parameter's axes as they are, not {self.order}")
         if self.row < axes < self.every:
             raise UnplannableError(
                 f"{name} spans the axes {sorted(axes)}: with the slowest in memory, some of the others"
             )
-        return self._value("input", (), axes, name, kind=kind)
+        return self._value("input", (), axes, name, Span.BLOCK if part == "block" else None, _kind(is_word))
 
     def hyperparameter(self, name: str, is_word: bool = False) -> Value:
         """A number that Python gives with every step."""
-        return self._value("input", (), frozenset(), name, Span.HOST, "word" if is_word else "number")
+        return self._value("input", (), frozenset(), name, Span.HOST, _kind(is_word))
 
-    def constant(self, number: float) -> Value:
-        return self._value("const", (), frozenset(), float(number), Span.HOST)
-
-    def word(self, number: int) -> Value:
-        return self._value("const", (), frozenset(), int(number), Span.HOST, "word")
+    def constant(self, number: float, is_word: bool = False) -> Value:
+        detail = int(number) if is_word else float(number)
+        return self._value("const", (), frozenset(), detail, Span.HOST, _kind(is_word))
 
     def index(self, axis: int) -> Value:
         """The elements' places along an axis, from 0 up."""
@@ -144,13 +119,12 @@ class Graph:
     def apply(self, op: str, *operands: Any) -> Value:
         """An operation on values and numbers, element by element."""
         operation, is_of_words = OPERATIONS[op], any(isinstance(x, Value) and x.is_word for x in operands)
-        kind: Kind = "word" if is_of_words else "number"
-        constant = self.word if is_of_words else self.constant
-        args = tuple(x if isinstance(x, Value) else constant(x) for x in operands)
+        kind = _kind(is_of_words)
+        args = tuple(x if isinstance(x, Value) else self.constant(x, is_of_words) for x in operands)
         if is_of_words and any(x.kind == "number" for x in args):
             raise UnplannableError(f"a rule computes with words and numbers at once ({op})")
-        if (unchanged := _unchanged(op, args)) is not None and not is_of_words:
-            return unchanged
+        if not is_of_words and (operand := _equal_operand(op, args)):
+            return operand
         if any(a.is_condition for a in (args[1:] if op == "where" else args)):
             raise UnplannableError(f"a rule computes with a comparison as a number ({op}); write it with xp.where")
         if operation.takes not in ("any", kind):
@@ -160,7 +134,10 @@ class Graph:
         return self._elementwise(op, args, kind if operation.gives == "same" else operation.gives)
 
     def adopt(self, v: Value, args: tuple[Value, ...]) -> Value:
-        """The like of another graph's value, of operands that span what its own do or are hyper-parameters instead."""
+        """The same operation as another graph's value, on operands of this graph.
+
+        They span what that value's operands span, or are hyper-parameters instead.
+        """
         span = Span.HOST if args and all(a.span == Span.HOST for a in args) else v.span
         return self._value(v.op, args, v.axes, v.detail, span, v.kind)
 
@@ -175,8 +152,6 @@ class Graph:
             return x
         if function == "sum" and not over <= x.varies:
             raise UnplannableError("a rule takes the sum over axes along which its numbers are only repeated by a plan")
-        if x.span == Span.COLUMN:
-            return self._value("within", (x,), x.axes - over, function)
         if x.span == Span.FULL and (over == self.every or not self.row & over):
             if over | self.row != self.every:
                 raise UnplannableError(
@@ -185,7 +160,8 @@ class Graph:
                 )
             x = self._value("across", (x,), self.row, function, Span.ROW)
             return self._value("down", (x,), frozenset(), function) if over == self.every else x
-        x = self._value("down", (x,), x.axes - self.row, function)
+        if x.span != Span.COLUMN:
+            x = self._value("down", (x,), x.axes - self.row, function)
         over -= self.row
         return self._value("within", (x,), x.axes - over, function) if over else x
 
@@ -198,52 +174,46 @@ class Graph:
         return small
 
     def _elementwise(self, op: str, args: tuple[Value, ...], kind: Kind) -> Value:
-        axes = frozenset[int]().union(*(a.axes for a in args))
-        if any(a.span == Span.BLOCK for a in args) and all(a.span <= Span.SCALAR or a.span == Span.BLOCK for a in args):
+        axes = Axes().union(*(a.axes for a in args))
+        spans = {a.span for a in args}
+        if spans <= {Span.HOST}:
+            return self._value(op, args, axes, None, Span.HOST, kind)
+        if Span.BLOCK in spans and spans <= {Span.HOST, Span.SCALAR, Span.BLOCK}:
             return self._value(op, args, axes, None, Span.BLOCK, kind)
-        if self.row & axes and axes - self.row:
-            axes = self.every  # a row's number beside a column's is a full value
-            args = tuple(self._expand(a) for a in args)
-        span = Span.HOST if all(a.span == Span.HOST for a in args) else None
-        return self._value(op, args, axes, None, span, kind)
+        if self.row & axes and axes - self.row:  # a row's number beside a column's is a full value
+            axes, args = self.every, tuple(map(self._expand, args))
+        return self._value(op, args, axes, None, kind=kind)
 
     def _expand(self, x: Value) -> Value:
+        """A value of some of the column axes repeated for every column; others as they are."""
         in_part = x.span == Span.COLUMN and x.axes != self.columns
         return self._value("expand", (x,), self.columns, None, kind=x.kind) if in_part else x
 
     def _value(
-        self,
-        op: str,
-        args: tuple[Value, ...],
-        axes: frozenset[int],
-        detail: Any,
-        span: Span | None = None,
-        kind: Kind = "number",
+        self, op: str, args: tuple[Value, ...], axes: Axes, detail: Any, span: Span | None = None, kind: Kind = "number"
     ) -> Value:
-        span = self._span(axes) if span is None else span
+        span = self._spans.get(axes, Span.COLUMN) if span is None else span
         key = (op, tuple(a.number for a in args), detail, axes, span, kind)
         if key not in self._known:
-            varies = axes.intersection(frozenset[int]().union(*(a.varies for a in args))) if args else axes
+            varies = axes.intersection(Axes().union(*(a.varies for a in args))) if args else axes
             self._known[key] = Value(len(self.values), op, args, axes, span, detail, varies, kind)
             self.values.append(self._known[key])
         return self._known[key]
 
-    def _span(self, axes: frozenset[int]) -> Span:
-        if axes == self.every:
-            return Span.FULL
-        if not axes:
-            return Span.SCALAR
-        return Span.ROW if axes == self.row else Span.COLUMN
+
+def _kind(is_word: bool) -> Kind:
+    return "word" if is_word else "number"
 
 
-def _unchanged(op: str, args: tuple[Value, ...]) -> Value | None:
-    """The operand that the result is equal to in every bit, or None: `1*x`, `x/1`, and `x + 0` where x is never -0."""
-    for x, other in zip(args, reversed(args), strict=True) if len(args) == 2 else ():
+def _equal_operand(op: str, args: tuple[Value, ...]) -> Value | None:
+    """The operand that the result equals in every bit: in `1*x`, `x/1`, and `x + 0` where x is never -0."""
+    first, last = args[0], args[-1]
+    for x, other in ((first, last), (last, first)):
         if op == "mul" and _is_constant(other, 1):
             return x
         if op == "add" and _is_constant(other, 0) and _is_never_minus_zero(x):
             return x
-    return args[0] if op == "div" and _is_constant(args[1], 1) else None
+    return first if op == "div" and _is_constant(last, 1) else None
 
 
 def _is_constant(v: Value, number: float) -> bool:

@@ -13,13 +13,13 @@ element's, and what is counted is the whole parameter's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from fusedbun.compiler.graph import REDUCTIONS, Graph, Span, Value
+from fusedbun.compiler.graph import REDUCTIONS, Graph, Value
 from fusedbun.compiler.schedule import WIDE
-from fusedbun.compiler.trace import FIRST, SIZE, Program, scalars, used
+from fusedbun.compiler.trace import FIRST, SIZE, Program, used
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
 
@@ -28,42 +28,24 @@ START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}  # the part of a
 
 @dataclass(frozen=True)
 class Crossing:
-    """A reduction that crosses the network.
+    """A reduction that crosses the network."""
 
-    Args:
-        function: "sum", "max" or "min", which combines the shards' parts.
-        over: the axes among those that the parameter is cut along whose shards are combined.
-        stored: the array that holds a shard's part, and then the result.
-    """
-
-    function: str
-    over: frozenset[int]
-    stored: Stored
+    function: str  # "sum", "max" or "min", which combines the shards' parts
+    over: frozenset[int]  # the axes among those that the parameter is cut along whose shards are combined
+    stored: Stored  # the array that holds a shard's part, and then the result
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is computed before the network is waited for, or at the end.
+    """What is computed before the network is waited for, or at the end."""
 
-    Args:
-        program: what is computed; parts that cross are among its outputs, and afterwards among later phases' inputs.
-        crossings: what is combined when it has been computed, by the array's name.
-    """
-
-    program: Program
-    crossings: Mapping[str, Crossing]
+    program: Program  # parts that cross are among its outputs, and afterwards among later phases' inputs
+    crossings: Mapping[str, Crossing]  # what is combined when it has been computed, by the array's name
 
 
 def phases(program: Program, cut: frozenset[int]) -> list[Phase]:
-    """The phases of a step on a shard.
-
-    Args:
-        program: the step on a whole parameter.
-        cut: the axes that the parameter is cut along.
-    """
-    if not cut:
-        return [Phase(program, {})]
-    return _Cutter(program, cut).run()
+    """The phases of a step on a shard, made of the step on the whole parameter, which is cut along these axes."""
+    return _Cutter(program, cut).run() if cut else [Phase(program, {})]
 
 
 class _Cutter:
@@ -81,54 +63,56 @@ class _Cutter:
         self.last = max(self.time.values(), default=0)
 
     def run(self) -> list[Phase]:
-        late = {name for name, v in self.program.outputs.items() if self.time[v] > self.full}
-        while True:  # what later phases read is not written before them
-            later = [self._build(t, late) for t in range(self.full + 1, self.last + 1)]
-            read = {v.detail for made in later for v in made.read}
-            if read & self.program.outputs.keys() <= late:
+        outputs = self.program.outputs
+        # what the phases after the last one of full size are made for
+        crossing = [v for v in sorted(self.over, key=self.time.__getitem__) if self.time[v] > self.full + 1]
+        late = {name for name, v in outputs.items() if self.time[v] > self.full}  # what the last phase writes
+        while True:
+            goals = [*(a for v in crossing for a in v.args), *(v for name, v in outputs.items() if name in late)]
+            needed = used(goals, lambda v: v not in self.over, is_end=self.is_local.__getitem__)
+            carried = [v for v in needed if self.is_local[v]]
+            read = {v.detail for v in needed if v.op == "input" and v.span and not self.is_local[v]}
+            if late >= read & outputs.keys():
                 break
-            late |= read & self.program.outputs.keys()
-        carried = {v: None for made in later for v in made.carried}
-        phases = [self._build(t, late, carried) for t in range(self.full + 1)]
-        return [made.phase() for made in (*phases, *later)]
+            late |= read & outputs.keys()  # what these phases read is not written before them
+        return [self._phase(t, late, carried) for t in range(self.last + 1)]
 
     def _crossing(self) -> dict[Value, frozenset[int]]:
         """The reductions that cross, and over which axes.
 
         One that is only reduced further, by the same function, waits for that: so fewer numbers cross.
         """
-        users: dict[Value, list[Value]] = {}
-        for v in self.values:
-            for a in v.args:
-                users.setdefault(a, []).append(v)
-        outputs = set(self.program.outputs.values())
+        users = [(a, v) for v in self.values for a in v.args]
+        used_as_is = {a for a, v in users if v.op not in REDUCTIONS or v.detail != a.detail}
+        used_as_is |= {*self.program.outputs.values()}
         over: dict[Value, frozenset[int]] = {}
         waiting: dict[Value, frozenset[int]] = {}
         for v in self.values:
             if v.op in REDUCTIONS:
                 (x,) = v.args
                 axes = ((x.axes - v.axes) & self.cut) | waiting.get(x, frozenset())
-                goes_on = v not in outputs and all(u.op in REDUCTIONS and u.detail == v.detail for u in users[v])
                 if axes:
-                    (waiting if goes_on else over)[v] = axes
+                    (over if v in used_as_is else waiting)[v] = axes
         return over
 
-    def _build(self, t: int, late: set[str], carried: Iterable[Value] = ()) -> _Made:
-        made = _Made(self, t)
+    def _phase(self, t: int, late: set[str], carried: list[Value]) -> Phase:
+        """One phase: the last writes the `late` outputs, the last one of full size hands the `carried` values on."""
+        made = _PhaseBuilder(self, t)
         for v in self.over:
             if self.time[v] == t + 1:
-                made.put_out(_crossed(v), v)
+                made.hand_on(v)
         for name, v in self.program.outputs.items():
             if t == (self.last if name in late else self.full):
                 made.outputs[name] = made.value(v)
         if t == self.full:
             for v in carried:
-                made.put_out(_carried(v), v)
-        return made
+                made.hand_on(v)
+        arrays = {**self.program.arrays, **made.arrays}
+        return Phase(Program(made.graph, self.program.dtype, arrays, made.outputs), made.crossings)
 
 
-class _Made:
-    """A phase that is being made: the values of the program in a graph of its own."""
+class _PhaseBuilder:
+    """Copies what a phase computes of the program into a graph of its own."""
 
     def __init__(self, cutter: _Cutter, t: int) -> None:
         self.cutter, self.t = cutter, t
@@ -136,63 +120,42 @@ class _Made:
         self.outputs: dict[str, Value] = {}
         self.arrays: dict[str, Stored] = {}
         self.crossings: dict[str, Crossing] = {}
-        self.read: list[Value] = []  # the arrays that it reads
-        self.carried: list[Value] = []  # what it takes from the last phase of full size
-        self._known: dict[Value, Value] = {}
+        self._copies: dict[Value, Value] = {}
 
-    def put_out(self, name: str, v: Value) -> None:
-        """Has the phase put out a value, of which a part where it crosses."""
-        self.arrays[name] = self._stored(v)
+    def hand_on(self, v: Value) -> None:
+        """Has the phase put out a value for later ones; of a reduction that crosses, the shard's part."""
+        name = self._array(v)
         if v in self.cutter.over:
-            self.outputs[name] = self._adopt(v)
+            self.outputs[name] = self._copy(v)
             self.crossings[name] = Crossing(v.detail, self.cutter.over[v], self.arrays[name])
         else:
             self.outputs[name] = self.value(v)
 
     def value(self, v: Value) -> Value:
         """The value in this phase's graph."""
-        if v not in self._known:
-            self._known[v] = self._build(v)
-        return self._known[v]
-
-    def phase(self) -> Phase:
-        program = self.cutter.program
-        outputs = self.outputs
-        arrays = {**program.arrays, **self.arrays}
-        return Phase(Program(self.graph, program.dtype, arrays, outputs, scalars(outputs.values())), self.crossings)
+        if v not in self._copies:
+            self._copies[v] = self._build(v)
+        return self._copies[v]
 
     def _build(self, v: Value) -> Value:
-        cutter = self.cutter
-        if v in cutter.over:
-            return self._input(_crossed(v), v)
-        if self.t > cutter.full and cutter.is_local[v]:
-            self.carried.append(v)
-            return self._input(_carried(v), v)
+        is_carried = self.t > self.cutter.full and self.cutter.is_local[v]
+        if is_carried or v in self.cutter.over:
+            return self.graph.input(self._array(v), v.axes, v.is_word)
         if v.op == "count":
             sizes = (self.graph.hyperparameter(SIZE.format(axis)) for axis in v.detail)
             return reduce(partial(self.graph.apply, "mul"), sizes)
         if v.op == "index":
-            place = self.graph.adopt(v, ())
+            place = self._copy(v)
             first = self.graph.hyperparameter(FIRST.format(v.detail), is_word=True)
-            return self.graph.apply("add", place, first) if v.detail in cutter.cut else place
-        if v.op == "input" and v.span != Span.HOST:
-            self.read.append(v)
-        return self._adopt(v)
+            return self.graph.apply("add", place, first) if v.detail in self.cutter.cut else place
+        return self._copy(v)
 
-    def _adopt(self, v: Value) -> Value:
+    def _copy(self, v: Value) -> Value:
         return self.graph.adopt(v, tuple(self.value(a) for a in v.args))
 
-    def _input(self, name: str, v: Value) -> Value:
-        self.arrays[name] = self._stored(v)
-        return self.graph.input(name, v.axes, v.is_word)
-
-    def _stored(self, v: Value) -> Stored:
-        return Stored("int32" if v.is_word else codes.computed_in(self.cutter.program.dtype), tuple(sorted(v.axes)))
-
-
-def _crossed(v: Value) -> str:
-    return f"crossed.{v.number}"
-
-
-def _carried(v: Value) -> str:
-    return f"carried.{v.number}"
+    def _array(self, v: Value) -> str:
+        """The name of the array in which a value is handed on from phase to phase."""
+        name = f"{'crossed' if v in self.cutter.over else 'carried'}.{v.number}"
+        dtype = "int32" if v.is_word else codes.computed_in(self.cutter.program.dtype)
+        self.arrays[name] = Stored(dtype, tuple(sorted(v.axes)))
+        return name

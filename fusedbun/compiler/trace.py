@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from numbers import Real
 from typing import Any
 
@@ -17,30 +17,29 @@ from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
 from fusedbun.storage.rounding import PARAM
 from fusedbun.storage.storage import Storage
-from fusedbun.transform import Namespace, Transform
+from fusedbun.transform import Namespace
 
 GRAD, LR = "grad", "lr"
-START = ".start"  # behind the name of an array: where its noise begins
-SIZE, FIRST = "size.{}", "first.{}"  # along an axis, of a whole parameter, and the place of a shard's first element
+# The names of hyper-parameters beside those of a chain: where the noise of an array begins, and of a shard, along an
+# axis, the size of the whole parameter and the place of the first element.
+START = ".start"
+SIZE, FIRST = "size.{}", "first.{}"
 
 
 @dataclass(frozen=True)
 class Program:
-    """The graph of one step of a chain, for parameters of some number of axes.
-
-    Args:
-        graph: the graph.
-        dtype: the parameters' dtype.
-        arrays: the state's arrays, by `<transformation>.<slot>` and what its code appends.
-        outputs: what is written, by name: the parameter and the arrays that change.
-        scalars: the numbers made of hyper-parameters that the rest is computed with, in the order of the graph.
-    """
+    """The graph of one step of a chain, for parameters of some number of axes."""
 
     graph: Graph
-    dtype: str
-    arrays: Mapping[str, Stored]
-    outputs: Mapping[str, Value]
-    scalars: tuple[Value, ...]
+    dtype: str  # the parameters'
+    arrays: Mapping[str, Stored]  # the state's, by `<transformation>.<slot>` and what its code appends
+    outputs: Mapping[str, Value]  # what is written, by name: the parameter and the arrays that change
+
+    @cached_property
+    def scalars(self) -> tuple[Value, ...]:
+        """The numbers made of hyper-parameters that the rest is computed with, in the order of the graph."""
+        found = {a for v in used(self.outputs.values()) if v.span for a in v.args if not a.span and a.op != "const"}
+        return tuple(sorted(found, key=lambda v: v.number))
 
     def __str__(self) -> str:
         """The values that are used, one on each line, and what is written."""
@@ -77,9 +76,9 @@ def trace(
     stored = {name: Symbol(graph, value) for name, value in inputs.items()}
     param, grad = stored.pop(PARAM), stored.pop(GRAD)
     lr = Symbol(graph, graph.hyperparameter(LR))
-    symbolic = Chain(tuple(_with_inputs(graph, t) for t in chain))
-    xp = Symbolic(graph, bool(ndim))
-    storage = Storage(xp, _Starts(graph, chain.rounding.stochastic), like, dtype)
+    changing = [name for name, x in chain.hyperparameters().items() if is_input(x)]
+    symbolic = chain.with_hyperparameters(**{name: Symbol(graph, graph.hyperparameter(name)) for name in changing})
+    storage = Storage(Symbolic(graph, bool(ndim)), _Starts(graph, chain.rounding.stochastic), like, dtype)
     if maximize:
         grad = Symbol(graph, graph.apply("neg", grad.value))
     try:
@@ -91,13 +90,7 @@ def trace(
     for name, value in outputs.items():
         if value.axes != inputs[name].axes:
             raise UnplannableError(f"the new {name} does not have the axes that it is declared with")
-    return Program(graph, dtype, arrays, outputs, scalars(outputs.values()))
-
-
-def scalars(outputs: Iterable[Value]) -> tuple[Value, ...]:
-    """The numbers made of hyper-parameters that these are computed with, in the order of the graph."""
-    found = {a for v in used(outputs) if v.span for a in v.args if not a.span and a.op != "const"}
-    return tuple(sorted(found, key=lambda v: v.number))
+    return Program(graph, dtype, arrays, outputs)
 
 
 def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
@@ -108,51 +101,51 @@ def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
 
 
 def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp: Namespace | None = None) -> list[Any]:
-    """The numbers that a program is run with.
+    """The values of `Program.scalars`, made of these values of hyper-parameters.
 
-    Args:
-        scalars: `Program.scalars`.
-        hyperparameters: their values by name.
-        xp: the functions of arrays, where some of them may be arrays; Python computes with numbers itself.
+    Where some of them may be arrays, `xp` computes with those; with numbers Python does.
     """
     known: dict[Value, Any] = {}
-
-    def value(v: Value) -> Any:
-        if v not in known:
-            if v.op == "const":
-                known[v] = v.detail
-            elif v.op == "input":
-                known[v] = hyperparameters[v.detail]
-            else:
-                known[v] = computed(v.op, [value(a) for a in v.args])
-        return known[v]
-
-    def computed(op: str, args: list[Any]) -> Any:
-        if xp is None or OPERATIONS[op].method or all(isinstance(x, Real) for x in args):
-            return OPERATIONS[op].host(*args)
-        return getattr(xp, op)(*args)
-
-    return [value(v) for v in scalars]
+    for v in used(scalars):
+        if not v.args:
+            known[v] = v.detail if v.op == "const" else hyperparameters[v.detail]
+            continue
+        args = [known[a] for a in v.args]
+        if xp is None or OPERATIONS[v.op].method or all(isinstance(x, Real) for x in args):
+            known[v] = OPERATIONS[v.op].host(*args)
+        else:
+            known[v] = getattr(xp, v.op)(*args)
+    return [known[v] for v in scalars]
 
 
-def used(outputs: Iterable[Value]) -> list[Value]:
-    """The values that these are made of, each after its own operands."""
+def used(
+    goals: Iterable[Value],
+    belongs: Callable[[Value], bool] = lambda v: True,
+    is_end: Callable[[Value], bool] = lambda v: False,
+) -> list[Value]:
+    """The values that these are made of, themselves among them, each after its own operands.
+
+    Args:
+        goals: the values.
+        belongs: whether a value is one of them; what only others are made of is left out with them.
+        is_end: whether what a value is made of is left out, though it is not.
+    """
     found: dict[Value, None] = {}
 
     def visit(v: Value) -> None:
-        if v not in found:
-            for a in v.args:
+        if v not in found and belongs(v):
+            for a in () if is_end(v) else v.args:
                 visit(a)
             found[v] = None
 
-    for v in outputs:
+    for v in goals:
         visit(v)
     return list(found)
 
 
 @dataclass(frozen=True)
 class _Starts:
-    """Where noise begins is a number that is given with every step."""
+    """The rounding of a step that is traced: where noise begins is a number that is given with every step."""
 
     graph: Graph
     stochastic: bool
@@ -164,8 +157,6 @@ class _Starts:
 class Symbol:
     """What a rule sees in the place of an array: arithmetic on it adds to the graph."""
 
-    __hash__ = object.__hash__
-
     def __init__(self, graph: Graph, value: Value) -> None:
         self.graph, self.value = graph, value
         self.ndim = graph.ndim if value.span else 0
@@ -176,15 +167,11 @@ class Symbol:
 
 
 class Symbolic:
-    """The namespace (`fusedbun.transform.Namespace`, `fusedbun.storage.codes.Storing`) whose arrays are symbols.
-
-    Args:
-        graph: what they are values of.
-        has_axes: whether the parameter has any; one of none is traced as one of one element.
-    """
+    """The namespace (`fusedbun.transform.Namespace`, `fusedbun.storage.codes.Storing`) whose arrays are symbols."""
 
     def __init__(self, graph: Graph, has_axes: bool = True) -> None:
-        self._graph, self._has_axes = graph, has_axes
+        self._graph = graph
+        self._has_axes = has_axes  # whether the parameter has any; one of none is traced as one of one element
 
     def astype(self, x: Symbol, dtype: Any) -> Symbol:
         """In the precision that is computed in, which numbers are in already."""
@@ -199,34 +186,24 @@ class Symbolic:
     def block_max(self, words: Symbol) -> Symbol:
         return Symbol(words.graph, words.graph.block_max(words.value))
 
-    def single(self, x: Symbol) -> Symbol:
+    def _unchanged(self, x: Symbol, *_: Any) -> Symbol:
+        """Symbols have no shape, and kernels pack words where they store them, and unpack where they load them."""
         return x
 
-    to_blocks = single  # symbols have no shape
-
-    def from_blocks(self, x: Symbol, shape: Any) -> Symbol:
-        return x
-
-    def pack(self, x: Symbol, bits: int) -> Symbol:
-        """The same words, which kernels pack where they store them, and unpack where they load them."""
-        return x
-
-    unpack = pack
-
-    def mean(self, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
-        over = x.value.axes & _axes(x, axis, keepdims)
-        if not over:
-            return x
-        total = self._graph.reduce("sum", x.value, over)
-        return Symbol(self._graph, self._graph.apply("div", total, self._graph.count(over)))
+    single = to_blocks = from_blocks = pack = unpack = _unchanged
 
     def _reduce(self, function: str, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
-        return Symbol(self._graph, self._graph.reduce(function, x.value, _axes(x, axis, keepdims)))
+        if not isinstance(axis, tuple) or not keepdims:
+            raise UnplannableError("a rule reduces without a tuple of axes, or without keepdims=True")
+        graph, over = self._graph, x.value.axes & {i % self._graph.ndim for i in axis}
+        if function == "mean" and over:
+            return Symbol(graph, graph.apply("div", graph.reduce("sum", x.value, over), graph.count(over)))
+        return Symbol(graph, graph.reduce(function, x.value, over))
 
     def __getattr__(self, name: str) -> Any:
         if name in FUNCTIONS:
             return partial(_apply, name)
-        if name in ("sum", "max", "min"):
+        if name in ("mean", "sum", "max", "min"):
             return partial(self._reduce, name)
         raise UnplannableError(f"a rule uses xp.{name}, which a plan does not know")
 
@@ -234,12 +211,6 @@ class Symbolic:
 def _apply(op: str, *operands: Any) -> Symbol:
     graph = next(x.graph for x in operands if isinstance(x, Symbol))
     return Symbol(graph, graph.apply(op, *(x.value if isinstance(x, Symbol) else x for x in operands)))
-
-
-def _axes(x: Symbol, axis: Any, keepdims: bool) -> set[int]:
-    if not isinstance(axis, tuple) or not keepdims:
-        raise UnplannableError("a rule reduces without a tuple of axes, or without keepdims=True")
-    return {i % x.graph.ndim for i in axis}
 
 
 def _define_operator(operation: Operation) -> None:
@@ -251,16 +222,6 @@ def _define_operator(operation: Operation) -> None:
 for operation in OPERATIONS.values():
     if operation.method:
         _define_operator(operation)
-
-
-def _with_inputs(graph: Graph, transform: Transform) -> Transform:
-    named = {f.name: getattr(transform, f.name) for f in fields(transform)}
-    inputs = {
-        name: Symbol(graph, graph.hyperparameter(f"{transform.name}.{name}"))
-        for name, x in named.items()
-        if is_input(x)
-    }
-    return replace(transform, **inputs) if inputs else transform
 
 
 def is_input(value: Any) -> bool:

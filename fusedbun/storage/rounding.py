@@ -17,29 +17,22 @@ SIGNLESS, QUIET = 0x7FFFFFFF, 0x00400000  # of float32: all bits but the sign, a
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a step's results are rounded where they are stored in fewer bits than they are computed in.
+    """How a step's results are rounded where they are stored in fewer bits than they are computed in."""
 
-    Args:
-        stochastic: round a bfloat16 parameter to either neighbour, without a bias, instead of to the nearest.
-        seed: any integer; with the parameter's name and the number of steps it decides the noise of all rounding.
-        name: the parameter's name; `Chain.at` puts it here.
-        starts: where the noise of arrays begins, by name, as far as it is known already.
-    """
-
-    stochastic: bool = False
-    seed: int = 0
-    name: str = ""
-    starts: tuple[tuple[str, int], ...] = ()
+    stochastic: bool = False  # round a bfloat16 parameter to either neighbour, without a bias, not to the nearest
+    seed: int = 0  # any integer; with the parameter's name and the number of steps it decides the noise of all rounding
+    name: str = ""  # the parameter's; `Chain.at` puts it here
+    starts: tuple[tuple[str, int], ...] = ()  # where the noise of arrays begins, by name, as far as it is known already
 
     def start(self, key: str) -> int:
-        """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.storage.noise`)."""
+        """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.storage.noise.start`)."""
         for known, start in self.starts:
             if known == key:
                 return start
         return noise.start(self.seed, self.name, 0 if key == PARAM else zlib.crc32(key.encode()))
 
     def of(self, name: str, keys: Iterable[str]) -> Rounding:
-        """The same for a parameter of this name, where the noise of these arrays begins being looked up at once."""
+        """The same for the parameter of this name, with the starts of these arrays' noise computed once for all."""
         named = replace(self, name=name, starts=())
         return replace(named, starts=tuple((key, named.start(key)) for key in keys))
 
@@ -48,12 +41,9 @@ TO_NEAREST = Rounding()
 
 
 def to_bfloat16(xp: Functions, x: Array, n: Array) -> Array:
-    """`x` rounded to one of its two neighbours in bfloat16, to each as often as it lies near to it; still a float32.
+    """Float32 numbers rounded by their noise `n` to a neighbour in bfloat16, each as often as they lie near to it.
 
-    Args:
-        xp: the functions.
-        x: float32 numbers; NaN and infinities stay what they are.
-        n: their noise.
+    They stay float32, and NaN and infinities what they are.
     """
     b = xp.bits(x)
     return xp.from_bits(xp.where(x == x, b + n, b | QUIET) & noise.word(0xFFFF0000))  # an infinity's zeros stay

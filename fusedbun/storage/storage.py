@@ -25,34 +25,21 @@ class Starts(Protocol):
 class Storage:
     """How one parameter and its state are stored.
 
-    Nothing is written to; where a library's arrays can be, a driver commits to them in place.
-
-    Args:
-        xp: the functions: `fusedbun.transform.Namespace` and `fusedbun.storage.codes.Storing`.
-        rounding: how the parameter is rounded, and where noise begins.
-        like: an array of its shape, on its device, in the precision that is computed in.
-        dtype: its dtype's name.
-        places: the elements' places along each of its axes, where it is a part of a parameter; None: from 0 up.
+    Nothing is written to; where a library's arrays can be, a driver's subclass commits to them in place.
     """
 
-    xp: Any
-    rounding: Starts
-    like: Array
-    dtype: str
-    places: Sequence[Array] | None = None
+    xp: Any  # the functions: `fusedbun.transform.Namespace` and `fusedbun.storage.codes.Storing`
+    rounding: Starts  # how the parameter is rounded, and where noise begins
+    like: Array  # an array of the parameter's shape, on its device, in the precision that is computed in
+    dtype: str  # the name of the parameter's dtype
+    places: Sequence[Array] | None = None  # along each axis, of a part of a parameter; None: from 0 up
 
     @cached_property
     def _index(self) -> Sequence[Array]:
         return self.xp.index(self.like, range(self.like.ndim)) if self.places is None else self.places
 
     def decode(self, key: str, slot: Slot, stored: State) -> Array:
-        """A slot's numbers.
-
-        Args:
-            key: the slot's name.
-            slot: the slot.
-            stored: the state's arrays by name.
-        """
+        """The numbers of the slot of this name, from the state's arrays by name."""
         code = codes.code_of(slot, self.dtype)
         parts = {part: stored[key + part] for part in code.arrays(slot.axes) if part != STEP}
         return code.decode(self.xp, parts, self.like.shape, self.like.dtype)

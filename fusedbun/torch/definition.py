@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from fusedbun.chain import Chain, step
 from fusedbun.storage.rounding import COUNTER
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
-from fusedbun.torch import sparse
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.leaf import Arguments, Leaf
 from fusedbun.torch.state import State, compute_dtype, dtype_name
@@ -22,19 +22,12 @@ class Definition(Implementation):
 
     name = "definition"
 
-    def refusal(self, leaf: Leaf) -> None:
-        """There is nothing that it does not serve."""
-
-    def prepare(self, leaf: Leaf) -> None:
-        """Needs nothing prepared."""
-
     def step(self, leaves: Sequence[Leaf]) -> None:
-        """Steps the leaves one after the other."""
         step_leaves(leaf.arguments for leaf in leaves)
 
 
 def step_leaves(leaves: Iterable[Arguments]) -> None:
-    """One step of each of these parameters."""
+    """One step of each of these parameters, one after the other."""
     for arguments in leaves:
         step_leaf(*arguments)
 
@@ -50,39 +43,34 @@ def step_leaf(
 ) -> None:
     """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written.
 
-    Where the gradient is sparse the rows that it touches are stepped as a parameter of their own.
-
-    Args:
-        chain: the chain for it.
-        lr: the learning rate.
-        maximize: climb instead of descend.
-        param: the parameter, or some of its rows.
-        grad: its gradient.
-        state: its state.
-        rows: which of its rows these are; None: all.
+    Of a sparse gradient the rows that it touches are stepped as a parameter of their own: `rows` says which they are.
     """
     if not param.numel():
         return
     if grad.is_sparse:
-        step_rows(chain, lr, maximize, param, grad, state)
+        rows, values = touched_rows(grad)
+        by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != COUNTER}
+        of_rows = state | {key: x[rows] for key, x in by_row.items()}
+        part = param[rows]
+        step_leaf(chain, lr, maximize, part, values, of_rows, rows)
+        for whole, new in ((param, part), *((x, of_rows[key]) for key, x in by_row.items())):
+            whole.index_copy_(0, rows, new)
         return
     dtype = compute_dtype(param.dtype)
     p = param.to(dtype)
-    storage = InPlace(xp, chain.rounding, p, dtype_name(param.dtype), sparse.places(rows, p))
+    places = None
+    if rows is not None:
+        places = [rows.to(torch.int32).reshape(-1, *[1] * (p.ndim - 1)), *xp.index(p, range(1, p.ndim))]
+    storage = InPlace(xp, chain.rounding, p, dtype_name(param.dtype), places)
     p, _ = step(chain, storage, lr, p, -grad.to(dtype) if maximize else grad.to(dtype), state)
     if p is not param:
         param.copy_(p)
 
 
-def step_rows(chain: Chain, lr: float | Tensor, maximize: bool, param: Tensor, grad: Tensor, state: State) -> None:
-    """One step of the rows that a sparse gradient touches."""
-    rows, values = sparse.touched(grad)
-    by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != COUNTER}
-    of_rows = state | {key: x[rows] for key, x in by_row.items()}
-    part = param[rows]
-    step_leaf(chain, lr, maximize, part, values, of_rows, rows)
-    for whole, new in ((param, part), *((x, of_rows[key]) for key, x in by_row.items())):
-        whole.index_copy_(0, rows, new)
+def touched_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The touched rows, each once, and their gradients."""
+    grad = grad.to(compute_dtype(grad.dtype)).coalesce()  # repeated rows are summed, which bfloat16 is too coarse for
+    return grad.indices()[0], grad.values()
 
 
 class InPlace(Storage):

@@ -12,7 +12,7 @@ kernels or by tiles (`fusedbun.torch.sharding.parts`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,20 +21,20 @@ from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.metrics import Products
 from fusedbun.torch import metrics
-from fusedbun.torch.compiled import Compiled, is_compilable
+from fusedbun.torch.compiled import Compiled, compilable_arguments, is_compilable
 from fusedbun.torch.definition import Definition
-from fusedbun.torch.implementation import Implementation, Repeat
-from fusedbun.torch.kernel import Kernel
-from fusedbun.torch.leaf import Arguments, Group, Leaf, Owner, Place, identical, make_leaves, with_gradient
-from fusedbun.torch.overlap import check_memory
+from fusedbun.torch.implementation import Implementation
+from fusedbun.torch.kernel import Batch, Kernel
+from fusedbun.torch.leaf import Arguments, Group, Leaf, Owner, Place, all_places, identical, make_leaves
+from fusedbun.torch.overlap import arrays_in, check_overlap
 from fusedbun.torch.sharding.parts import Sharded
 from fusedbun.torch.sharding.placement import is_sharded
 from fusedbun.torch.state import update_state
 from fusedbun.torch.tiles import Tiles
 
-DEFINITION, SHARDED = Definition(), Sharded()
-REGISTRY: dict[str, Implementation] = {one.name: one for one in (SHARDED, Kernel(), Compiled(), Tiles(), DEFINITION)}
-IMPLEMENTATIONS = tuple(name for name in REGISTRY if name != SHARDED.name)  # those that can be asked for by name
+KERNEL, COMPILED, TILES, DEFINITION, SHARDED = Kernel(), Compiled(), Tiles(), Definition(), Sharded()
+REGISTRY: dict[str, Implementation] = {one.name: one for one in (KERNEL, COMPILED, TILES, DEFINITION)}
+IMPLEMENTATIONS = tuple(REGISTRY)  # those that can be asked for by name
 # By the type of device, the best first. CUDA has no kernels in use yet.
 BEST = {"cpu": ("kernel", "tiles", "definition"), "cuda": ("compiled", "tiles", "definition")}
 ELSEWHERE = ("tiles", "definition")
@@ -42,47 +42,30 @@ ELSEWHERE = ("tiles", "definition")
 Chosen = dict[Implementation, list[Leaf]]
 
 
-def check_implementation(owner: str, name: str | None) -> None:
-    """Raises a ValueError for a name that is none of an implementation."""
-    if name is not None and name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{owner}: implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, or None for the best "
-            f"that there is, but it is {name!r}"
-        )
+def options(leaf: Leaf, alone: bool = False, compiling: bool = False) -> list[Implementation]:
+    """The implementations that may step a leaf, the best first.
 
-
-def options(leaf: Leaf) -> tuple[str, ...]:
-    """The implementations that may step a leaf, the best first."""
-    if is_sharded(leaf.param):
-        return (SHARDED.name,)
-    if not leaf.is_dense:
-        return (DEFINITION.name,)
-    return (leaf.asked,) if leaf.asked else BEST.get(leaf.param.device.type, ELSEWHERE)
-
-
-def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
-    """The best implementation that serves a leaf, which has prepared it.
-
-    Args:
-        owner: the optimizer.
-        leaf: the leaf.
-        alone: it is stepped by itself, so that what is for all parameters together is left out.
-
-    Raises:
-        KernelError: the only one that may step it cannot.
+    Alone means without what is for all parameters together; compiling, in code that the user compiles.
     """
-    names = options(leaf)
-    for implementation in (REGISTRY[name] for name in names):
-        if alone and implementation.together:
-            continue
+    if is_sharded(leaf.param):
+        return [SHARDED]
+    if compiling or not leaf.is_dense:
+        return [DEFINITION]
+    names = (leaf.asked,) if leaf.asked else BEST.get(leaf.param.device.type, ELSEWHERE)
+    return [REGISTRY[name] for name in names if not (alone and name == COMPILED.name)]
+
+
+def choose(owner: Owner, leaf: Leaf, implementations: Sequence[Implementation]) -> Implementation:
+    """The first of these that serves a leaf, which has prepared it; raises a KernelError where the only one cannot."""
+    for implementation in implementations:
         error = None
         if (reason := implementation.refusal(leaf)) is None:
             try:
                 leaf.prepared = implementation.prepare(leaf)
                 return implementation
-            except (KernelError, UnplannableError) as found:
-                reason, error = str(found), found
-        if len(names) == 1:
+            except (KernelError, UnplannableError) as raised:
+                reason, error = str(raised), raised
+        if len(implementations) == 1:
             text = implementation.error.format(owner=type(owner).__name__, asked=leaf.asked, leaf=leaf.name)
             raise KernelError(f"{text}: {reason}") from error
         if error:
@@ -91,88 +74,66 @@ def choose(owner: Owner, leaf: Leaf, alone: bool = False) -> Implementation:
 
 
 def prepare(
-    owner: Owner, groups: list[Group], places: Iterable[Place], kept: Iterable[Leaf] = (), alone: bool = False
+    owner: Owner,
+    groups: list[Group],
+    places: Iterable[Place],
+    batch: Batch | None = None,
+    *,
+    alone: bool = False,
+    compiling: bool = False,
 ) -> Chosen:
-    """Chooses what steps these parameters, and makes their leaves ready; everything is checked before state is made.
+    """The leaves of those of these parameters that have a gradient, ready, by what steps them (see `options`).
 
-    Args:
-        owner: the optimizer.
-        groups: its param groups, as they are now.
-        places: the parameters, which have a gradient.
-        kept: leaves that are stepped with them, and are ready.
-        alone: the parameter is stepped by itself.
+    Everything is checked before state is made, also against the batch of leaves that kernels step beside them.
     """
     leaves = make_leaves(owner, groups, places)
     chosen: Chosen = {}
     for leaf in leaves:
-        chosen.setdefault(choose(owner, leaf, alone), []).append(leaf)
-    check_memory([leaf for implementation, of in chosen.items() if implementation.at_once for leaf in of], kept)
-    _bring_up_to_date(owner, leaves)
+        chosen.setdefault(choose(owner, leaf, options(leaf, alone, compiling)), []).append(leaf)
+    if KERNEL in chosen:
+        at_once = [*chosen[KERNEL], *(batch.leaves() if batch else ())]
+        check_overlap([array for leaf in at_once for array in arrays_in(leaf)])
+    for leaf in leaves:
+        leaf.state = update_state(owner.state, leaf.param, leaf.arrays)
     return chosen
 
 
-def _bring_up_to_date(owner: Owner, leaves: Iterable[Leaf]) -> None:
-    for leaf in leaves:
-        leaf.state = update_state(owner.state[leaf.param], leaf.param, leaf.arrays)
-
-
 class Stepper:
-    """Steps an optimizer's parameters, or one of them, and keeps from one step to the next what can be repeated.
-
-    Args:
-        only: the place of the one parameter that is stepped, wherever others have gradients; None: all are.
-    """
+    """Steps an optimizer's parameters, or only the one at this place, and keeps what the next step can repeat."""
 
     def __init__(self, only: Place | None = None) -> None:
         self.groups: list[Group] = []  # as the last step found them
-        self._only = only
-        self._repeats: dict[Implementation, Repeat] = {}
-        self._others: list[Place] = []  # the parameters that are in none of them
+        self._only = [only] if only else []
+        self._batch: Batch | None = None  # what kernels stepped
+        self._others: list[Place] = []  # the parameters that are not in the batch
 
     def step(self, owner: Owner, groups: list[Group]) -> None:
-        """Steps every parameter that has a gradient; everything is checked before anything is changed.
+        """Steps every parameter that has a gradient; everything is checked before anything is changed."""
+        batch, others = self._batch, self._others
+        if batch is None or not self._can_repeat(batch, groups, owner.state):
+            batch, others = None, self._only or all_places(groups)
+        chosen = prepare(owner, groups, others, batch, alone=bool(self._only)) if others else {}
+        if new := chosen.pop(KERNEL, None):
+            batch = Batch([*batch.leaves(), *new] if batch else new)
+            taken = {leaf.place for leaf in new}
+            others = [place for place in others if place not in taken]
+        if batch:
+            batch.step()
+        for implementation, leaves in chosen.items():
+            implementation.step(leaves)
+        self.groups, self._batch, self._others = groups, batch, others
 
-        Args:
-            owner: the optimizer.
-            groups: its param groups, as they are now.
-        """
-        repeats = self._repeats if self._hold(groups, owner.state) else {}
-        others = self._others if repeats else self._places(groups)
-        chosen: Chosen = {}
-        if places := [(g, i) for g, i in others if groups[g].params[i].grad is not None]:
-            kept = (leaf for repeat in repeats.values() for leaf in repeat.leaves())
-            chosen = prepare(owner, groups, places, kept, alone=self._only is not None)
-        renewed = {}
-        for implementation in REGISTRY.values():
-            before = repeats.get(implementation)
-            if leaves := chosen.get(implementation):
-                repeat = implementation.step([*before.leaves(), *leaves] if before else leaves)
-                if repeat is not None:
-                    renewed[implementation] = repeat
-            elif before is not None:
-                before.step()
-        self.groups, self._repeats, self._others = groups, {**repeats, **renewed}, others
-        if renewed:
-            held = {leaf.place for repeat in renewed.values() for leaf in repeat.leaves()}
-            self._others = [place for place in others if place not in held]
-
-    def _hold(self, groups: list[Group], state: Mapping[Tensor, Any]) -> bool:
-        """Whether what was stepped before can be repeated, and the other parameters are those that they were."""
-        if not identical([group.params for group in groups], [group.params for group in self.groups]):
-            return False
-        return all(repeat.holds(groups, state) for repeat in self._repeats.values())
-
-    def _places(self, groups: list[Group]) -> list[Place]:
-        if self._only is not None:
-            return [self._only]
-        return [(g, i) for g, group in enumerate(groups) for i in range(len(group.params))]
+    def _can_repeat(self, batch: Batch, groups: list[Group], state: Mapping[Tensor, Any]) -> bool:
+        """Whether the batch can be stepped again, and the other parameters are those that they were."""
+        params, before = ([group.params for group in read] for read in (groups, self.groups))
+        return identical(params, before) and batch.holds(groups, state)
 
 
 def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) -> dict[Tensor, Products]:
     """The same step of some parameters, one after the other, with the inner products of their metrics."""
     products = {}
     for implementation, leaves in prepare(owner, groups, places).items():
-        step_one = (DEFINITION if implementation.together else implementation).step
+        step_one = (DEFINITION if implementation is COMPILED else implementation).step
         for leaf in leaves:
             before, grad = leaf.param.clone(), leaf.grad
             step_one([leaf])
@@ -182,15 +143,9 @@ def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) ->
 
 def step_uncompiled(owner: Owner, groups: list[Group]) -> list[Arguments]:
     """Steps what cannot be stepped in code that the user compiles; what the definition steps the rest with."""
-    leaves = make_leaves(owner, groups, with_gradient(groups), compiling=True)
-    chosen: Chosen = {SHARDED: [], DEFINITION: []}
-    compilable: list[Leaf] = []
-    for leaf in leaves:
-        if is_sharded(leaf.param):
-            chosen[choose(owner, leaf)].append(leaf)
-        else:
-            (compilable if is_compilable(leaf) else chosen[DEFINITION]).append(leaf)
-    _bring_up_to_date(owner, leaves)
-    for implementation, those in chosen.items():
-        implementation.step(those)
-    return [leaf.arguments for leaf in compilable]
+    chosen = prepare(owner, groups, all_places(groups), compiling=True)
+    leaves = chosen.pop(DEFINITION, [])
+    chosen[DEFINITION] = [leaf for leaf in leaves if not is_compilable(leaf)]
+    for implementation, uncompiled in chosen.items():
+        implementation.step(uncompiled)
+    return compilable_arguments(leaves)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,25 +18,16 @@ from fusedbun.metrics import Products, measured
 from fusedbun.recipe import INITIAL_LR, Recipe
 from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import dispatch, loading, metrics
-from fusedbun.torch.checks import chain_at, check_parameter, name_of, warn_user
 from fusedbun.torch.definition import step_leaves
-from fusedbun.torch.dispatch import Stepper
-from fusedbun.torch.leaf import Arguments, read_groups, with_gradient
+from fusedbun.torch.dispatch import IMPLEMENTATIONS, Stepper
+from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, name_of, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
-from fusedbun.torch.state import dtype_name, update_state
+from fusedbun.torch.state import arrays_of, filled, update_state
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
-_OWN = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
-
-
-class Release(Protocol):
-    """Gradient release, as the optimizer sees it (`fusedbun.torch.release.GradientRelease`)."""
-
-    def finish(self) -> dict[Tensor, Products]: ...
-    def forget(self) -> None: ...
-    def remove(self) -> None: ...
+OPTIONS = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -60,9 +53,8 @@ class TransformOptimizer(torch.optim.Optimizer):
     densifies_sparse_gradients = False
     metric_functions = metrics.FUNCTIONS
     record_metrics = False  # set to True, each step records what `report_per_parameter_metrics` reports
-    gradient_release: Release | None = None  # what `fusedbun.release_gradients` has attached
-    _saved: loading.Saved | None = None
-    _convert = False
+    gradient_release: Any = None  # the `GradientRelease` that `fusedbun.release_gradients` has attached
+    _saved: loading.Saved | None = None  # what is being loaded
 
     def __init__(
         self,
@@ -76,15 +68,19 @@ class TransformOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         implementation: str | None = None,
     ) -> None:
-        dispatch.check_implementation(type(self).__name__, implementation)
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"{type(self).__name__}: implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, or "
+                f"None for the best that there is, but it is {implementation!r}"
+            )
         self.recipe = recipe
         self._implementation = implementation
         self._stepper = Stepper()
         self._products: dict[Tensor, Products] = {}
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
-        own = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
-        defaults = {"lr": lr, **hyperparameters, **own}
+        options = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        defaults = {"lr": lr, **hyperparameters, **options}
         self.chain(defaults)
         super().__init__(params, defaults)
 
@@ -101,27 +97,25 @@ class TransformOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group, g = self.param_groups[-1], len(self.param_groups) - 1
+        arrays = {}
         try:
             chain = self.chain(group)
             if self.recipe.wants_initial_lr:
                 group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
-            placed = {}
-            for index, param in enumerate(group["params"]):
-                name = name_of(group, len(self.param_groups) - 1, index)
+            for i, param in enumerate(group["params"]):
+                name = name_of(group, g, i)
                 self._check_parameter(name, param)
-                here = chain_at(chain, self.param_groups, len(self.param_groups) - 1, index)
-                arrays = here.arrays(tuple(param.shape), dtype_name(param.dtype))
+                arrays[param] = arrays_of(chain_at(chain, self.param_groups, g, i), param)
                 if is_sharded(param):
-                    check_placement(type(self).__name__, name, param, arrays)
-                    placed[param] = arrays
+                    check_placement(type(self).__name__, name, param, arrays[param])
         except Exception:
             self.param_groups.pop()
             raise
         # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
-        for param, arrays in placed.items():
+        for param in filter(is_sharded, group["params"]):
             if param.requires_grad and not param.is_meta:
-                update_state(self.state[param], param, arrays)
+                update_state(self.state, param, arrays[param])
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
         if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
@@ -130,7 +124,11 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def _check_parameter(self, name: str, param: Tensor) -> None:
         """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
-        check_parameter(type(self).__name__, name, param)
+        if param.dtype not in FLOATING:
+            raise TypeError(
+                f"{name} is {param.dtype}, but {type(self).__name__} steps real floating-point parameters only "
+                f"({', '.join(map(str, FLOATING))}); a complex one can be given as torch.view_as_real(param)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the param groups, as for every torch optimizer.
@@ -155,19 +153,18 @@ class TransformOptimizer(torch.optim.Optimizer):
 
         Raises a ValueError that says what does not fit, before anything is changed.
         """
-        # The last of the pre-hooks sees the dict that torch will load.
-        self._convert = convert
-        hook = self.register_load_state_dict_pre_hook(self._keep_saved)
+
+        def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            merged = loading.with_own_settings(self, saved, convert)
+            self._saved = loading.saved_state(self, saved, merged, convert)
+            return merged
+
+        hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees the dict that torch will load
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-            self._saved, self._convert = None, False
-
-    def _keep_saved(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        known = loading.with_own(self, state_dict, self._convert)
-        self._saved = loading.saved_state(self, state_dict, self._convert)
-        return known
+            self._saved = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("recipe", "record_metrics", "_implementation", "_hyperparameters", "_warned")
@@ -181,8 +178,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        if self._saved is not None:  # called by load_state_dict, before its post-hooks
-            loading.restore(self, self._saved)
+        for param, entries in (self._saved or {}).items():  # called by load_state_dict, before its post-hooks
+            self.state[param] = {key: filled(stored, param, value) for key, (stored, value) in entries.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -205,10 +202,10 @@ class TransformOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        products = self.gradient_release.finish() if self.gradient_release else {}
+        products: dict[Tensor, Products] = self.gradient_release.finish() if self.gradient_release else {}
         if self.record_metrics:
             groups = read_groups(self, [])
-            products |= dispatch.step_recorded(self, groups, with_gradient(groups))
+            products |= dispatch.step_recorded(self, groups, all_places(groups))
         else:
             self._stepper.step(self, read_groups(self, self._stepper.groups))
         self._products = products
@@ -255,11 +252,11 @@ class TransformOptimizer(torch.optim.Optimizer):
     def chain(self, group: Mapping[str, Any]) -> Chain:
         """The chain that steps a param group; raises a TypeError or ValueError where a hyper-parameter is not valid."""
         self.check_lr(group["lr"])
-        check(type(self).__name__, _OWN, {name: group[name] for name in _OWN})
-        given = {name: group[name] for name in self._hyperparameters}
+        check(type(self).__name__, OPTIONS, {name: group[name] for name in OPTIONS})
+        arguments = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
-            given[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
-        return replace(self.recipe.make(**given), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
+            arguments[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
+        return replace(self.recipe.make(**arguments), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
 
     def check_lr(self, lr: Any) -> None:
         """Raises a TypeError or ValueError for a learning rate that is not valid."""
@@ -274,12 +271,14 @@ class TransformOptimizer(torch.optim.Optimizer):
     def chain_arguments(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What the chains of a group's parameters are made of, and how they are stepped, beside the learning rate."""
         first = (group.get(FIRST_LR, group["lr"]),) if self.recipe.wants_initial_lr else ()
-        hyperparameters = (group[name] for name in self._hyperparameters)
-        own = (group[name] for name in _OWN)
-        return (*own, *first, *hyperparameters)
+        return (*first, *(group[name] for name in (*OPTIONS, *self._hyperparameters)))
 
     def warn_once(self, message: str) -> None:
-        """Warns of something that is the same in every step."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warn_user(f"{type(self).__name__}: {message}")
+        """Warns of something that is the same in every step, at the line that called into torch or this package."""
+        if message in self._warned:
+            return
+        self._warned.add(message)
+        frame, level = sys._getframe(), 1
+        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusedbun", "torch"):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"{type(self).__name__}: {message}", stacklevel=level)

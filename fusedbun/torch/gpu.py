@@ -9,12 +9,11 @@ was imported.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+import linecache
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from itertools import accumulate
 from math import ceil, prod
 from types import MappingProxyType, ModuleType
@@ -24,15 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedbun.compiler.cpp.build import cache_folder
-from fusedbun.compiler.graph import Value
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD
 from fusedbun.compiler.triton.module import emit, kernels
-from fusedbun.compiler.triton.passes import has_blocks
 from fusedbun.compiler.triton.text import Table, numbers, words
 from fusedbun.storage.rounding import PARAM
-from fusedbun.torch.state import compute_dtype, stored_dtype
+from fusedbun.torch.state import compute_dtype, dtype_name, stored_dtype
 
 ALIGNED = 16  # every kept array starts at a multiple of so many numbers
 WARPS = 8  # of a program: each thread has 8 elements of a tile, and registers enough for what is made of them
@@ -51,33 +47,12 @@ SMALL_TILE = Tile(32, 32)  # for what is not of full size
 
 
 class Leaf(NamedTuple):
-    """A parameter and its state.
-
-    Args:
-        param: the parameter.
-        slots: its state, by `<transformation>.<slot>`.
-        scalars: the row of the step's scalars that it is stepped with.
-        words: the program's hyper-parameters that are words, by name (`fusedbun.compiler.trace.hyperparameters`).
-    """
+    """A parameter and its state."""
 
     param: Tensor
-    slots: Mapping[str, Tensor]
-    scalars: int = 0
-    words: Mapping[str, int] = MappingProxyType({})
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel.
-
-    Args:
-        kernel: from the generated module.
-        work: for each program, its leaf and its block.
-        tile: how large a block is.
-    """
-
-    kernel: Any
-    work: Tensor
-    tile: Tile
+    slots: Mapping[str, Tensor]  # its state, by `<transformation>.<slot>`
+    scalars: int = 0  # the row of the step's scalars that it is stepped with
+    words: Mapping[str, int] = MappingProxyType({})  # by name, the program's hyper-parameters that are words
 
 
 class GpuStep:
@@ -102,35 +77,36 @@ class GpuStep:
         self._leaves, self._scalars = tuple(leaves), scalars
         self._order = schedule.program.graph.order
         self._table = Table(schedule)
-        self._tiles = (TILE_OF_BLOCKS,) if any(map(has_blocks, schedule.passes)) else TILES
-        self._host = np.zeros((len(leaves), len(self._table.names)), np.int64)
-        for leaf, row in zip(leaves, self._host, strict=True):
+        self._tiles = (TILE_OF_BLOCKS,) if self._table.is_coded else TILES
+        self._rows = np.zeros(len(leaves), [(name, np.int64) for name in self._table.names])
+        for leaf, row in zip(leaves, self._rows, strict=True):
             self._fill(leaf, row)
         self._workspace = self._reserve()
-        self._rows_of_leaves = torch.from_numpy(self._host).to(scalars.device, copy=True)
+        self._rows_on_device = self._host_rows().to(scalars.device, copy=True)
+        if find_spec("triton") is None:
+            raise ImportError("kernels on a GPU need Triton, which torch for CUDA brings along; pip install triton")
         module = load(emit(schedule))
         self.launches = [x for k in kernels(schedule) for x in self._launches_of(k.work, getattr(module, k.name))]
 
     def __call__(self, grads: Sequence[Tensor]) -> None:
-        """Steps every leaf.
-
-        Args:
-            grads: the leaves' gradients, each with its parameter's shape, layout in memory, dtype and device.
-        """
+        """Steps every leaf with its gradient, which has its parameter's shape, layout in memory, dtype and device."""
         self._look_up(grads)
-        dtypes = [_triton_dtype(x) for x in (self._leaves[0].param, self._scalars)]
+        language = import_module("triton.language")
+        dtypes = [getattr(language, dtype_name(x.dtype)) for x in (self._leaves[0].param, self._scalars)]
         with torch.cuda.device(self._scalars.device if self._scalars.is_cuda else -1):
             for kernel, work, tile in self.launches:
                 # Not fused, every operation is rounded as in the definition.
                 options = {"num_warps": WARPS, "enable_fp_fusion": False}
-                kernel[(len(work),)](self._rows_of_leaves, work, *dtypes, *tile, **options)
+                kernel[(len(work),)](self._rows_on_device, work, *dtypes, *tile, **options)
 
     def _look_up(self, grads: Sequence[Tensor]) -> None:
         """Puts the gradients' addresses into the table."""
-        for leaf, grad in zip(self._leaves, grads, strict=True):
-            self._check_gradient(leaf.param, grad)
-        addresses = np.array([[grad.data_ptr()] for grad in grads])
-        if np.array_equal(self._columns(GRAD), addresses):
+        for (param, *_), grad in zip(self._leaves, grads, strict=True):
+            kind, wanted = ((x.shape, x.stride(), x.dtype, x.device) for x in (grad, param))
+            if kind != wanted:
+                _check_array("the gradient", grad, _shape(param), param.dtype, param.device, self._order)
+        addresses = [grad.data_ptr() for grad in grads]
+        if np.array_equal(self._rows[GRAD], addresses):
             return
         on_gpu = self._scalars.is_cuda
         if on_gpu and torch.cuda.is_current_stream_capturing():
@@ -138,54 +114,49 @@ class GpuStep:
                 "a CUDA graph captures a step whose gradients lie elsewhere than in the step before; keep them where "
                 "they are with zero_grad(set_to_none=False), and take a step before the capture"
             )
-        self._columns(GRAD)[:] = addresses
-        host = torch.from_numpy(self._host.copy())
-        self._rows_of_leaves.copy_(host.pin_memory() if on_gpu else host, non_blocking=True)
+        self._rows[GRAD] = addresses
+        host = self._host_rows()
+        self._rows_on_device.copy_(host.pin_memory() if on_gpu else host, non_blocking=True)
 
-    def _check_gradient(self, param: Tensor, grad: Tensor) -> None:
-        kind, wanted = ((x.shape, x.stride(), x.dtype, x.device) for x in (grad, param))
-        if kind != wanted:
-            _check_array("the gradient", grad, _shape(param), param.dtype, param.device, self._order)
-
-    def _columns(self, *names: str) -> Any:
-        """Some neighbouring columns of the table."""
-        first = self._table.names.index(names[0])
-        return self._host[:, first : first + len(names)]
+    def _host_rows(self) -> Tensor:
+        """A copy of the table as a tensor."""
+        return torch.from_numpy(self._rows.copy().view(np.int64).reshape(len(self._rows), -1))
 
     def _fill(self, leaf: Leaf, row: Any) -> None:
         """Writes a leaf's row of the table, but for what is not known yet."""
         shape, graph = _shape(leaf.param), self._table.graph
         R, C = (prod(shape[axis] for axis in axes) for axes in (graph.row, graph.columns))
-        known = {f"n{axis}": n for axis, n in enumerate(shape)}
-        known |= {"R": R, "C": C, "B": ceil(R / self._tile(C).rows)}
+        numbers = {f"n{axis}": n for axis, n in enumerate(shape)} | {"R": R, "C": C, "B": ceil(R / self._tile(C).rows)}
         arrays = {PARAM: leaf.param, "scalars": self._scalars[leaf.scalars], **leaf.slots}
-        known |= {name: array.data_ptr() for name, array in arrays.items()} | dict(leaf.words)
-        for name, number in known.items():
-            row[self._table.names.index(name)] = number
+        addresses = {name: array.data_ptr() for name, array in arrays.items()}
+        for name, number in (numbers | addresses | dict(leaf.words)).items():
+            row[name] = number
 
     def _reserve(self) -> Tensor:
-        """A place for what is kept while a step runs."""
-        temporary = self._table.temporary
-        lengths = [self._length(row, name, v) for row in self._host for name, v in temporary.items()]
+        """A place for what is kept while a step runs; what is reduced is kept for every block."""
+        temporary, by_block = self._table.temporary, {*self._table.parts.values()}
+        lengths = [
+            int(prod(row[f"n{axis}"] for axis in v.axes) * (row["B"] if name in by_block else 1))
+            for row in self._rows
+            for name, v in temporary.items()
+        ]
         *starts, total = accumulate((ceil(n / ALIGNED) * ALIGNED for n in lengths), initial=0)
         workspace = torch.empty(total, dtype=self._scalars.dtype, device=self._scalars.device)
         addresses = workspace.data_ptr() + workspace.element_size() * np.array(starts, np.int64)
-        if temporary:
-            self._columns(*temporary)[:] = addresses.reshape(len(self._leaves), -1)
+        for name, column in zip(temporary, addresses.reshape(len(self._rows), len(temporary)).T, strict=True):
+            self._rows[name] = column
         return workspace
-
-    def _length(self, row: Any, name: str, v: Value) -> int:
-        """How many numbers a leaf keeps of a value; what is reduced is kept for every block."""
-        sizes = [row[self._table.names.index(f"n{axis}")] for axis in v.axes]
-        return int(prod(sizes) * (row[-1] if v in self._table.parts and name == self._table.parts[v] else 1))
 
     def _tile(self, columns: int) -> Tile:
         """The tile for leaves of so many columns."""
         return next((tile for tile in self._tiles if columns <= tile.columns), self._tiles[-1])
 
-    def _launches_of(self, work: str, kernel: Any) -> Iterator[Launch]:
-        """The launches of a kernel. Leaves whose blocks of rows are of other shapes have a launch of their own."""
-        R, C, B = self._columns("R", "C", "B").T
+    def _launches_of(self, work: str, kernel: Any) -> Iterator[tuple[Any, Tensor, Tile]]:
+        """The launches of a kernel, with the leaf and the block of each program, and how large a block is.
+
+        Leaves whose blocks of rows are of other shapes have a launch of their own.
+        """
+        R, C, B = (self._rows[name] for name in "RCB")
         if work == "rows":
             counts = {tile: B * [self._tile(n) == tile for n in C] for tile in self._tiles}
         elif work == "elements":
@@ -196,42 +167,20 @@ class GpuStep:
             counts = {SMALL_TILE: np.ones_like(C)}
         for tile, count in counts.items():
             if count.any():
-                yield Launch(kernel, torch.from_numpy(_programs(count)).to(self._scalars.device), tile)
-
-
-def load(source: str) -> ModuleType:
-    """The module with this source. It is kept in a file named by its content, for Triton compiles from files."""
-    if find_spec("triton") is None:
-        raise ImportError("kernels on a GPU need Triton, which torch for CUDA brings along; pip install triton")
-    return _load(source)
+                leaves = np.repeat(np.arange(len(count)), count)
+                blocks = np.arange(len(leaves)) - (np.cumsum(count) - count)[leaves]
+                programs = torch.from_numpy(np.stack([leaves, blocks], axis=1).astype(np.int32))
+                yield kernel, programs.to(self._scalars.device), tile
 
 
 @cache
-def _load(source: str) -> ModuleType:
+def load(source: str) -> ModuleType:
+    """The module with this source, which Triton looks up among the lines of files."""
     name = f"triton_{hashlib.sha256(source.encode()).hexdigest()[:24]}"
-    path = cache_folder() / f"{name}.py"
-    if not path.exists() or path.read_text(encoding="utf-8") != source:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(source)
-        os.replace(file.name, path)  # at once, for other processes may want it too
-    spec = spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    module = ModuleType(name)
+    exec(compile(source, name, "exec"), vars(module))
     return module
-
-
-def _programs(counts: Any) -> Any:
-    """A leaf and a block for each program, where every leaf has so many blocks."""
-    leaves = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    return np.stack([leaves, np.arange(len(leaves)) - first[leaves]], axis=1).astype(np.int32)
-
-
-def _triton_dtype(x: Tensor) -> Any:
-    return getattr(import_module("triton.language"), str(x.dtype).removeprefix("torch."))
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
@@ -254,18 +203,15 @@ def _check(schedule: Schedule, leaves: Sequence[Leaf], scalars: Tensor) -> None:
         if len(sizes) != len(order):
             raise ValueError(f"the plan is for parameters of {len(order)} axes, but the parameter has {len(sizes)}")
         _check_array("the parameter", leaf.param, sizes, dtype, device, order)
-        _check_names("slots", leaf.slots, program.arrays)
-        _check_names("words", leaf.words, {v.detail: v for v in words(program)})
+        named = {"slots": (leaf.slots, program.arrays), "words": (leaf.words, [v.detail for v in words(program)])}
+        for title, (found, wanted) in named.items():
+            if {*found} != {*wanted}:
+                raise ValueError(f"the {title} must be {sorted(wanted)}, but they are {sorted(found)}")
         for name, stored in program.arrays.items():
             axes = (0, 1, 2) if stored.is_by_blocks else order
             _check_array(name, leaf.slots[name], stored.shape(sizes), stored_dtype(stored), device, axes)
         if not 0 <= leaf.scalars < len(scalars):
             raise ValueError(f"a leaf has row {leaf.scalars} of the scalars, but there are {len(scalars)}")
-
-
-def _check_names(title: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if given.keys() != wanted.keys():
-        raise ValueError(f"the {title} must be {sorted(wanted)}, but they are {sorted(given)}")
 
 
 def _check_array(

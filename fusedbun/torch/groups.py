@@ -32,28 +32,27 @@ def param_groups(model: nn.Module, rules: Rules | None = None, *, no_decay: str 
         ValueError: a pattern matches no parameter.
     """
     params = dict(model.named_parameters())
-    found = overrides(params, rules or {})
+    changes = overrides(params, rules or {})
     if no_decay is not None:
         spared = spared_from_decay(model)
-        found = {name: ({no_decay: 0.0} if name in spared else {}) | given for name, given in found.items()}
+        changes = {name: ({no_decay: 0.0} if name in spared else {}) | changed for name, changed in changes.items()}
+    settings: list[dict[str, Any]] = []  # of the groups
     groups: list[dict[str, Any]] = []
-    for name, given in found.items():
-        for group in groups:
-            if {key: value for key, value in group.items() if key != "params"} == given:
-                group["params"].append((name, params[name]))
-                break
-        else:
-            groups.append({"params": [(name, params[name])], **given})
+    for name, changed in changes.items():
+        if changed not in settings:
+            settings.append(changed)
+            groups.append({"params": [], **changed})
+        groups[settings.index(changed)]["params"].append((name, params[name]))
     return groups
 
 
 def spared_from_decay(model: nn.Module) -> set[str]:
     """The names of biases, of everything in a norm, and of embeddings."""
-    spared = set()
-    for module_name, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            is_norm = "norm" in type(module).__name__.lower()
-            is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-            if "bias" in name or is_norm or is_embedding:
-                spared.add(f"{module_name}.{name}" if module_name else name)
-    return spared
+    return {
+        name
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(prefix, recurse=False)
+        if "bias" in name.rpartition(".")[2]
+        or "norm" in type(module).__name__.lower()
+        or isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }

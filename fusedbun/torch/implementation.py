@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from torch import Tensor
-
-from fusedbun.torch.leaf import Group, Leaf
-from fusedbun.torch.state import State
-
-
-class Repeat(Protocol):
-    """Leaves that were stepped, and are stepped again as they are while nothing about them changes."""
-
-    def holds(self, groups: list[Group], state: Mapping[Tensor, State]) -> bool:
-        """Whether nothing has changed but numbers, which it takes up, and gradients; if so, `step` may be called."""
-
-    def leaves(self) -> list[Leaf]:
-        """The leaves, for another step of them together with others."""
-
-    def step(self) -> None:
-        """Steps the leaves that have a gradient."""
+from fusedbun.torch.leaf import Leaf
 
 
 class Implementation(ABC):
@@ -34,20 +18,18 @@ class Implementation(ABC):
 
     name: ClassVar[str]
     error: ClassVar[str] = "{owner}: implementation={asked!r} cannot step {leaf}"  # where there is no other to ask
-    at_once: ClassVar[bool] = False  # its leaves are stepped at once, so no two of them may share memory
-    together: ClassVar[str] = ""  # what it does to all parameters together, if it is not for one that comes alone
 
-    @abstractmethod
     def refusal(self, leaf: Leaf) -> str | None:
         """Why it does not serve such tensors, whatever the chain is; None: it may serve them."""
+        return None
 
-    @abstractmethod
     def prepare(self, leaf: Leaf) -> Any:
         """What it steps the leaf with, to be found in `leaf.prepared`; nothing is changed yet.
 
         Raises a KernelError or UnplannableError where it cannot step the leaf's chain.
         """
+        return None
 
     @abstractmethod
-    def step(self, leaves: Sequence[Leaf]) -> Repeat | None:
-        """Steps the leaves; may return what steps them again, without their being prepared again."""
+    def step(self, leaves: Sequence[Leaf]) -> None:
+        """Steps the leaves."""

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain as joined
 from itertools import compress
 from operator import attrgetter, is_, methodcaller
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +29,12 @@ KIND = attrgetter("dtype", "layout", "is_cpu", "shape")
 STRIDES, ADDRESS = Tensor.stride, Tensor.data_ptr
 
 
-class Prepared(NamedTuple):
-    """What a leaf is stepped with: its kernel, and its gradients' strides (they have its dtype)."""
-
-    kernel: native.Kernel
-    grad_strides: tuple[int, ...]
-
-
 class Kernel(Implementation):
     """Generated code, on the CPU."""
 
     name = "kernel"
-    at_once = True
 
     def refusal(self, leaf: Leaf) -> str | None:
-        """Why kernels do not serve such tensors."""
         param, grad = leaf.param, leaf.grad
         if not (param.is_cpu and grad.is_cpu):
             return f"kernels step parameters on the CPU, but it is on {param.device}"
@@ -54,31 +44,23 @@ class Kernel(Implementation):
             return "one of its hyper-parameters is a tensor"
         if param.is_neg() or grad.is_neg():
             return "it is stored as its negative"
-        for key, stored in leaf.arrays.items():
-            x = leaf.state.get(key)
-            if x is None:
-                continue
+        for key in filter(leaf.arrays.__contains__, leaf.state):
+            x, stored = leaf.state[key], leaf.arrays[key]
             if (type(x), x.dtype, x.layout, x.is_cpu) != (Tensor, stored_dtype(stored), torch.strided, True):
                 return f"its state {key!r} is {x.dtype} on {x.device}"
-            if not (len(stored.axes) == param.ndim and stored.part == "element") and not x.is_contiguous():
+            if not (stored.is_full(param.ndim) or x.is_contiguous()):
                 return f"its state {key!r} is not contiguous"
         return None
 
-    def prepare(self, leaf: Leaf) -> Prepared:
-        """The kernel of the leaf's chain, compiled now if it has to be."""
+    def prepare(self, leaf: Leaf) -> tuple[native.Kernel, tuple[int, ...]]:
+        """Its kernel, and its gradients' strides (they have its dtype)."""
         param = leaf.param
         order = native.memory_order(tuple(param.shape), STRIDES(param))
         kernel = native.kernel(leaf.chain, param.ndim, order, dtype_name(param.dtype), leaf.group.maximize)
-        return Prepared(kernel, STRIDES(leaf.grad))
+        return kernel, STRIDES(leaf.grad)
 
-    def step(self, leaves: Sequence[Leaf]) -> Batch:
-        """Steps the leaves all at once, each with its parameter's gradient, those without one not at all."""
-        batch = Batch(leaves)
-        batch.take_gradients()
-        batch.step()
-        for leaf in leaves:
-            leaf.grad = None
-        return batch
+    def step(self, leaves: Sequence[Leaf]) -> None:
+        Batch(leaves).step()
 
 
 def is_of_numbers(chain: Chain) -> bool:
@@ -92,42 +74,46 @@ def described(x: Tensor) -> native.Array:
 
 
 class Batch:
-    """Leaves that are described to the runtime, to be stepped once and again.
+    """Leaves that `Kernel` has prepared, described to the runtime to be stepped once and again.
 
-    Args:
-        leaves: the leaves, each with what `Kernel` has prepared for it.
+    They let go of their gradients; each step takes those that the parameters have then.
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
-        self._leaves = list(leaves)
+        self._leaves = leaves
         self._groups = {leaf.place[0]: leaf.group for leaf in leaves}
         self._params = [leaf.param for leaf in leaves]
         self._kinds = list(map(KIND, self._params))
         self._strides = list(map(STRIDES, self._params))
-        self._grad_strides = [leaf.prepared.grad_strides for leaf in leaves]
+        self._grad_strides = [strides for _, strides in (leaf.prepared for leaf in leaves)]
         self._state = list(joined.from_iterable(leaf.state.values() for leaf in leaves))
         self._addresses = list(map(ADDRESS, (*self._params, *self._state)))
-        self._present = [False] * len(leaves)  # which of them have a gradient
-        self._grads: list[Tensor] = []  # held until the step is over, whatever other threads do
         # Leaves of one group, one chain and one kernel share a row of numbers.
         rows: dict[tuple[int, int, Chain], int] = {}
         self._numbers: list[tuple[int, native.Kernel, Chain]] = []
         self._rows: list[int] = []
+        descriptions = []
         for leaf in leaves:
-            g, kernel = leaf.place[0], leaf.prepared.kernel
+            g, (kernel, grad_strides), width = leaf.place[0], leaf.prepared, leaf.param.element_size()
             self._rows.append(rows.setdefault((g, kernel.address, leaf.chain), len(rows)))
             if len(rows) > len(self._numbers):
                 self._numbers.append((g, kernel, leaf.chain))
-        self._native = native.Leaves(list(map(_describe, leaves, self._rows)), len(rows))
+            grad = native.Array(native.ABSENT, width, tuple(step * width for step in grad_strides))
+            arrays = [described(leaf.param), grad, *(described(leaf.state[key]) for key in kernel.program.arrays)]
+            descriptions.append(native.Description(kernel, tuple(leaf.param.shape), arrays, self._rows[-1]))
+        self._native = native.Leaves(descriptions, len(rows))
         for row, (g, _, _) in enumerate(self._numbers):
             self._evaluate(row, self._groups[g].rate)
+        self._take_gradients()
+        for leaf in leaves:
+            leaf.grad = None
 
     def _evaluate(self, row: int, rate: float | None) -> None:
         _, kernel, chain = self._numbers[row]
         values = hyperparameters(kernel.program, chain, rate)
         self._native.set_numbers(row, evaluate(kernel.program.scalars, values))
 
-    def leaves(self) -> list[Leaf]:
+    def leaves(self) -> Sequence[Leaf]:
         """The leaves, with the hyper-parameters that they have now."""
         for leaf, row in zip(self._leaves, self._rows, strict=True):
             g, _, leaf.chain = self._numbers[row]
@@ -135,8 +121,8 @@ class Batch:
         return self._leaves
 
     def holds(self, groups: list[Group], state: Mapping[Tensor, State]) -> bool:
-        """Whether a step finds what was described. Then the batch has taken up its gradients and numbers."""
-        return self._take_numbers(groups) and self._finds(state) and self.take_gradients()
+        """Whether nothing has changed but numbers and gradients, which the batch has taken up then for its `step`."""
+        return self._take_numbers(groups) and self._finds_arrays(state) and self._take_gradients()
 
     def _take_numbers(self, groups: list[Group]) -> bool:
         """Takes up the hyper-parameters' new values, if these do not choose other code or state."""
@@ -151,42 +137,43 @@ class Batch:
         self._groups = {g: groups[g] for g in before}
         return True
 
-    def _finds(self, state: Mapping[Tensor, State]) -> bool:
+    def _finds_arrays(self, state: Mapping[Tensor, State]) -> bool:
         """Whether the parameters and their state are what and where they were."""
-        kept = list(map(state.get, self._params))
-        if None in kept:
+        states = list(map(state.get, self._params))
+        if None in states:
             return False
-        found = list(joined.from_iterable(map(methodcaller("values"), kept)))
+        arrays = list(joined.from_iterable(map(methodcaller("values"), states)))
         return (
-            len(found) == len(self._state)
-            and all(map(is_, found, self._state))
-            and list(map(ADDRESS, (*self._params, *found))) == self._addresses
+            len(arrays) == len(self._state)
+            and all(map(is_, arrays, self._state))
+            and list(map(ADDRESS, (*self._params, *arrays))) == self._addresses
             and list(map(KIND, self._params)) == self._kinds
             and list(map(STRIDES, self._params)) == self._strides
         )
 
-    def take_gradients(self) -> bool:
+    def _take_gradients(self) -> bool:
         """Takes up the gradients of those leaves that have one, if all are of the kind that was described."""
-        grads = [param.grad for param in self._params]
-        self._present = [grad is not None for grad in grads]
-        found = [grad for grad in grads if grad is not None]
+        every = [param.grad for param in self._params]
+        self._has_grad = [grad is not None for grad in every]
+        grads = [grad for grad in every if grad is not None]
         if (
-            not all(map(DENSE.__contains__, map(type, found)))
-            or list(map(KIND, found)) != list(compress(self._kinds, self._present))
-            or list(map(STRIDES, found)) != list(compress(self._grad_strides, self._present))
-            or any(map(Tensor.is_neg, found))
+            not all(map(DENSE.__contains__, map(type, grads)))
+            or list(map(KIND, grads)) != list(compress(self._kinds, self._has_grad))
+            or list(map(STRIDES, grads)) != list(compress(self._grad_strides, self._has_grad))
+            or any(map(Tensor.is_neg, grads))
         ):
             return False
-        self._grads, addresses = found, list(map(ADDRESS, found))
-        each = iter(addresses)
-        self._native.set_gradients([next(each) if is_there else native.ABSENT for is_there in self._present])
+        self._grads = grads  # held until the step is over, whatever other threads do
+        addresses = list(map(ADDRESS, grads))
+        following = iter(addresses)
+        self._native.set_gradients([next(following) if has_grad else native.ABSENT for has_grad in self._has_grad])
         return native.ABSENT not in addresses
 
     def step(self) -> None:
         """Steps the leaves that have a gradient."""
-        if any(self._present):
+        if self._grads:
             self._native.step(torch.get_num_threads(), parallel())
-            stepped = compress(self._leaves, self._present)
+            stepped = compress(self._leaves, self._has_grad)
             changed = [x for leaf in stepped for x in (leaf.param, *leaf.state.values())]
             torch.autograd.graph.increment_version(changed)
             self._grads = []
@@ -198,19 +185,10 @@ def _has_same_code(group: Group, before: Group) -> bool:
         return True
     if group.params is not before.params or group.maximize != before.maximize or group.rate is None:
         return False
-    if group.chain is before.chain:
-        return True
-    if group.chain.has_rules or not is_of_numbers(group.chain):
-        return False
+    chain = group.chain
     try:
-        return native.structure(group.chain) == native.structure(before.chain)
+        return chain is before.chain or (
+            not chain.has_rules and is_of_numbers(chain) and native.structure(chain) == native.structure(before.chain)
+        )
     except UnplannableError:
         return False
-
-
-def _describe(leaf: Leaf, row: int) -> native.Description:
-    """What the runtime is told of a leaf; it learns where the gradient is with every step."""
-    kernel, width = leaf.prepared.kernel, leaf.param.element_size()
-    grad = native.Array(native.ABSENT, width, tuple(step * width for step in leaf.prepared.grad_strides))
-    arrays = [described(leaf.param), grad, *(described(leaf.state[key]) for key in kernel.program.arrays)]
-    return native.Description(kernel, tuple(leaf.param.shape), arrays, row)

@@ -7,7 +7,7 @@ same objects, and its rate while it is the same number.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from operator import is_
@@ -17,19 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedbun.chain import Chain
+from fusedbun.chain import Chain, entries_of
 from fusedbun.hyper import plain
 from fusedbun.storage.codes import Stored
-from fusedbun.torch import sparse
-from fusedbun.torch.checks import chain_at, check_gradient, check_state, name_of
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
-from fusedbun.torch.state import State, dtype_name
+from fusedbun.torch.state import State, arrays_of, dtype_name, stored_dtype
 
 Place = tuple[int, int]  # a group's, and a parameter's within it
 Arguments = tuple[Chain, float | Tensor, bool, Tensor, Tensor, State]  # of `fusedbun.torch.definition.step_leaf`
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DENSE = (Tensor, torch.nn.Parameter)  # a subclass may be anything
 MUTABLE = (Tensor, np.ndarray, list)  # hyper-parameters of these types may hold other numbers than they did
-NULL = 0  # the address of a tensor without memory
 
 
 class Owner(Protocol):
@@ -49,63 +47,39 @@ class Owner(Protocol):
 
 
 class Group(NamedTuple):
-    """A param group as a step finds it.
+    """A param group as a step finds it."""
 
-    Args:
-        entries: the group itself.
-        params: its parameters.
-        names: their names, if they have any.
-        arguments: what its chain is made of.
-        chain: what steps it; rules among its hyper-parameters are not yet asked.
-        lr: its learning rate.
-        rate: the learning rate as a number; None where it is on another device.
-        maximize: climb instead of descend.
-    """
-
-    entries: Mapping[str, Any]
     params: tuple[Tensor, ...]
-    names: tuple[str, ...]
-    arguments: tuple[Any, ...]
-    chain: Chain
+    names: tuple[str, ...]  # of the parameters, if they have any
+    values: tuple[Any, ...]  # of the group; none where one may be changed in its place, so that it is read anew
+    arguments: tuple[Any, ...]  # what the chain is made of
+    chain: Chain  # rules among its hyper-parameters are not yet asked
     lr: Any
-    rate: float | None
+    rate: float | None  # the learning rate as a number; None where it is on another device
     maximize: bool
 
 
 @dataclass(eq=False, slots=True)
 class Leaf:
-    """A parameter on its way through a step, and all that it is stepped with.
-
-    Args:
-        group: its param group.
-        place: its place among the param groups.
-        name: what a message calls it.
-        asked: the implementation that was asked for by name; None: the best that there is.
-        chain: the chain for this parameter.
-        lr: the learning rate.
-        param: the parameter.
-        grad: its gradient, a tensor; None in a leaf that is kept from one step to the next.
-        state: what is kept for it; before it is stepped it is made to hold `arrays`.
-        arrays: the arrays that the chain declares.
-        prepared: what its implementation has prepared for it.
-    """
+    """A parameter on its way through a step, and all that it is stepped with."""
 
     group: Group
     place: Place
-    name: str
-    asked: str | None
-    chain: Chain
+    name: str  # what a message calls it
+    asked: str | None  # the implementation that was asked for by name; None: the best that there is
+    chain: Chain  # for this parameter
     lr: float | Tensor
     param: Tensor
-    grad: Any
-    state: State
-    arrays: Mapping[str, Stored]
-    prepared: Any = None
+    grad: Any  # a tensor; None in a leaf that is kept from one step to the next
+    state: State  # before it is stepped it is made to hold `arrays`
+    arrays: Mapping[str, Stored]  # those that the chain declares
+    prepared: Any = None  # by its implementation
 
     @property
     def is_dense(self) -> bool:
-        """Whether the parameter and its gradient are plain arrays of numbers, and not empty ones."""
-        return _is_dense(self.param) and _is_dense(self.param.grad)
+        """Whether the parameter and its gradient are plain arrays of numbers, not empty ones, and have memory."""
+        arrays: tuple[Any, ...] = (self.param, self.param.grad)
+        return all(type(x) in DENSE and x.layout is torch.strided and x.numel() and x.data_ptr() for x in arrays)
 
     @property
     def arguments(self) -> Arguments:
@@ -113,54 +87,36 @@ class Leaf:
         return self.chain, self.lr, self.group.maximize, self.param, self.grad, self.state
 
 
-def _is_dense(x: Any) -> bool:
-    return type(x) in DENSE and x.layout is torch.strided and x.numel() > 0 and x.data_ptr() != NULL
-
-
-def read_groups(owner: Owner, before: list[Group], only: int | None = None) -> list[Group]:
-    """The param groups; a group of which nothing has changed is the object that was read before.
-
-    Args:
-        owner: the optimizer.
-        before: the groups as they were read before.
-        only: the one group to read; the others are taken from `before` as far as they are there. None: all.
-
-    Raises:
-        TypeError, ValueError: a hyper-parameter is not valid.
-    """
+def read_groups(owner: Owner, before: list[Group]) -> list[Group]:
+    """The param groups, checked; one of which nothing has changed is the object that was read before."""
     groups = zip_longest(owner.param_groups, before[: len(owner.param_groups)])
     return [
-        _read(owner, entries, old) if old is None or only in (None, g) else old
-        for g, (entries, old) in enumerate(groups)
+        read_group(owner, entries, old if old and identical(entries["params"], old.params) else None)
+        for entries, old in groups
     ]
 
 
-def fixed_values(entries: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a param group holds: while it holds the same objects it need not be read again.
-
-    Empty where one of its hyper-parameters may be changed in its place, so that it must be read in every step.
-    """
-    values = (value for name, value in entries.items() if name not in ("params", "param_names"))
-    return () if any(map(_may_change, values)) else tuple(entries.values())
+def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> Group:
+    """One param group; `old` is what was read before, if anything was, and its list of parameters is as it was."""
+    if old and identical(entries.values(), old.values):
+        return old
+    lr, names, arguments = entries["lr"], tuple(entries.get("param_names", ())), owner.chain_arguments(entries)
+    chain_may_change = any(map(_may_change, arguments))
+    values = () if chain_may_change or _may_change(lr) else tuple(entries.values())
+    is_same_chain = old and identical(arguments, old.arguments) and not chain_may_change
+    if not (old and is_same_chain and identical(entries["params"], old.params) and names == old.names):
+        params, chain = tuple(entries["params"]), owner.chain(entries)
+        return Group(params, names, values, arguments, chain, lr, _rate(lr), entries["maximize"])
+    owner.check_lr(lr)
+    rate = _rate(lr)
+    if lr is old.lr and rate == old.rate and identical(values, old.values):
+        return old
+    return old._replace(values=values, lr=lr, rate=rate)
 
 
 def identical(values: Collection[Any], others: Collection[Any]) -> bool:
     """Whether these are the same objects."""
     return len(values) == len(others) and all(map(is_, values, others))
-
-
-def _read(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> Group:
-    lr, arguments = entries["lr"], owner.chain_arguments(entries)
-    params = old.params if old and identical(entries["params"], old.params) else tuple(entries["params"])
-    names = tuple(entries.get("param_names", ()))
-    is_as_before = old is not None and params is old.params and names == old.names
-    if old is None or not (is_as_before and identical(arguments, old.arguments)) or any(map(_may_change, arguments)):
-        return Group(entries, params, names, arguments, owner.chain(entries), lr, _rate(lr), entries["maximize"])
-    if lr is old.lr and not isinstance(lr, MUTABLE):
-        return old if entries is old.entries else old._replace(entries=entries)
-    owner.check_lr(lr)
-    rate = _rate(lr)
-    return old if lr is old.lr and rate == old.rate else old._replace(entries=entries, lr=lr, rate=rate)
 
 
 def _may_change(value: Any) -> bool:
@@ -173,57 +129,121 @@ def _rate(lr: Any) -> float | None:
     return float(plain(lr))
 
 
-def learning_rate(lr: Any, compiling: bool) -> float | Tensor:
-    """The learning rate as a step takes it: a tensor of one element loses its axes, to broadcast to any shape.
+def all_places(groups: Iterable[Group]) -> list[Place]:
+    """The places of all parameters."""
+    return [(g, i) for g, group in enumerate(groups) for i in range(len(group.params))]
 
-    Compiled code gets a tensor, for a graph specialises on a Python float.
+
+def chain_at(chain: Chain, groups: Sequence[Mapping[str, Any]], g: int, i: int) -> Chain:
+    """The chain of the param group `g` for its parameter `i`.
+
+    Where parameters have no names, their place among all decides the noise of their rounding.
     """
-    if isinstance(lr, Tensor):
-        return lr.reshape(())
-    number: float = plain(lr)
-    return torch.tensor(number, dtype=torch.float64) if compiling else number
+    param, names = groups[g]["params"][i], groups[g].get("param_names")
+    if names:
+        return chain.at(tuple(names[i].split(".")), param)
+    return chain.at((), param, str(sum(len(group["params"]) for group in groups[:g]) + i))
 
 
-def with_gradient(groups: Iterable[Group]) -> list[Place]:
-    """Where the parameters are that have a gradient."""
-    return [(g, i) for g, group in enumerate(groups) for i, param in enumerate(group.params) if param.grad is not None]
+def name_of(group: Mapping[str, Any], g: int, i: int) -> str:
+    """What a message calls the parameter `i` of a param group, which is number `g`."""
+    names = group.get("param_names")
+    return f"parameter {names[i]!r}" if names else f"parameter {i} of group {g}"
 
 
-def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place], compiling: bool = False) -> list[Leaf]:
-    """The leaves of parameters that have a gradient, checked; nothing is changed yet.
+def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place]) -> list[Leaf]:
+    """The leaves of those of these parameters that have a gradient, checked; nothing is changed yet.
 
-    Args:
-        owner: the optimizer.
-        groups: its param groups, as they are now.
-        places: where the parameters are.
-        compiling: they are stepped in compiled code.
-
-    Raises:
-        TypeError, ValueError: a gradient or a state does not fit its parameter.
+    Raises a TypeError or ValueError where a gradient or a state does not fit its parameter.
     """
-    title, rates = type(owner).__name__, [learning_rate(group.lr, compiling) for group in groups]
-    leaves = []
-    without: dict[str, None] = {}
+    title = type(owner).__name__
+    # a tensor of one element loses its axes, to broadcast to any shape
+    rates = [lr.reshape(()) if isinstance(lr, Tensor) else plain(lr) for lr in (group.lr for group in groups)]
+    leaves: list[Leaf] = []
+    left_out: dict[str, None] = {}
     for g, i in places:
-        group, name = groups[g], name_of(groups[g].entries, g, i)
-        param = group.params[i]
-        check_gradient(title, name, param)
-        chain, grad = chain_at(group.chain, owner.param_groups, g, i), param.grad
-        assert grad is not None
+        group, param = groups[g], groups[g].params[i]
+        if (grad := param.grad) is None:
+            continue
+        name, chain = name_of(owner.param_groups[g], g, i), chain_at(group.chain, owner.param_groups, g, i)
+        check_gradient(title, name, param, grad)
         if grad.is_sparse and owner.densifies_sparse_gradients:
             grad = grad.to_dense()
         elif grad.is_sparse:
-            chain = sparse.rows_chain(chain, name, grad, title)
-            without |= dict.fromkeys(sparse.left_out(group.chain))
-        arrays = chain.arrays(tuple(param.shape), dtype_name(param.dtype))
-        state = owner.state.get(param, {})
+            chain = rows_chain(chain, name, grad, title)
+            left_out |= {t.name: None for t in group.chain if t.for_rows() is None and t.slots((1, 1))}
+        arrays, state = arrays_of(chain, param), owner.state.get(param, {})
         check_state(chain, name, param, state, arrays)
         if is_sharded(param) and state.keys() != arrays.keys():
             check_placement(title, name, param, arrays)
         leaves.append(Leaf(group, (g, i), name, owner.implementation, chain, rates[g], param, grad, state, arrays))
-    if without:
+    if left_out:
         owner.warn_once(
-            f"{', '.join(without)} is left out for parameters with sparse gradients, for it would go on in rows "
+            f"{', '.join(left_out)} is left out for parameters with sparse gradients, for it would go on in rows "
             f"that no gradient touches"
         )
     return leaves
+
+
+def rows_chain(chain: Chain, name: str, grad: Tensor, owner: str) -> Chain:
+    """The chain for the rows that a sparse gradient touches; raises a TypeError where there is none."""
+    advice = "use sparse=False in the embedding that makes it, or grad.to_dense()"
+    if grad.sparse_dim() != 1:
+        raise TypeError(
+            f"the gradient of {name} is sparse along {grad.sparse_dim()} axes, but {owner} takes gradients that are "
+            f"dense or whose rows are sparse; {advice}"
+        )
+    try:
+        return chain.for_rows()
+    except TypeError as error:
+        raise TypeError(
+            f"the gradient of {name} is sparse ({grad.layout}), but {owner} takes dense gradients: {error}; {advice}"
+        ) from None
+
+
+def check_gradient(owner: str, name: str, param: Tensor, grad: Tensor) -> None:
+    """Raises a TypeError or ValueError for a gradient that does not fit its parameter."""
+    if grad.dtype not in FLOATING:
+        raise TypeError(
+            f"the gradient of {name} is {grad.dtype}, but {owner} takes real floating-point gradients: "
+            f"{', '.join(map(str, FLOATING))}"
+        )
+    meshes = [getattr(x, "device_mesh", None) for x in (grad, param)]
+    if meshes[0] != meshes[1]:
+        raise ValueError(
+            f"the gradient of {name} is on {meshes[0] or 'no mesh'}, but the parameter is on {meshes[1] or 'no mesh'}; "
+            f"{owner} takes both as plain tensors, or both as DTensors on one mesh"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {name} has shape {tuple(grad.shape)}, but the parameter has {tuple(param.shape)}"
+        )
+
+
+def check_state(chain: Chain, name: str, param: Tensor, state: State, arrays: Mapping[str, Stored]) -> None:
+    """Raises a ValueError where the state was kept for a parameter of another shape or for gradients of another kind.
+
+    The arrays are those that the chain, which steps the parameter, declares for it.
+    """
+    shape = tuple(param.shape)
+    for key in [key for key in state if key in arrays]:
+        kept, declared = state[key], arrays[key]
+        if kept.shape != declared.shape(shape):
+            raise ValueError(
+                f"the state {key!r} of {name} has shape {tuple(kept.shape)}, but a parameter of shape {shape} keeps "
+                f"{declared.shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
+            )
+        if kept.dtype != stored_dtype(declared):
+            raise ValueError(
+                f"the state {key!r} of {name} is {dtype_name(kept.dtype)}, but {declared.dtype} is stored now; "
+                f"what it is stored in must not change in a run: load its state_dict into a new optimizer with "
+                f"convert=True"
+            )
+    for transform in chain:
+        there, needed = entries_of(transform, state).keys(), entries_of(transform, arrays).keys()
+        if there and needed and there != needed:
+            raise ValueError(
+                f"the state of {name} has {', '.join(there)} for {transform.name}, but this step needs "
+                f"{', '.join(needed)}; a parameter's gradients must be all dense or all sparse, and what chooses its "
+                f"state must not change; delete its entry of the optimizer's state to begin again"
+            )

@@ -7,6 +7,7 @@ converted when that is asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,13 +22,11 @@ from fusedbun.storage.codes import Stored
 from fusedbun.storage.rounding import COUNTER, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
-from fusedbun.torch.checks import chain_at
-from fusedbun.torch.leaf import Owner
-from fusedbun.torch.sharding.placement import local, places_of, put
-from fusedbun.torch.state import State, compute_dtype, dtype_name, stored_dtype, zeros
-from fusedbun.transform import Shape, Slot
+from fusedbun.torch.leaf import Owner, chain_at
+from fusedbun.torch.sharding.placement import local, places_of
+from fusedbun.torch.state import State, arrays_of, compute_dtype, dtype_name, filled, stored_dtype, zeros
 
-Saved = dict[Tensor, Mapping[str, Tensor]]
+Saved = dict[Tensor, dict[str, tuple[Stored, Tensor]]]
 
 
 def without_rules(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -38,7 +37,7 @@ def without_rules(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
                 del group[name]
 
 
-def with_own(optimizer: Owner, state_dict: dict[str, Any], convert: bool) -> dict[str, Any]:
+def with_own_settings(optimizer: Owner, state_dict: dict[str, Any], convert: bool) -> dict[str, Any]:
     """A saved dict with what the optimizer's groups keep of their own: rules, and what state is stored in.
 
     Raises:
@@ -68,7 +67,7 @@ def with_own(optimizer: Owner, state_dict: dict[str, Any], convert: bool) -> dic
                     f"{owner}: the saved state has {name}={saved[name]!r}, but this optimizer has {value!r}; make it "
                     f"with {name}={saved[name]!r}, or have the state converted: load_state_dict(…, convert=True)"
                 )
-        groups.append({**rules, **saved, **stored})
+        groups.append({**optimizer.defaults, **rules, **saved, **stored})
     return {**state_dict, "param_groups": groups}
 
 
@@ -77,53 +76,40 @@ def chooses_storage(name: str) -> bool:
     return name.endswith("dtype") or name == "stochastic_rounding"
 
 
-def saved_state(optimizer: Owner, state_dict: Mapping[str, Any], convert: bool) -> Saved:
+def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, Any], convert: bool) -> Saved:
     """The saved state of each parameter, once all of it is known to fit, as this optimizer stores it.
 
-    Args:
-        optimizer: the optimizer.
-        state_dict: the saved dict.
-        convert: convert what was stored in another dtype, with a warning; otherwise it is an error.
+    The merged dict is the saved one `with_own_settings`. What was stored in another dtype is converted, with a warning,
+    if that is asked for.
 
     Raises:
         ValueError: an entry is not one of this optimizer's, or has another shape or dtype.
         TypeError, ValueError: a saved hyper-parameter is not valid.
     """
-    converted: dict[str, int] = {}
-    owner = type(optimizer).__name__
+    owner, ours = type(optimizer).__name__, optimizer.param_groups
     saved: Saved = {}
-    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
-    for g, (group, saved_group) in enumerate(zip(ours, theirs, strict=True)):
+    converted: Counter[str] = Counter()
+    for g, (theirs, group) in enumerate(zip(state_dict["param_groups"], merged["param_groups"], strict=True)):
         rules = {name: value for name, value in group.items() if callable(value)}
-        given = {**optimizer.defaults, **rules, **saved_group}
-        was = replace(optimizer.chain(given), rounding=Rounding(seed=given["seed"]))
-        chain = optimizer.chain(given | {name: group[name] for name in optimizer.defaults if chooses_storage(name)})
-        names = {t.name for t in chain}
-        for i, (param, index) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
-            entries, shape = dict(state_dict["state"].get(index, {})), tuple(param.shape)
-            counted = {COUNTER: entries.pop(COUNTER)} if COUNTER in entries else {}
-            dtype = dtype_name(param.dtype)
-            before, now = chain_at(was, ours, g, i), chain_at(chain, ours, g, i)
-            found, wanted = before.arrays(shape, dtype), now.arrays(shape, dtype)
-            for key, value in entries.items():
-                if key not in found and key.partition(".")[0] not in names:
-                    raise ValueError(
-                        f"{owner}: the saved state of parameter {index} has {key!r}, which no transformation of "
-                        f"{owner} keeps ({', '.join(found) or 'it keeps none'}); was it saved by another optimizer?"
-                    )
-                if key in found:
-                    _check(owner, index, key, value, found[key], shape, convert)
-            entries = {key: value for key, value in entries.items() if key in found}
-            _check_parts(owner, index, before.slots(shape), dtype, entries)
-            if any(_is_other(entries[key], found[key]) for key in entries) or (
-                entries and {key: x for key, x in wanted.items() if key != COUNTER} != found
-            ):
-                for name, slot in now.slots(shape).items():
-                    parts = [name + part for part in codes.arrays(slot, dtype)]
-                    if any(wanted[key] != found.get(key) or _is_other(entries.get(key), wanted[key]) for key in parts):
-                        converted[name] = converted.get(name, 0) + 1
-                entries = _converted(before, now, param, entries)
-            saved[param] = entries | {key: value for key, value in counted.items() if key in wanted}
+        as_saved = {**optimizer.defaults, **rules, **theirs}
+        chain_then = replace(optimizer.chain(as_saved), rounding=Rounding(seed=as_saved["seed"]))
+        chain_now = optimizer.chain(group)
+        for i, (param, index) in enumerate(zip(ours[g]["params"], theirs["params"], strict=True)):
+            then, now = chain_at(chain_then, ours, g, i), chain_at(chain_now, ours, g, i)
+            entries = dict(state_dict["state"].get(index, {}))
+            counter = entries.pop(COUNTER, None)
+            _check_entries(owner, index, then, param, entries, convert)
+            declared, arrays = arrays_of(then, param), arrays_of(now, param)
+            entries = {key: value for key, value in entries.items() if key in declared}
+            stored = {key: array for key, array in arrays.items() if key != COUNTER}
+            changed = [key for key, x in stored.items() if x != declared.get(key) or _is_other(entries.get(key), x)]
+            if entries and (changed or stored.keys() != declared.keys()):
+                converted.update([*dict.fromkeys(map(codes.slot_of, changed))])
+                entries = _converted(then, now, param, entries)
+            if counter is not None and COUNTER in arrays:
+                entries[COUNTER] = counter
+            if index in state_dict["state"]:
+                saved[param] = {key: (arrays[key], value) for key, value in entries.items()}
     if converted:
         optimizer.warn_once(
             "the saved state is converted to what this optimizer stores it in: "
@@ -132,62 +118,55 @@ def saved_state(optimizer: Owner, state_dict: Mapping[str, Any], convert: bool) 
     return saved
 
 
-def _is_other(value: Tensor | None, stored: Stored) -> bool:
-    return value is not None and value.dtype != stored_dtype(stored)
-
-
-def _check(owner: str, index: Any, key: str, value: Any, stored: Stored, shape: Shape, convert: bool) -> None:
-    """Raises a ValueError where a saved array is not what was to be saved."""
-    found = tuple(value.shape) if isinstance(value, Tensor) else None
-    if found != stored.shape(shape):
-        raise ValueError(
-            f"{owner}: the saved {key!r} of parameter {index} has shape {found}, but a "
-            f"parameter of shape {shape} keeps {stored.shape(shape)}"
-        )
-    dtype = stored_dtype(stored)
-    if value.dtype != dtype and not (convert and value.is_floating_point() and dtype.is_floating_point):
-        raise ValueError(
-            f"{owner}: the saved {key!r} of parameter {index} is {dtype_name(value.dtype)}, but it is stored in "
-            f"{stored.dtype}; to have it converted, load_state_dict(…, convert=True)"
-        )
-
-
-def _check_parts(owner: str, index: Any, slots: Mapping[str, Slot], dtype: str, entries: Mapping[str, Any]) -> None:
-    """Raises a ValueError where codes were saved without what they stand for; a count of steps begins anew."""
-    for name, slot in slots.items():
-        needed = [name + part for part in codes.arrays(slot, dtype) if part != codes.STEP]
+def _check_entries(
+    owner: str, index: Any, chain: Chain, param: Tensor, entries: Mapping[str, Any], convert: bool
+) -> None:
+    """Raises a ValueError where a parameter's saved arrays are not those that the chain kept."""
+    shape, arrays, names = tuple(param.shape), arrays_of(chain, param), {t.name for t in chain}
+    for key, value in entries.items():
+        if key not in arrays:
+            if key.partition(".")[0] in names:
+                continue
+            raise ValueError(
+                f"{owner}: the saved state of parameter {index} has {key!r}, which no transformation of "
+                f"{owner} keeps ({', '.join(arrays) or 'it keeps none'}); was it saved by another optimizer?"
+            )
+        found, wanted = tuple(value.shape) if isinstance(value, Tensor) else None, arrays[key].shape(shape)
+        if found != wanted:
+            raise ValueError(
+                f"{owner}: the saved {key!r} of parameter {index} has shape {found}, but a "
+                f"parameter of shape {shape} keeps {wanted}"
+            )
+        are_real = value.is_floating_point() and stored_dtype(arrays[key]).is_floating_point
+        if _is_other(value, arrays[key]) and not (convert and are_real):
+            raise ValueError(
+                f"{owner}: the saved {key!r} of parameter {index} is {dtype_name(value.dtype)}, but it is stored in "
+                f"{arrays[key].dtype}; to have it converted, load_state_dict(…, convert=True)"
+            )
+    for slot in dict.fromkeys(map(codes.slot_of, arrays)):  # codes need what they stand for; a count begins anew
+        needed = [key for key in arrays if codes.slot_of(key) == slot and key != slot + codes.STEP]
         missing = [key for key in needed if key not in entries]
         if 0 < len(missing) < len(needed):
             raise ValueError(f"{owner}: the saved state of parameter {index} lacks {missing[0]!r}; it is damaged")
 
 
-def _converted(before: Chain, now: Chain, param: Tensor, entries: Mapping[str, Tensor]) -> State:
+def _is_other(value: Tensor | None, stored: Stored) -> bool:
+    return value is not None and value.dtype != stored_dtype(stored)
+
+
+def _converted(then: Chain, now: Chain, param: Tensor, entries: Mapping[str, Tensor]) -> State:
     """The state as it is stored now, from how it was; of a DTensor each process converts its part."""
     dtype, name, shape = compute_dtype(param.dtype), dtype_name(param.dtype), tuple(param.shape)
     like, places = torch.zeros((), dtype=dtype, device=param.device).expand(local(param).shape), places_of(param)
-    was, will = (Storage(xp, chain.rounding, like, name, places) for chain in (before, now))
-    slots, found = now.slots(shape), before.arrays(shape, name)
-    state = {key: zeros(stored, param) for key, stored in now.arrays(shape, name).items() if key != COUNTER}
+    storage_then, storage_now = (Storage(xp, chain.rounding, like, name, places) for chain in (then, now))
+    slots, arrays = now.slots(shape), arrays_of(then, param)
+    state = {key: zeros(stored, param) for key, stored in arrays_of(now, param).items() if key != COUNTER}
     parts = {key: local(x) for key, x in state.items()}
-    kept = {}
-    for key, value in entries.items():
-        as_saved = found[key]._replace(dtype=dtype_name(value.dtype))
-        kept[key] = local(put(zeros(as_saved, param), value))
-    for key, slot in before.slots(shape).items():
-        if key in slots and key in kept and like.numel():
-            changed = will.encode(key, slots[key], was.decode(key, slot, kept), parts)
-            for part, value in changed.items():
+    as_saved = {key: arrays[key]._replace(dtype=dtype_name(x.dtype)) for key, x in entries.items()}
+    old_parts = {key: local(filled(as_saved[key], param, x)) for key, x in entries.items()}
+    for key, slot in then.slots(shape).items():
+        if key in slots and key in entries and like.numel():
+            numbers = storage_then.decode(key, slot, old_parts)
+            for part, value in storage_now.encode(key, slots[key], numbers, parts).items():
                 parts[part].copy_(value)
     return state
-
-
-def restore(optimizer: Owner, saved: Saved) -> None:
-    """Puts copies of the saved state in place, each laid out as its slot's start: device, dtype and strides."""
-    for g, group in enumerate(optimizer.param_groups):
-        chain = optimizer.chain(group)
-        for i, param in enumerate(group["params"]):
-            if param in optimizer.state:
-                here = chain_at(chain, optimizer.param_groups, g, i)
-                arrays = here.arrays(tuple(param.shape), dtype_name(param.dtype))
-                state: State = {key: put(zeros(arrays[key], param), value) for key, value in saved[param].items()}
-                optimizer.state[param] = state

@@ -19,17 +19,11 @@ FUNCTIONS = metrics.functions(xp)
 def record(before: Tensor, param: Tensor, grad: Tensor, state: State) -> metrics.Products:
     """The inner products of a parameter's step, over this process's shard of it.
 
-    Args:
-        before: the parameter before the step.
-        param: the parameter after the step.
-        grad: the gradient.
-        state: the parameter's state after the step; a slot named `moment` is its moment.
+    Of its state after the step a slot named `moment` is its moment.
     """
     dtype = compute_dtype(param.dtype)
     vectors = {"param": param, "grad": grad.to_dense() if grad.is_sparse else grad}
-    for key, stored in state.items():
-        if key.endswith(".moment"):
-            vectors["moment"] = stored
+    vectors |= {key.rpartition(".")[2]: x for key, x in state.items() if key.endswith(".moment")}
     vectors = {name: local(vector).to(dtype) for name, vector in vectors.items()}
     vectors["update"] = local(before).to(dtype) - vectors["param"]
     return metrics.inner_products(xp, vectors)
@@ -37,7 +31,7 @@ def record(before: Tensor, param: Tensor, grad: Tensor, state: State) -> metrics
 
 def to_products(reported: dict[str, Any]) -> dict[str, Any]:
     """Reported metrics as what can be summed over processes: squared norms, and inner products for cosines."""
-    summable = {}
+    summable = dict(reported)
     for key, value in reported.items():
         metric, name = split(key)
         if metric.startswith("l2_norm"):
@@ -45,8 +39,6 @@ def to_products(reported: dict[str, Any]) -> dict[str, Any]:
         elif metric.startswith("cosine"):
             a, b = metrics.needs(metric)[0]
             summable[key] = value * reported[f"l2_norm/{a}/{name}"] * reported[f"l2_norm/{b}/{name}"]
-        else:
-            summable[key] = value
     return summable
 
 
@@ -60,8 +52,7 @@ def from_products(summable: dict[str, Any]) -> dict[str, Any]:
     reduced = dict(summable)
     for key in keys:
         metric, name = split(key)
-        pairs = metrics.needs(metric)
-        a, b = pairs[0]
+        a, b = metrics.needs(metric)[0]
         products = {(a, b): total[key], **{(v, v): total[f"l2_norm/{v}/{name}"] for v in (a, b)}}
         reduced[key] = FUNCTIONS[metric](products)
     return reduced

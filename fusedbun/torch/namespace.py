@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +16,11 @@ Number = Tensor | float
 
 globals().update(functions_of(torch))
 from_blocks, pack = codes.from_blocks, codes.pack
-
-
-def astype(x: Tensor, dtype: torch.dtype, /) -> Tensor:
-    return x.to(dtype)
+astype, single, real, whole = Tensor.to, Tensor.float, Tensor.float, Tensor.int
 
 
 def sign(x: Tensor, /) -> Tensor:
     return torch.where(x.isnan(), x, torch.sign(x))  # torch's own sign of NaN is 0
-
-
-def where(condition: Tensor, a: Number, b: Number, /) -> Tensor:
-    return torch.where(condition, a, b)
 
 
 def minimum(a: Number, b: Number, /) -> Tensor:
@@ -37,23 +31,18 @@ def maximum(a: Number, b: Number, /) -> Tensor:
     return torch.maximum(*_tensors(a, b))
 
 
-# torch takes an empty tuple of axes for all of them.
+def _over_axes(reduce: Callable[..., Tensor], adds: bool) -> Callable[..., Tensor]:
+    def over_axes(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
+        if not axis:
+            return x  # torch takes an empty tuple of axes for all of them
+        options: dict[str, Any] = {"dtype": _summed_in(x)} if adds else {}
+        return reduce(x, dim=axis, keepdim=keepdims, **options).to(x.dtype)
+
+    return over_axes
 
 
-def mean(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
-    return torch.mean(x, dim=axis, keepdim=keepdims, dtype=_summed_in(x)).to(x.dtype) if axis else x
-
-
-def sum(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
-    return torch.sum(x, dim=axis, keepdim=keepdims, dtype=_summed_in(x)).to(x.dtype) if axis else x
-
-
-def max(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
-    return torch.amax(x, dim=axis, keepdim=keepdims) if axis else x
-
-
-def min(x: Tensor, /, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
-    return torch.amin(x, dim=axis, keepdim=keepdims) if axis else x
+mean, sum = _over_axes(torch.mean, adds=True), _over_axes(torch.sum, adds=True)
+max, min = _over_axes(torch.amax, adds=False), _over_axes(torch.amin, adds=False)
 
 
 def _summed_in(x: Tensor) -> torch.dtype:
@@ -65,23 +54,12 @@ def _summed_in(x: Tensor) -> torch.dtype:
     return torch.float64 if torch.compiler.is_compiling() and x.device.type == "cpu" else x.dtype
 
 
-def single(x: Tensor, /) -> Tensor:
-    return x.to(torch.float32)
-
-
-real = single
-
-
 def bits(x: Tensor, /) -> Tensor:
     return x.view(torch.int32)
 
 
 def from_bits(word: Tensor, /) -> Tensor:
     return word.view(torch.float32)
-
-
-def whole(x: Tensor, /) -> Tensor:
-    return x.to(torch.int32)
 
 
 def index(like: Tensor, axes: Sequence[int], /) -> list[Tensor]:
@@ -101,10 +79,6 @@ def unpack(stored: Tensor, bits: int, /) -> Array:
     return codes.unpack(whole(stored), bits, torch.cat)
 
 
-def _tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:
-    if not isinstance(a, Tensor):
-        assert isinstance(b, Tensor)
-        a = torch.full((), a, dtype=b.dtype, device=b.device)
-    if not isinstance(b, Tensor):
-        b = torch.full((), b, dtype=a.dtype, device=a.device)
-    return a, b
+def _tensors(*numbers: Number) -> list[Tensor]:
+    like = next(x for x in numbers if isinstance(x, Tensor))
+    return [x if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device) for x in numbers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,35 +36,8 @@ in JAX.
 None takes the best there is. Sparse gradients and tensor subclasses are always stepped by the definition.
 """
 # the driver's keyword arguments
-_OWN = {"maximize": False, "stochastic_rounding": False, "seed": 0, "implementation": None}
+_OPTIONS = {"maximize": False, "stochastic_rounding": False, "seed": 0, "implementation": None}
 _TORCH_FLAGS = ("foreach", "fused", "capturable", "differentiable")  # torch's choices between its implementations
-
-
-def initializer(recipe: Recipe) -> Callable[..., None]:
-    """The `__init__` of a recipe's class: the recipe's arguments between `params`, `lr` and the driver's own."""
-
-    def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
-        for flag in _TORCH_FLAGS:
-            if kwargs.pop(flag, None):
-                raise ValueError(
-                    f"{type(self).__name__}: {flag}=True chooses an implementation of torch's own optimizers; "
-                    f"this one chooses by itself, so leave it out"
-                )
-        given = {"lr": recipe.lr, **bind(f"{type(self).__name__}()", spelled_out, *args, **kwargs)}
-        params, lr = given.pop("params"), given.pop("lr")
-        own = {name: given.pop(name) for name in _OWN}
-        TransformOptimizer.__init__(self, params, lr, recipe, given, **own)
-
-    default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
-    before = [inspect.Parameter("params", POSITIONAL)]
-    if not recipe.fixed_lr:
-        before.append(inspect.Parameter("lr", POSITIONAL, default=default))
-    after = [inspect.Parameter(name, KEYWORD, default=value) for name, value in _OWN.items()]
-    spelled_out = recipe.signature(before, after)
-    itself = inspect.Parameter("self", POSITIONAL)
-    __init__.__signature__ = spelled_out.replace(parameters=[itself, *spelled_out.parameters.values()])  # type: ignore[attr-defined]
-    __init__.__doc__ = recipe.documentation(_ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
-    return __init__
 
 
 class _WithMemory(TransformOptimizer):
@@ -93,14 +66,7 @@ class _WithLionW(TransformOptimizer):
     @staticmethod
     @torch.no_grad()
     def lionw(
-        p: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        lr: float,
-        initial_lr: float,
-        wd: float,
-        beta1: float,
-        beta2: float,
+        p: Tensor, grad: Tensor, exp_avg: Tensor, lr: float, initial_lr: float, wd: float, beta1: float, beta2: float
     ) -> None:
         """One step in place: of the parameter `p`, and of its running mean `exp_avg`."""
         chain = decoupled_lionw((beta1, beta2), wd, initial_lr=initial_lr)
@@ -112,8 +78,29 @@ _BASES = {"ScaledOptum": _WithMemory, "TernaryVote": _OfTernaryWeights, "Decoupl
 
 
 def class_of(recipe: Recipe) -> type[TransformOptimizer]:
-    """The torch class of a recipe."""
-    __init__ = initializer(recipe)
+    """The torch class of a recipe: it takes the recipe's arguments between `params`, `lr` and the driver's options."""
+    default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
+    before = [inspect.Parameter("params", POSITIONAL)]
+    if not recipe.fixed_lr:
+        before.append(inspect.Parameter("lr", POSITIONAL, default=default))
+    after = [inspect.Parameter(name, KEYWORD, default=value) for name, value in _OPTIONS.items()]
+    signature = recipe.signature(before, after)
+
+    def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
+        for flag in _TORCH_FLAGS:
+            if kwargs.pop(flag, None):
+                raise ValueError(
+                    f"{type(self).__name__}: {flag}=True chooses an implementation of torch's own optimizers; "
+                    f"this one chooses by itself, so leave it out"
+                )
+        arguments = {"lr": recipe.lr, **bind(f"{type(self).__name__}()", signature, *args, **kwargs)}
+        params, lr = arguments.pop("params"), arguments.pop("lr")
+        options = {name: arguments.pop(name) for name in _OPTIONS}
+        TransformOptimizer.__init__(self, params, lr, recipe, arguments, **options)
+
+    itself = inspect.Parameter("self", POSITIONAL)
+    __init__.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+    __init__.__doc__ = recipe.documentation(_ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
     body = {
         "__module__": __name__,
         "__doc__": __init__.__doc__,
@@ -163,16 +150,8 @@ class ChainOptimizer(TransformOptimizer):
     ) -> None:
         chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
         recipe = Recipe(chain.with_hyperparameters, type(self).__name__)
-        super().__init__(
-            params,
-            lr,
-            recipe,
-            chain.hyperparameters(),
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            implementation=implementation,
-        )
+        options: dict[str, Any] = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        super().__init__(params, lr, recipe, chain.hyperparameters(), implementation=implementation, **options)
 
 
 if TYPE_CHECKING:  # type checkers run nothing, so what is made below has to be declared to them

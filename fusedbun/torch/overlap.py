@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,28 +22,17 @@ class Written(NamedTuple):
     is_written: bool = True
 
 
-def check_memory(new: Iterable[Leaf], kept: Iterable[Leaf]) -> None:
-    """Raises a ValueError where leaves that are stepped at once share memory, or have something twice in one place.
-
-    Args:
-        new: the leaves to check.
-        kept: others that are stepped with them, and were checked before.
-    """
-    if arrays := [array for leaf in new for array in _arrays(leaf)]:
-        check_overlap([*arrays, *(array for leaf in kept for array in _arrays(leaf))])
-
-
-def _arrays(leaf: Leaf) -> Iterator[Written]:
+def arrays_in(leaf: Leaf) -> Iterator[Written]:
+    """The arrays that a step of a leaf reads and writes."""
     yield Written(leaf.name, leaf.param)
     if leaf.grad is not None:
         yield Written(f"the gradient of {leaf.name}", leaf.grad, is_written=False)
-    for key, x in leaf.state.items():
-        if key in leaf.arrays:
-            yield Written(f"the state {key!r} of {leaf.name}", x)
+    for key in filter(leaf.arrays.__contains__, leaf.state):
+        yield Written(f"the state {key!r} of {leaf.name}", leaf.state[key])
 
 
 def check_overlap(arrays: Sequence[Written]) -> None:
-    """Raises a ValueError where an array that is written shares memory with itself or with another."""
+    """Raises a ValueError where an array that is written shares memory with another, or has two elements in a place."""
     for array in arrays:
         if array.is_written and _overlaps_itself(array.tensor):
             raise ValueError(
@@ -51,7 +40,7 @@ def check_overlap(arrays: Sequence[Written]) -> None:
                 f"strides {array.tensor.stride()}), so that no step of it is defined; give its contiguous() copy"
             )
     reach: list[tuple[int, Written]] = []  # arrays that end behind the present one's start, with their ends
-    for start, end, array in sorted(((*_range(a.tensor), a) for a in arrays), key=lambda found: found[:2]):
+    for start, end, array in sorted(((*_range(a.tensor), a) for a in arrays), key=lambda ranged: ranged[:2]):
         reach = [(e, other) for e, other in reach if e > start]
         for _, other in reach:
             if (array.is_written or other.is_written) and _share(array.tensor, other.tensor):
@@ -74,21 +63,16 @@ def _overlaps_itself(x: Tensor) -> bool:
     reach = 0  # of the axes seen so far
     for step, n in steps:
         if step <= reach:
-            return _repeats_an_offset(steps)
+            break
         reach += (n - 1) * step
-    return False
-
-
-def _repeats_an_offset(steps: list[tuple[int, int]]) -> bool:
+    else:
+        return False
     offsets = np.zeros(1, np.int64)
     for step, n in steps:
         offsets = (offsets[:, None] + step * np.arange(n)).ravel()
     return len(np.unique(offsets)) < len(offsets)
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
-    return np.shares_memory(_as_numpy(a), _as_numpy(b))
-
-
-def _as_numpy(x: Tensor) -> Any:
-    return x.detach().view(_SAME_SIZE[x.element_size()]).numpy()
+def _share(*tensors: Tensor) -> bool:
+    a, b = (x.detach().view(_SAME_SIZE[x.element_size()]).numpy() for x in tensors)
+    return np.shares_memory(a, b)

@@ -6,10 +6,10 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,27 +19,22 @@ from fusedbun.portable import entries
 from fusedbun.portable.entries import UNKNOWN, Group, Parameter, portable
 from fusedbun.portable.file import Numbers
 from fusedbun.portable.match import Loading, Names
-from fusedbun.torch.checks import chain_at, check_state
 from fusedbun.torch.driver import FIRST_LR, TransformOptimizer
+from fusedbun.torch.leaf import chain_at, check_state
 from fusedbun.torch.loading import chooses_storage
-from fusedbun.torch.sharding.placement import is_sharded, put
-from fusedbun.torch.state import State, dtype_name, zeros
+from fusedbun.torch.sharding.placement import is_sharded
+from fusedbun.torch.state import State, dtype_name, filled, zeros
 from fusedbun.transform import Slot
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 
 
 class Place(NamedTuple):
-    """A parameter, its name, and its place among the param groups."""
+    """A parameter, which of its param group's it is, and what the file says of it before it is stepped."""
 
-    name: str
     param: Tensor
-    group: int
-    at: int
-
-    def parameter(self, slots: Mapping[str, Slot] | None = None) -> Parameter:
-        """It as the file has it, with these slots."""
-        return Parameter(self.name, tuple(self.param.shape), dtype_name(self.param.dtype), self.group, slots)
+    place: int
+    unstepped: Parameter
 
 
 def save_state(
@@ -64,14 +59,18 @@ def save_state(
         OSError: the file cannot be written.
     """
     places = _places("save_state", optimizer, names)
-    groups = [_group(optimizer, group, optimizer.chain(group)) for group in optimizer.param_groups]
-    parameters = [_kept(optimizer, place) for place in places]
-    tensors = {place.name: place.param for place in places}
+    chains = [optimizer.chain(group) for group in optimizer.param_groups]
+    groups = [_group(optimizer, *of) for of in zip(optimizer.param_groups, chains, strict=True)]
+    parameters = [_as_kept(optimizer, place, chains) for place in places]
+    tensors = {place.unstepped.name: place.param for place in places}
 
     def content(parameter: Parameter, key: str) -> Numbers:
         param = tensors[parameter.name]
         state: State = optimizer.state.get(param, {})
-        return _numbers(state[key] if key in state else zeros(parameter.arrays()[key], param))
+        x = state[key] if key in state else zeros(parameter.arrays()[key], param)
+        whole = (x.full_tensor() if is_sharded(x) else x).detach().cpu().contiguous()  # type: ignore[attr-defined]
+        numbers: Numbers = (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
+        return numbers
 
     write = _write_from_all if any(map(is_sharded, tensors.values())) else entries.write
     write(Path(path), groups, parameters, content)
@@ -108,47 +107,38 @@ def load_state(
         ValueError: the file is damaged or none of fusedbun's, or something does not fit: all of it is listed by name.
         OSError: the file cannot be read.
     """
-    places = _places("load_state", optimizer, names)
+    places = {place.unstepped.name: place for place in _places("load_state", optimizer, names)}
+    parameters = [place.unstepped for place in places.values()]
     with entries.saved(Path(path)) as file:
-        loading = Loading(file, [place.name for place in places], mapping, partial)
-        taken = [
-            _taken(
-                optimizer, group, loading.groups(place.name for place in places if place.group == g), loading.problems
-            )
-            for g, group in enumerate(optimizer.param_groups)
-        ]
-        merged = [old if new is None else new for old, new in zip(optimizer.param_groups, taken, strict=True)]
+        loading = Loading(file, [*places], mapping, partial)
+        taken = []
+        for g, group in enumerate(optimizer.param_groups):
+            saved = loading.groups(p.name for p in parameters if p.group == g)
+            taken.append(_taken(optimizer, group, saved, loading.problems))
+        merged = [new or old for old, new in zip(optimizer.param_groups, taken, strict=True)]
         chains = [optimizer.chain(group) for group in merged]
-        groups = [
-            None if new is None else _group(optimizer, new, chain) for new, chain in zip(taken, chains, strict=True)
-        ]
-        of_names = {place.name: place for place in places}
-
-        def choices(parameter: Parameter) -> list[dict[str, Slot]]:
-            place = of_names[parameter.name]
-            return _choices(chain_at(chains[place.group], merged, place.group, place.at), parameter)
-
-        matches = loading.matches([place.parameter() for place in places], groups, choices)
+        groups = [_group(optimizer, new, chain) if new else None for new, chain in zip(taken, chains, strict=True)]
+        matches = loading.matches(parameters, groups, lambda p: _choices(chains, merged, places[p.name]))
         loading.refuse(type(optimizer).__name__)
         state: defaultdict[Tensor, Any] = defaultdict(dict, optimizer.state)
         for name, match in matches.items():
-            param = of_names[name].param
+            param, unstepped = places[name].param, places[name].unstepped
             state.pop(param, None)
             if match.slots is not None:
-                stored = of_names[name].parameter(match.slots).arrays()
-                state[param] = {key: put(zeros(stored[key], param), _tensor(x)) for key, x in match.arrays(file)}
+                stored = replace(unstepped, slots=match.slots).arrays()
+                state[param] = {key: filled(stored[key], param, _tensor(x)) for key, x in match.arrays(file)}
     optimizer.__setstate__({"state": state, "param_groups": taken})
 
 
 def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | None) -> list[Place]:
-    """The parameters with their names."""
+    """All parameters, with their names."""
     if not isinstance(optimizer, TransformOptimizer):
         raise TypeError(
             f"{owner}: optimizer must be one of fusedbun's, such as fusedbun.SM3, but it is a "
             f"{type(optimizer).__name__}"
         )
     by_param = None if names is None else {param: name for name, param in names}
-    found = []
+    places = []
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             name = by_param.get(param) if by_param is not None else (group.get("param_names") or {i: None})[i]
@@ -158,11 +148,11 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
                     f"has none; make the optimizer from model.named_parameters(), or give "
                     f"names=model.named_parameters()"
                 )
-            found.append(Place(name, param, g, i))
-    twice = sorted(name for name, count in Counter(place.name for place in found).items() if count > 1)
-    if twice:
+            places.append(Place(param, i, Parameter(name, tuple(param.shape), dtype_name(param.dtype), g, None)))
+    counts = Counter(place.unstepped.name for place in places)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(f"{owner}: several parameters are called {', '.join(map(repr, twice))}; rename them")
-    return found
+    return places
 
 
 def _group(optimizer: TransformOptimizer, group: Mapping[str, Any], chain: Chain) -> Group:
@@ -178,41 +168,33 @@ def _recipe(optimizer: TransformOptimizer) -> str | None:
     return None if isinstance(getattr(make, "__self__", None), Chain) else make.__name__
 
 
-def _kept(optimizer: TransformOptimizer, place: Place) -> Parameter:
-    """A parameter with the slots that it has; None where it was not stepped yet."""
-    chain = chain_at(
-        optimizer.chain(optimizer.param_groups[place.group]), optimizer.param_groups, place.group, place.at
-    )
+def _as_kept(optimizer: TransformOptimizer, place: Place, chains: list[Chain]) -> Parameter:
+    """A parameter with the slots that it has."""
     state: State = optimizer.state.get(place.param, {})
-    choices = [place.parameter(slots) for slots in _choices(chain, place.parameter())]
-    if not state and choices[0].slots:
-        return place.parameter()
+    slots = _choices(chains, optimizer.param_groups, place)
+    if not state and slots[0]:
+        return place.unstepped
+    choices = [replace(place.unstepped, slots=of) for of in slots]
     chosen = next((choice for choice in choices if choice.arrays().keys() == state.keys()), choices[0])
-    check_state(chain, f"parameter {place.name!r}", place.param, state, chosen.arrays())
+    chain = chain_at(chains[chosen.group], optimizer.param_groups, chosen.group, place.place)
+    check_state(chain, f"parameter {chosen.name!r}", place.param, state, chosen.arrays())
     return chosen
 
 
-def _choices(chain: Chain, parameter: Parameter) -> list[dict[str, Slot]]:
+def _choices(chains: list[Chain], groups: list[dict[str, Any]], place: Place) -> list[dict[str, Slot]]:
     """What may be kept for a parameter: for dense gradients, or, where the chain takes them, for sparse ones."""
-    found = [entries.slots_of(chain, parameter.shape, parameter.dtype)]
+    p = place.unstepped
+    chain = chain_at(chains[p.group], groups, p.group, place.place)
+    choices = [entries.slots_of(chain, p.shape, p.dtype)]
     with suppress(TypeError, ValueError):  # of what needs every row
-        found.append(entries.slots_of(chain.for_rows(), parameter.shape, parameter.dtype))
-    return found
-
-
-def _numbers(x: Tensor) -> Numbers:
-    """A tensor's numbers, gathered from all processes; those of bfloat16 as words."""
-    whole = x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
-    whole = whole.detach().cpu().contiguous()
-    numbers: Numbers = (whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole).numpy()
-    return numbers.view(np.uint16) if whole.dtype == torch.bfloat16 else numbers
+        choices.append(entries.slots_of(chain.for_rows(), p.shape, p.dtype))
+    return choices
 
 
 def _tensor(numbers: Numbers) -> Tensor:
     """The tensor of numbers as a file has them."""
-    if numbers.dtype == np.uint16:
-        return torch.from_numpy(numbers.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(numbers)
+    x = torch.from_numpy(numbers)
+    return x.view(torch.bfloat16) if x.dtype == torch.uint16 else x
 
 
 def _write_from_all(
@@ -222,20 +204,20 @@ def _write_from_all(
     import torch.distributed as dist
 
     arrays = entries.listed(parameters)
-    waiting = iter(arrays)
-    error: Exception | None = None
-    named: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(named, [f"{parameter.name} {key}" for parameter, key, _ in arrays])
-    if other := [rank for rank, names in enumerate(named) if names != named[0]]:
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, [f"{parameter.name} {key}" for parameter, key, _ in arrays])
+    if other := [rank for rank, of_rank in enumerate(names) if of_rank != names[0]]:
         raise ValueError(
             f"save_state: processes {other} have other parameters than the first, as under pipeline parallelism; save "
             f"the state of each stage to a file of its own, from a process group of its own"
         )
+    waiting = iter(arrays)
 
     def gathered(parameter: Parameter, key: str) -> Numbers:
         next(waiting)
         return content(parameter, key)
 
+    error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             entries.write(path, groups, parameters, gathered)
@@ -255,7 +237,10 @@ def _taken(
     optimizer: TransformOptimizer, group: Mapping[str, Any], saved: list[Group], problems: list[str]
 ) -> dict[str, Any] | None:
     """The param group with saved hyper-parameters; None, and problems more, where it cannot take them."""
-    declared, recipe = _declared(optimizer, group), _recipe(optimizer)
+    recipe, declared = _recipe(optimizer), hints(optimizer.recipe.make)
+    if recipe is None:  # a chain with its own hyper-parameters
+        kinds: dict[str, Any] = {t.name: type(t) for t in optimizer.chain(group)}
+        declared = {f"{title}.{name}": hint for title, kind in kinds.items() for name, hint in hints(kind).items()}
     taking = [
         name
         for name in optimizer._hyperparameters
@@ -265,13 +250,13 @@ def _taken(
     ]
     wrong = []
     new: dict[str, Any] = {}
-    for one in saved:
-        if one.recipe != recipe:
-            wrong.append(f"the recipe in the file is {one.recipe!r:.100}, but here {recipe!r}")
+    for in_file in saved:
+        if in_file.recipe != recipe:
+            wrong.append(f"the recipe in the file is {in_file.recipe!r:.100}, but here {recipe!r}")
             continue
-        values = {"lr": one.lr, "maximize": one.maximize, "seed": one.seed, FIRST_LR: one.initial_lr}
+        values = {"lr": in_file.lr, "maximize": in_file.maximize, "seed": in_file.seed, FIRST_LR: in_file.initial_lr}
         values = {name: value for name, value in values.items() if value is not None}
-        values |= {name: one.arguments[name] for name in taking if name in one.arguments}
+        values |= {name: in_file.arguments[name] for name in taking if name in in_file.arguments}
         wrong += [
             f"{name} of these parameters is {new[name]!r:.100} and {value!r:.100} in the file"
             for name, value in values.items()
@@ -289,11 +274,3 @@ def _taken(
     names = ", ".join(map(repr, group.get("param_names", ())[:3])) or f"{len(group['params'])} parameters"
     problems += [f"{text} (param group of {names})" for text in dict.fromkeys(wrong)]
     return None if wrong else merged
-
-
-def _declared(optimizer: TransformOptimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The annotations of an optimizer's hyper-parameters."""
-    if _recipe(optimizer) is not None:
-        return hints(optimizer.recipe.make)
-    kinds: dict[str, Any] = {t.name: type(t) for t in optimizer.chain(group)}
-    return {f"{title}.{name}": hint for title, kind in kinds.items() for name, hint in hints(kind).items()}

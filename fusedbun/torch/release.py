@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, partial, wraps
-from types import TracebackType
+from functools import cache, wraps
 from typing import Annotated, Any
 from weakref import WeakSet, ref
 
@@ -16,10 +14,11 @@ from torch.nn.utils import clip_grad
 
 from fusedbun.hyper import Positive, Whole, check
 from fusedbun.metrics import Products
-from fusedbun.torch import dispatch, sparse
+from fusedbun.torch import dispatch
+from fusedbun.torch.definition import touched_rows
 from fusedbun.torch.dispatch import Stepper
 from fusedbun.torch.driver import TransformOptimizer
-from fusedbun.torch.leaf import Group, Place, fixed_values, identical, read_groups
+from fusedbun.torch.leaf import Group, Place, read_group, read_groups
 
 OWNER = "release_gradients"
 ARGUMENTS = {"accumulate": Annotated[int, Whole(1)], "clip_norm": Positive | None}
@@ -106,53 +105,71 @@ def release_gradients(
             f"{OWNER}: optimizer must be one of fusedbun's, such as fusedbun.SM3, but it is a "
             f"{type(optimizer).__name__}, which cannot step one parameter at a time"
         )
-    name = optimizer.implementation
-    if name is not None and (together := dispatch.REGISTRY[name].together):
-        *others, last = [other for other in dispatch.IMPLEMENTATIONS if not dispatch.REGISTRY[other].together]
+    if optimizer.implementation == "compiled":
         raise ValueError(
-            f"{OWNER}: the {type(optimizer).__name__} has implementation={name!r}, which {together}; leave "
-            f"implementation out, or take {', '.join(map(repr, others))} or {last!r}"
+            f"{OWNER}: the {type(optimizer).__name__} has implementation='compiled', which compiles the step of all "
+            f"parameters together; leave implementation out, or take 'kernel', 'tiles' or 'definition'"
         )
-    _check_local(model)
-    places = {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+    kinds = tuple(getattr(sys.modules[home], kind) for home, kind in SPREAD.items() if home in sys.modules)
+    for name, part in (*model.named_modules(), *model.named_parameters()):
+        if isinstance(part, kinds):
+            raise TypeError(
+                f"{OWNER}: {repr(name) if name else 'the model'} is a {type(part).__name__}, whose gradients are "
+                f"reduced over processes after they are complete: a release would step with this process's before. "
+                f"Step it without release, or release the plain module, with parameters that average their gradients "
+                f"over the processes in hooks of their own (Tensor.register_hook), which run before the release's"
+            )
+    places = _places(optimizer)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p in places and p.requires_grad}
     if not names:
         raise ValueError(
             f"{OWNER}: the optimizer steps none of the model's {len(list(model.parameters()))} parameters that need a "
             f"gradient; make it of this model's parameters()"
         )
-    _check_free(optimizer, names)
+    advice = "call remove() on the handle of the first release before the second"
+    if optimizer.gradient_release is not None:
+        raise RuntimeError(f"{OWNER}: this {type(optimizer).__name__} is under gradient release already; {advice}")
+    for param, name in names.items():
+        if _is_released(param):
+            raise RuntimeError(f"{OWNER}: {name!r} is under gradient release by another optimizer already; {advice}")
     _refuse_clipping_by_global_norm()
-    return GradientRelease(
-        optimizer, {p: _Released(name, places[p]) for p, name in names.items()}, accumulate, clip_norm
-    )
+    released = {p: _Released(name, places[p]) for p, name in names.items()}
+    return GradientRelease(optimizer, released, accumulate, clip_norm)
+
+
+@dataclass(eq=False)
+class _Released:
+    """A parameter that is stepped in the backward pass."""
+
+    name: str  # in the model
+    place: Place  # among the optimizer's param groups
+    stepper: Stepper | None = None  # None before its first step, and where what it has kept is out of date
+    passes: int = 0  # how many backward passes of this step have reached it
 
 
 class GradientRelease:
     """Gradient release at work, as `release_gradients` returns it; a context manager that ends with `remove`.
 
     It ends with its optimizer too; gradients are kept then, and nothing is stepped.
-
-    Args:
-        optimizer: the optimizer.
-        leaves: the parameters that are stepped in the backward pass.
-        accumulate: how many backward passes make a step.
-        clip_norm: the largest norm of a single parameter's gradient; None: no clipping.
     """
 
     def __init__(
-        self, optimizer: TransformOptimizer, leaves: dict[Tensor, _Released], accumulate: int, clip_norm: float | None
+        self, optimizer: TransformOptimizer, released: dict[Tensor, _Released], accumulate: int, clip_norm: float | None
     ) -> None:
         self.accumulate = accumulate
         self.clip_norm = clip_norm
-        self._leaves = leaves
+        self._released = released
         self._groups: list[Group] = []
-        self._values: dict[int, tuple[Any, ...]] = {}  # what the param groups held when they were read
         self._products: dict[Tensor, Products] = {}
         # Weak references, both: Python does not find cycles that lead through a hook, and would never free them.
-        self._optimizer = ref(optimizer)
+        self._optimizer, reference = ref(optimizer), ref(self)
+
+        def hook(param: Tensor) -> None:
+            if (release := reference()) is not None:
+                release.complete(param)
+
         register: Any = Tensor.register_post_accumulate_grad_hook
-        self._hooks = [register(param, partial(_complete, ref(self))) for param in leaves]
+        self._hooks = [register(param, hook) for param in released]
         optimizer.gradient_release = self
         _ATTACHED.add(self)
 
@@ -160,7 +177,7 @@ class GradientRelease:
         """Brings the ordinary step back, which finds the gradients that have not been used; twice is as once."""
         for hook in self._hooks:
             hook.remove()
-        self._leaves, self._hooks, self._products = {}, [], {}
+        self._released, self._hooks, self._products = {}, [], {}
         self.forget()
         _ATTACHED.discard(self)
         optimizer = self._optimizer()
@@ -170,128 +187,107 @@ class GradientRelease:
     def __enter__(self) -> GradientRelease:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def __contains__(self, param: Tensor) -> bool:
         """Whether a parameter is stepped in the backward pass."""
-        return self._optimizer() is not None and param in self._leaves
+        return self._optimizer() is not None and param in self._released
 
     def finish(self) -> dict[Tensor, Products]:
         """Ends a step, as `optimizer.step()` does first of all: what is left of these parameters' gradients is used.
 
-        Returns:
-            What was recorded of these parameters in this step.
-
-        Raises:
-            RuntimeError: GradScaler called it.
+        Returns what was recorded of these parameters in this step.
         """
         optimizer = self._optimizer()
         assert optimizer is not None
-        _refuse_scaler(optimizer)
-        for param, leaf in self._leaves.items():
+        attributes = vars(optimizer)
+        if "grad_scale" in attributes:  # torch's GradScaler, which makes the step, says so by attributes
+            del attributes["grad_scale"], attributes["found_inf"]
+            raise RuntimeError(
+                "gradient release: GradScaler cannot be used with it, for the parameters have been stepped in the "
+                "backward pass, with scaled gradients that it could neither unscale nor check; begin again without "
+                "it, in bfloat16, which needs no scaler, or call remove() on the release's handle"
+            )
+        for param, released in self._released.items():
             if param.grad is not None:
-                self._step(optimizer, param, leaf)
-        for leaf in self._leaves.values():
-            leaf.passes = 0
+                self._step(optimizer, param, released)
+        for released in self._released.values():
+            released.passes = 0
         products, self._products = self._products, {}
         return products
 
     def forget(self) -> None:
         """Lets go of the state that parameters were stepped with, for it has been replaced."""
-        self._groups, self._values = [], {}
-        for leaf in self._leaves.values():
-            leaf.stepper = None
+        self._groups = []
+        for released in self._released.values():
+            released.stepper = None
 
     def complete(self, param: Tensor) -> None:
         """Takes up a parameter's gradient, which a backward pass has just completed."""
-        optimizer, leaf = self._optimizer(), self._leaves[param]
+        optimizer, released = self._optimizer(), self._released[param]
         if optimizer is None:
             return
-        if leaf.passes == self.accumulate:
+        if released.passes == self.accumulate:
             param.grad = None
             raise RuntimeError(
-                f"gradient release: {leaf.name!r} gets another gradient after it has been stepped, which is done in "
-                f"backward pass {self.accumulate} of a step (accumulate={self.accumulate}); call optimizer.step() once "
-                f"after a step's backward passes, also after one that failed, or give as accumulate how many they are. "
-                f"Activation checkpointing with use_reentrant=True gives several gradients in one pass: use "
+                f"gradient release: {released.name!r} gets another gradient after it has been stepped, which is done "
+                f"in backward pass {self.accumulate} of a step (accumulate={self.accumulate}); call optimizer.step() "
+                f"once after a step's backward passes, also after one that failed, or give as accumulate how many they "
+                f"are. Activation checkpointing with use_reentrant=True gives several gradients in one pass: use "
                 f"use_reentrant=False. This gradient has been dropped, and no parameter has been stepped with it"
             )
-        leaf.passes += 1
-        if leaf.passes == self.accumulate:
+        released.passes += 1
+        if released.passes == self.accumulate:
             try:
-                self._step(optimizer, param, leaf)
+                self._step(optimizer, param, released)
             except Exception as error:
                 error.add_note(
-                    f"This happened in the backward pass, when the gradient of {leaf.name!r} was complete: it has not "
-                    f"been stepped and keeps its gradient, those whose gradients came before it have been stepped, and "
-                    f"the others have none. To leave this step, call optimizer.zero_grad() and then optimizer.step()."
+                    f"This happened in the backward pass, when the gradient of {released.name!r} was complete: it has "
+                    f"not been stepped and keeps its gradient, those whose gradients came before it have been stepped, "
+                    f"and the others have none. To leave this step, call optimizer.zero_grad() and then "
+                    f"optimizer.step()."
                 )
                 raise
 
     @torch.no_grad()
-    def _step(self, optimizer: TransformOptimizer, param: Tensor, leaf: _Released) -> None:
+    def _step(self, optimizer: TransformOptimizer, param: Tensor, released: _Released) -> None:
         """Steps a parameter and frees its gradient."""
-        place = leaf.find(optimizer, param)
-        groups = self._read_groups(optimizer, place[0])
+        self._find(optimizer, param, released)
+        g, entries = released.place[0], optimizer.param_groups
+        if len(self._groups) != len(entries):
+            self._groups = read_groups(optimizer, self._groups)
+        self._groups[g] = read_group(optimizer, entries[g], self._groups[g])
         if self.clip_norm is not None:
             assert param.grad is not None
             param.grad = clipped(param.grad, self.clip_norm)
         if optimizer.record_metrics:
-            self._products |= dispatch.step_recorded(optimizer, groups, [place])
+            self._products |= dispatch.step_recorded(optimizer, self._groups, [released.place])
         else:
-            leaf.stepper = leaf.stepper or Stepper(place)
-            leaf.stepper.step(optimizer, groups)
+            released.stepper = released.stepper or Stepper(released.place)
+            released.stepper.step(optimizer, self._groups)
         param.grad = None
 
-    def _read_groups(self, optimizer: TransformOptimizer, g: int) -> list[Group]:
-        """The param groups, of which one is as it is now. Many parameters of one group come one after the other."""
-        entries = optimizer.param_groups[g]
-        if len(self._groups) != len(optimizer.param_groups) or not identical(entries.values(), self._values.get(g, ())):
-            self._groups = read_groups(optimizer, self._groups, g)
-            self._values[g] = fixed_values(entries)
-        return self._groups
-
-
-@dataclass(eq=False)
-class _Released:
-    """A parameter that is stepped in the backward pass.
-
-    Args:
-        name: its name in the model.
-        place: its place among the optimizer's param groups.
-        stepper: what steps it; None before its first step, and where what it has kept is out of date.
-        passes: how many backward passes of this step have reached it.
-    """
-
-    name: str
-    place: Place
-    stepper: Stepper | None = None
-    passes: int = 0
-
-    def find(self, optimizer: TransformOptimizer, param: Tensor) -> Place:
-        """Its place, also where param groups have been taken away; raises a RuntimeError where it has none any more."""
-        g, i = self.place
-        groups = optimizer.param_groups
+    def _find(self, optimizer: TransformOptimizer, param: Tensor, released: _Released) -> None:
+        """Brings a parameter's place up to date, for param groups may have been taken away."""
+        (g, i), groups = released.place, optimizer.param_groups
         if g < len(groups) and i < len(groups[g]["params"]) and groups[g]["params"][i] is param:
-            return self.place
-        for g, group in enumerate(groups):
-            for i, other in enumerate(group["params"]):
-                if other is param:
-                    self.place, self.stepper = (g, i), None
-                    return self.place
-        raise RuntimeError(
-            f"gradient release: {self.name!r} is no longer among the optimizer's parameters; end the release with "
-            f"remove() and begin it again"
-        )
+            return
+        places = _places(optimizer)
+        if param not in places:
+            raise RuntimeError(
+                f"gradient release: {released.name!r} is no longer among the optimizer's parameters; end the release "
+                f"with remove() and begin it again"
+            )
+        released.place, released.stepper, self._groups = places[param], None, []
 
 
-def _complete(release: ref[GradientRelease], param: Tensor) -> None:
-    """The hook of every parameter."""
-    if (alive := release()) is not None:
-        alive.complete(param)
+def _places(optimizer: TransformOptimizer) -> dict[Tensor, Place]:
+    return {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+
+
+def _is_released(param: Tensor) -> bool:
+    return any(param in release for release in _ATTACHED)
 
 
 def clipped(grad: Tensor, norm: float) -> Tensor:
@@ -300,7 +296,7 @@ def clipped(grad: Tensor, norm: float) -> Tensor:
     It is never scaled in place, for another gradient that is still on its way may share its memory.
     """
     if grad.is_sparse:
-        values = grad._values() * _scale(sparse.touched(grad)[1], norm)
+        values = grad._values() * _scale(touched_rows(grad)[1], norm)
         return torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
     scale = _scale(grad, norm)
     return grad if grad.is_cpu and float(scale) == 1 else grad * scale
@@ -308,42 +304,6 @@ def clipped(grad: Tensor, norm: float) -> Tensor:
 
 def _scale(values: Tensor, norm: float) -> Tensor:
     return torch.clamp(norm / (torch.linalg.vector_norm(values) + 1e-6), max=1.0)
-
-
-def _check_local(model: nn.Module) -> None:
-    """Raises a TypeError where a module or a parameter is spread over processes."""
-    kinds = tuple(getattr(sys.modules[home], kind) for home, kind in SPREAD.items() if home in sys.modules)
-    parts: Iterable[tuple[str, object]] = [*model.named_modules(), *model.named_parameters()]
-    for name, part in parts:
-        if isinstance(part, kinds):
-            raise TypeError(
-                f"{OWNER}: {repr(name) if name else 'the model'} is a {type(part).__name__}, whose gradients are "
-                f"reduced over processes after they are complete: a release would step with this process's before. "
-                f"Step it without release, or release the plain module, with parameters that average their gradients "
-                f"over the processes in hooks of their own (Tensor.register_hook), which run before the release's"
-            )
-
-
-def _check_free(optimizer: TransformOptimizer, names: dict[Tensor, str]) -> None:
-    """Raises a RuntimeError where the optimizer or a parameter is under release already."""
-    advice = "call remove() on the handle of the first release before the second"
-    if optimizer.gradient_release is not None:
-        raise RuntimeError(f"{OWNER}: this {type(optimizer).__name__} is under gradient release already; {advice}")
-    for param, name in names.items():
-        if any(param in release for release in _ATTACHED):
-            raise RuntimeError(f"{OWNER}: {name!r} is under gradient release by another optimizer already; {advice}")
-
-
-def _refuse_scaler(optimizer: TransformOptimizer) -> None:
-    """Raises a RuntimeError where torch's GradScaler makes the step, which it says by attributes of the optimizer."""
-    attributes = vars(optimizer)
-    if "grad_scale" in attributes:
-        del attributes["grad_scale"], attributes["found_inf"]
-        raise RuntimeError(
-            "gradient release: GradScaler cannot be used with it, for the parameters have been stepped in the backward "
-            "pass, with scaled gradients that it could neither unscale nor check; begin again without it, in bfloat16, "
-            "which needs no scaler, or call remove() on the release's handle"
-        )
 
 
 @cache
@@ -359,7 +319,7 @@ def _refuse_clipping_by_global_norm() -> None:
     @wraps(scale_in_torch)
     def scale(parameters: Any, *args: Any, **kwargs: Any) -> None:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if any(param in release for param in parameters for release in _ATTACHED):
+        if any(map(_is_released, parameters)):
             raise RuntimeError(
                 "gradient release: gradients cannot be clipped by their global norm, for each has been used and freed "
                 "before the last is known; give release_gradients(..., clip_norm=...), which clips each parameter's "

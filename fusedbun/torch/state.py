@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedbun.chain import Chain
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
-from fusedbun.torch.sharding.placement import is_sharded, zeros_like_parts
+from fusedbun.torch.sharding.placement import is_sharded, local, of_parts, put
 
 State = dict[str, Tensor]  # by `<transformation>.<slot>` and what its code appends (`fusedbun.storage.codes`)
 
 
-def update_state(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> State:
-    """Makes `state` hold exactly these arrays, and returns it: new ones start at zero, others are freed."""
+def arrays_of(chain: Chain, param: Tensor) -> dict[str, Stored]:
+    """The arrays that the chain declares for a parameter."""
+    return chain.arrays(tuple(param.shape), dtype_name(param.dtype))
+
+
+def update_state(states: defaultdict[Tensor, Any], param: Tensor, arrays: Mapping[str, Stored]) -> State:
+    """Makes a parameter's state hold exactly these arrays, and returns it: new ones start at zero, others are freed."""
+    state: State = states[param]
     for key in state.keys() - arrays.keys():
         del state[key]
     for key, stored in arrays.items():
@@ -25,13 +34,21 @@ def update_state(state: State, param: Tensor, arrays: Mapping[str, Stored]) -> S
 
 
 def zeros(stored: Stored, param: Tensor) -> Tensor:
-    """The array at its start; one of the parameter's shape has the parameter's strides."""
-    dtype, shape = stored_dtype(stored), tuple(param.shape)
-    if is_sharded(param):
-        return zeros_like_parts(stored, param, dtype)
-    if stored.is_full(param.ndim):
+    """The array at its start; one of the parameter's shape has the parameter's strides.
+
+    Of a DTensor an array is one too; but one of no axes is a plain tensor, as in torch's own optimizers.
+    """
+    dtype = stored_dtype(stored)
+    if is_sharded(param) and stored.axes:
+        return of_parts(zeros(stored, local(param)), stored, param)
+    if stored.is_full(param.ndim) and not is_sharded(param):
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    return torch.zeros(stored.shape(shape), dtype=dtype, device=param.device)
+    return torch.zeros(stored.shape(tuple(param.shape)), dtype=dtype, device=param.device)
+
+
+def filled(stored: Stored, param: Tensor, numbers: Tensor) -> Tensor:
+    """The array with these numbers, laid out as at its start: its device, dtype and strides."""
+    return put(zeros(stored, param), numbers)
 
 
 def stored_dtype(stored: Stored) -> torch.dtype:

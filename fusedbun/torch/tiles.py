@@ -18,15 +18,11 @@ _PREPARED: dict[Any, tiles.Tiles] = {}  # by what decides the schedule
 
 
 class Tiles(Implementation):
-    """The schedule of the kernel, run tile by tile with eager torch."""
+    """The schedule of the kernel, run tile by tile with eager torch; it serves all dense tensors."""
 
     name = "tiles"
 
-    def refusal(self, leaf: Leaf) -> None:
-        """Serves all dense tensors."""
-
     def prepare(self, leaf: Leaf) -> tiles.Tiles:
-        """The schedule of a dense leaf, ready to be run."""
         shape, strides, maximize = tuple(leaf.param.shape), leaf.param.stride(), leaf.group.maximize
         dtype = dtype_name(leaf.param.dtype)
         key = (structure(leaf.chain), shape, strides, maximize, dtype)
@@ -35,10 +31,9 @@ class Tiles(Implementation):
         return _PREPARED[key]
 
     def step(self, leaves: Sequence[Leaf]) -> None:
-        """Steps the leaves one after the other."""
+        xp: Any = namespace
         for leaf in leaves:
             program = leaf.prepared.schedule.program
-            values = hyperparameters(program, leaf.chain, leaf.lr)
-            xp: Any = namespace
+            numbers = evaluate(program.scalars, hyperparameters(program, leaf.chain, leaf.lr), xp)
             arrays = {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}
-            leaf.prepared.run(evaluate(program.scalars, values, xp), arrays, compute_dtype(leaf.param.dtype))
+            leaf.prepared.run(numbers, arrays, compute_dtype(leaf.param.dtype))

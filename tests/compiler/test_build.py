@@ -162,7 +162,7 @@ def test_a_damaged_library_is_compiled_again(damage, folder, calls):
 
 def test_a_damaged_library_of_the_package_is_compiled_to_the_cache(folder, calls):
     build.BUILT.mkdir()
-    path = build.BUILT / build._name(SOURCE, 1)
+    path = build.BUILT / f"{build.digest(SOURCE, 1)}.so"
     path.write_bytes(b"\x7fELF made for another machine")
     assert build.loaded(SOURCE).number() == 42
     assert [found.name for found in folder.iterdir()] == [path.name]

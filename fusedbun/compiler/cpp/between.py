@@ -3,159 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from fusedbun.compiler.cpp.text import (
-    ONE,
-    REDUCE,
-    Arrays,
-    Places,
-    expression,
-    given,
-    indented,
-    is_vector,
-    literal,
-    loaded,
-)
-from fusedbun.compiler.graph import Span, Value
-from fusedbun.compiler.schedule import Schedule
+from fusedbun.compiler.cpp.text import REDUCE, Cpp
+from fusedbun.compiler.graph import REDUCTIONS, Value
 
 
-class Between:
-    """The functions of a schedule that run before each pass and, the last of them, at the end."""
-
-    def __init__(self, schedule: Schedule, arrays: Arrays) -> None:
-        self.schedule, self.arrays, self.places = schedule, arrays, Places(schedule)
-        self.order = schedule.program.graph.order
+class Between(Cpp):
+    """A function of those that run before each pass and, the last of them, at the end; see `Cpp`."""
 
     def function(self, t: int) -> list[str]:
-        lines = [line for v in self.schedule.between[t] for line in self._place(v)]
+        for v in self.schedule.between[t]:
+            with self.within(f"{{  // %{v.number}", "}"):
+                self._place(v)
         if t == len(self.schedule.passes):
-            moved = [(name, v) for name, v in self.schedule.stores if v.op == "input"]
-            lines += [*self._moves(moved)]
-            lines += [self._store(name, v) for name, v in self.schedule.stores if v.op != "input"]
-        return [f"void between{t}(const Work& w) {{", *indented(lines or ["(void)w;"]), "}"]
+            self._moves([(name, v) for name, v in self.schedule.stores if v.op == "input"])
+            for name, v in self.schedule.stores:
+                if v.op != "input":
+                    self.line(f"copy({self.array(name)}, {self.pointer(v)}, {self._count(v.axes)});")
+        if not self.lines:
+            self.line("(void)w;")
+        return [f"void between{t}(const Work& w) {{", *self.lines, "}"]
 
-    def _place(self, v: Value) -> Iterator[str]:
-        yield f"{{  // %{v.number}"
-        target = "out" if v.axes else "*out"
+    def _place(self, v: Value) -> None:
         kind = "Word" if v.is_word else "T"
-        yield f"  {kind}* const out = {self.places.of_small(v)};"
+        self.line(f"{kind}* const out = {self.pointer(v)};")
         if v in self.places.partial:
-            count = f"w.leaf->{self.places.row}" if is_vector(v) else "1"
-            partial = self.places.of_partial(v)
-            yield f"  combine<{REDUCE[v.detail]}>(out, {partial}, {count}, w.chunks, w.partial_bytes);"
-        elif v.op in ("within", "down"):
-            yield from indented(self._reduction(v))
+            count = f"w.leaf->{self.places.row}" if v.axes else "1"
+            partial = self.places.partial[v]
+            self.line(f"combine<{REDUCE[v.detail]}>(out, {partial}, {count}, w.chunks, w.partial_bytes);")
+            return
+        self.hoist(v.args, lambda a: not a.axes)
+        if v.op in REDUCTIONS:
+            self._reduction(v, *v.args)
         else:
-            inline = self._inline(v.args)
-            yield from indented(self._declarations([*inline, v], [x for x in inline if not x.axes]))
-            inner = [f"const auto {self._name(x)} = {self._text(x)};" for x in inline if x.axes]
-            text = self._name(v.args[0]) if v.op == "expand" else self._text(v)
-            at = self._index(v.axes)
-            yield from indented(
-                self._nest(v.axes, [*inner, f"{target}{f'[{at}]' if v.axes else ''} = {kind}({text});"])
-            )
-        yield "}"
+            with self._nest(v.axes):
+                text = self.computed(v)
+                self.line(f"{f'out[{self._at(v)}]' if v.axes else '*out'} = {kind}({text});")
 
-    def _reduction(self, v: Value) -> Iterator[str]:
-        (x,) = v.args
+    def _reduction(self, v: Value, x: Value) -> None:
         function = REDUCE[v.detail]
-        inline = self._inline([x])
-        yield from self._declarations([*inline, v], [i for i in inline if not i.axes])
-        inner = [f"const auto {self._name(i)} = {self._text(i)};" for i in inline if i.axes]
         if v.axes:
-            yield from self._nest(v.axes, [f"out[{self._index(v.axes)}] = {function}::start<T>;"])
-            slot = f"T& into = out[{self._index(v.axes)}];"
-            yield from self._nest(x.axes, [*inner, slot, f"into = {function}::of(into, T({self._name(x)}));"])
+            with self._nest(v.axes):
+                self.line(f"out[{self._at(v)}] = {function}::start<T>;")
+            with self._nest(x.axes):
+                text = self.read(x)
+                self.line(f"T& into = out[{self._at(v)}];", f"into = {function}::of(into, T({text}));")
         else:  # one number is added up in double precision
-            yield f"double total = {function}::start<double>;"
-            yield from self._nest(x.axes, [*inner, f"total = {function}::of(total, double({self._name(x)}));"])
-            yield "*out = T(total);"
+            self.line(f"double total = {function}::start<double>;")
+            with self._nest(x.axes):
+                text = self.read(x)
+                self.line(f"total = {function}::of(total, double({text}));")
+            self.line("*out = T(total);")
 
-    def _moves(self, moved: list[tuple[str, Value]]) -> Iterator[str]:
+    def _moves(self, moved: list[tuple[str, Value]]) -> None:
         """Slots become what other slots were: of each element all are read before any is written."""
         for axes in dict.fromkeys(v.axes for _, v in moved):
             group = [(name, v) for name, v in moved if v.axes == axes]
-            sources = dict.fromkeys(v for _, v in group)
-            reads = [f"const T m{v.number} = number<T>({self.arrays.pointer(v.detail)} + j);" for v in sources]
-            writes = [f"put({self.arrays.pointer(name)} + j, m{v.number});" for name, v in group]
-            yield f"for (Index j = 0; j < {self._count(axes)}; j++) {{"
-            yield from indented([*reads, *writes])
-            yield "}"
-
-    def _store(self, name: str, v: Value) -> str:
-        return f"copy({self.arrays.pointer(name)}, {self.places.of_small(v)}, {self._count(v.axes)});"
+            with self.within(f"for (Index j = 0; j < {self._count(axes)}; j++) {{", "}"):
+                for v in dict.fromkeys(v for _, v in group):
+                    self.line(f"const T m{v.number} = number<T>({self.pointer(v)} + j);")
+                self.line(*(f"put({self.array(name)} + j, m{v.number});" for name, v in group))
 
     def _count(self, axes: frozenset[int]) -> str:
-        return " * ".join(map(self._size, sorted(axes))) or "1"
+        return " * ".join(map(self.size, sorted(axes))) or "1"
 
-    def _inline(self, goals: tuple[Value, ...] | list[Value]) -> list[Value]:
-        """The values without a place of their own that these are made of, themselves among them."""
-        found: dict[Value, None] = {}
+    def is_loaded(self, v: Value) -> bool:
+        return v.op != "index" and super().is_loaded(v)
 
-        def visit(v: Value) -> None:
-            if v.span == Span.HOST or v.op in ("input", "count", "index") or v in self.places.small or v in found:
-                return
-            for a in v.args:
-                visit(a)
-            found[v] = None
+    def read(self, v: Value) -> str:
+        """Inside a loop over its axes, what is loaded is read where it is needed, and so are the loop's own numbers."""
+        return self.text(v) if v.axes and (self.is_loaded(v) or v.op == "index") else super().read(v)
 
-        for v in goals:
-            visit(v)
-        return list(found)
-
-    def _declarations(self, values: list[Value], singles: list[Value]) -> Iterator[str]:
-        """The single numbers that these values are computed with."""
-        given = {a for v in values for a in (v.args or [v]) if not a.axes and a not in singles and a.op != "const"}
-        for v in sorted(given, key=lambda v: v.number):
-            yield f"const {'Word' if v.is_word else 'T'} s{v.number} = {self._single(v)};"
-        for v in singles:
-            yield f"const auto s{v.number} = {self._text(v)};"
-
-    def _single(self, v: Value) -> str:
-        if v.span == Span.HOST:
-            return given(self.schedule.program, v)
-        if v.op == "count":
-            return f"T({' * '.join(map(self._size, v.detail))})"
-        if v.op == "input":
-            return loaded(v, self.arrays.pointer(v.detail))
-        return f"*{self.places.of_small(v)}"
-
-    def _name(self, v: Value) -> str:
-        """How an operand is written inside a loop over its axes."""
-        if v.op == "const":
-            return literal(v)
+    def loaded(self, v: Value) -> str:
         if not v.axes:
-            return f"s{v.number}"
-        if v.op == "input":
-            return loaded(v, f"{self.arrays.pointer(v.detail)} + {self._index(v.axes)}")
-        if v.op == "index":
-            return f"Word(i{v.detail})"
-        if v in self.places.small:
-            return f"{self.places.of_small(v)}[{self._index(v.axes)}]"
-        return f"c{v.number}"
+            return super().loaded(v)
+        at = self._at(v)
+        return self.load(v, f"{self.pointer(v)} + {at}") if v.op == "input" else f"{self.pointer(v)}[{at}]"
 
-    def _text(self, v: Value) -> str:
-        if v.op == "index":
-            return f"Word(i{v.detail})"
-        return expression(v, self._name, ONE)
+    def index(self, v: Value) -> str:
+        return f"Word(i{v.detail})"
 
-    def _nest(self, axes: frozenset[int], body: list[str]) -> list[str]:
-        """Loops over some of the parameter's axes around some lines."""
-        loops = [
-            f"for (Index i{axis} = 0; i{axis} < {self._size(axis)}; i{axis}++)"
-            for axis in sorted(axes, key=self.order.index)
-        ]
-        if not loops:
-            return body
-        return [*loops, "{", *indented(body), "}"]
+    @contextmanager
+    def _nest(self, axes: frozenset[int]) -> Iterator[None]:
+        """Loops over some of the parameter's axes."""
+        for axis in self._ordered(axes):
+            self.line(f"for (Index i{axis} = 0; i{axis} < {self.size(axis)}; i{axis}++)")
+        if axes:
+            with self.within("{", "}"):
+                yield
+        else:
+            yield
 
-    def _index(self, axes: frozenset[int]) -> str:
-        """The place of an element in an array that spans these axes."""
-        text = "0"
-        for axis in sorted(axes, key=self.order.index):
-            text = f"i{axis}" if text == "0" else f"({text} * {self._size(axis)} + i{axis})"
+    def _at(self, v: Value) -> str:
+        """The place of an element in an array that spans the value's axes."""
+        slowest, *others = self._ordered(v.axes)
+        text = f"i{slowest}"
+        for axis in others:
+            text = f"({text} * {self.size(axis)} + i{axis})"
         return text
 
-    def _size(self, axis: int) -> str:
-        return f"w.leaf->sizes[{self.order.index(axis)}]"
+    def _ordered(self, axes: frozenset[int]) -> list[int]:
+        return sorted(axes, key=self.program.graph.order.index)

@@ -4,122 +4,117 @@ What is reduced within a block of codes is known at the end of a stage, for all 
 uses it. Each stage goes over all rows, for one row's chain of operations is long and leaves the processor waiting.
 
 Of the block's elements x7 is a register, or x7[k][r] where a later stage needs it: register r of row k. A number that
-the block has once, in every lane, is x7 or x7[k].
+the block has once, in every lane, is b7 or b7[k].
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from fusedbun.compiler.cpp.passes import INLINED, Way
-from fusedbun.compiler.cpp.text import LANES, PAIR, REDUCE, expression, indented, kind_of
+from fusedbun.compiler.cpp.passes import INLINED, reduced
+from fusedbun.compiler.cpp.ways import Rows
 from fusedbun.compiler.graph import Span, Value
-from fusedbun.compiler.schedule import Pass, Sweep
+from fusedbun.compiler.printer import has_blocks, name_of
+from fusedbun.compiler.schedule import Schedule
 
+EACH_ROW = ("for (int k = 0; k < K; k++) {", "}")
 PLACE = "const auto lanes = lanes_of(r); const Index j = b * BLOCK + r * LANES<T>; (void)lanes; (void)j;"
+TAKEN = "a{0}[r] = lanes.only({1}::of(a{0}[r], {2}), a{0}[r]);"
 
 
-def by_blocks(way: Way, work: Pass, sweep: Sweep, asked: list[str]) -> Iterator[str]:
-    """The loop of such a sweep.
+class CodedRows(Rows):
+    """Blocks of rows, some of whose sweeps read or make codes."""
 
-    Args:
-        way: blocks of rows.
-        work: the pass.
-        sweep: the sweep.
-        asked: the lines that ask memory for what is needed soon.
-    """
-    return iter(_Sweep(way, work, sweep, asked).lines())
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule)
+        self._held: set[Value] = set()  # what a later stage needs
 
+    def go_over(self, asks: list[str]) -> None:
+        if not has_blocks(self.program, [self.sweep]):
+            super().go_over(asks)
+            return
+        full, stage = self.sweep.full, _stages(self.sweep.full)
+        crossing = self.across_blocks([self.sweep])
+        self._held = {a for v in full for a in v.args if stage.get(a, stage[v]) < stage[v]}
+        self._held |= {v for _, v in self.stores()}
+        with self.within(f"blocks<T>(n, [&](auto lanes_of, Index b) {INLINED} {{", "});"):
+            self.line("constexpr int R = BLOCK / LANES<T>;")
+            self._load(self.small_vectors([self.sweep]), crossing)
+            for v in sorted(self._held, key=lambda v: v.number):
+                self.line(f"{self.type(v)} {name_of(v)}[K]{'[R]' if v.span == Span.FULL else ''};")
+            for s in range(max(stage.values()) + 1):
+                with self.within(*EACH_ROW):
+                    self._stage([v for v in full if stage[v] == s], asks if s == 0 else [])
+            with self.within(*EACH_ROW):
+                for name, v in self.stores():
+                    self._put(name, v)
+            if crossing:
+                with self._registers():
+                    self.line(*(f"lanes.store(a{v.number}_ + j, a{v.number}[r]);" for v in crossing))
+        self._held = set()
 
-def registers(lines: Iterable[str]) -> list[str]:
-    """Lines for every register r of a block."""
-    return [f"each<R>([&](auto r) {INLINED} {{", *indented([PLACE, *lines]), "});"]
+    def _load(self, vectors: list[Value], crossing: list[Value]) -> None:
+        """What there is of the block's columns, for all rows."""
+        self.line(*(f"{self.type(v)} {name_of(v)}[R];" for v in vectors))
+        self.line(*(f"Vector<T> a{v.number}[R];" for v in crossing))
+        if vectors or crossing:
+            with self._registers():
+                self.line(*(f"{name_of(v)}[r] = {self.loaded(v)};" for v in vectors))
+                self.line(*(f"a{v.number}[r] = lanes.template load<T>(a{v.number}_ + j);" for v in crossing))
+        self.names |= {v: f"{name_of(v)}[r]" for v in vectors}
 
+    @contextmanager
+    def _registers(self) -> Iterator[None]:
+        with self.within(f"each<R>([&](auto r) {INLINED} {{", "});"):
+            self.line(PLACE)
+            yield
 
-class _Sweep:
-    def __init__(self, way: Way, work: Pass, sweep: Sweep, asked: list[str]) -> None:
-        self.way, self.work, self.sweep, self.asked = way, work, sweep, asked
-        self.stages = _stages(sweep.full)
-        self.crossing = way.crossing(sweep)
-        last = max(self.stages.values())
-        self.by_stage: dict[int, list[Value]] = defaultdict(list)
-        for v, stage in self.stages.items():
-            self.by_stage[stage].append(v)
-        self.order = range(last + 1)
-        self.stores = way.stores(sweep)
-        later = {a for v in sweep.full for a in v.args if self.stages.get(a, 0) < self.stages[v]}
-        self.held = {v for v in sweep.full if v in later or v in {stored for _, stored in self.stores}}
-
-    def lines(self) -> list[str]:
-        way = self.way
-        vectors = way.small_vectors(Pass([self.sweep]))
-        body = ["constexpr int R = BLOCK / LANES<T>;"]
-        body += [f"{kind_of(v, LANES)} v{v.number}[R];" for v in vectors]
-        body += [f"Vector<T> a{v.number}[R];" for v in self.crossing]
-        loads = [f"v{v.number}[r] = {way.small(v)};" for v in vectors]
-        loads += [f"a{v.number}[r] = lanes.template load<T>({way.chunk(v)});" for v in self.crossing]
-        if loads:
-            body += registers(loads)
-        for v in sorted(self.held, key=lambda v: v.number):
-            body.append(f"{kind_of(v, LANES)} x{v.number}[K]{'[R]' if v.span == Span.FULL else ''};")
-        for lines in (*map(self._stage, self.order), self._stores()):
-            body += ["for (int k = 0; k < K; k++) {", *indented(lines), "}"]
-        if self.crossing:
-            body += registers(f"lanes.store({way.chunk(v)}, a{v.number}[r]);" for v in self.crossing)
-        return [f"blocks<T>(n, [&](auto lanes_of, Index b) {INLINED} {{", *indented(body), "});"]
-
-    def _stage(self, stage: int) -> Iterator[str]:
-        for v in self.by_stage[stage]:
+    def _stage(self, values: list[Value], asks: list[str]) -> None:
+        full = [v for v in values if v.span == Span.FULL]
+        for v in values:
             if v.span == Span.BLOCK:
-                yield f"{'' if v in self.held else 'const auto '}{self._name(v)} = {self._of_block(v)};"
-        if lines := [*self._elements(stage)]:
-            yield from registers(lines)
+                self._assign(v)
+        if full:
+            with self._registers():
+                self.line(*asks)
+                for v in full:
+                    self._assign(v)
+                    self.save(v)
+                for v in (v for v in self.sweep.reductions if v.args[0] in full):
+                    taken = TAKEN if v in self.places.partial else self.along_taken
+                    self.line(reduced(taken, v, self.read(v.args[0])))
 
-    def _stores(self) -> Iterator[str]:
-        for name, v in self.stores:
-            yield from self._store(name, v)
-
-    def _of_block(self, v: Value) -> str:
-        if v.op == "input":
-            return f"wide<Words<T>>(Word(p{self.way.arrays.number(v.detail)}[k][b]))"
-        if v.op == "block_max":
-            return f"largest<T>(x{v.args[0].number}[k], lanes_of)"
-        return expression(v, self._name, LANES)
-
-    def _elements(self, stage: int) -> Iterator[str]:
-        way, work, sweep = self.way, self.work, self.sweep
-        if stage == 0:
-            yield from self.asked
-        for v in self.by_stage[stage]:
-            if v.span == Span.FULL:
-                yield f"{'' if v in self.held else 'const auto '}{self._name(v)} = {self._element(v)};"
-                if v in sweep.saved:
-                    yield way.save(v, work, self._name(v))
-        for v in sweep.reductions:
-            if self.stages[v.args[0]] == stage:
-                function, x = REDUCE[v.detail], self._name(v.args[0])
-                into = f"a{v.number}[r]" if v in self.crossing else f"q{v.number}[k]"
-                yield f"{into} = lanes.only({function}::of({into}, {x}), {into});"
-
-    def _element(self, v: Value) -> str:
-        number = self.way.arrays.number(v.detail) if v.op == "input" else None
-        if number is not None and self.way.arrays.type(v.detail) == PAIR:
-            return f"from_pairs<T>(p{number}[k] + b * (BLOCK / 2), r)"
-        return self.way.computed(v, self.work, self.sweep, self._name)
-
-    def _name(self, v: Value) -> str:
-        name = self.way.operand(v) + ("[k]" if v in self.held else "")
-        return f"{name}[r]" if v.span == Span.COLUMN or (v in self.held and v.span == Span.FULL) else name
-
-    def _store(self, name: str, v: Value) -> Iterator[str]:
-        number = self.way.arrays.number(name)
-        if v.span == Span.BLOCK:
-            yield f"p{number}[k][b] = {self.way.arrays.type(name)}(x{v.number}[k][0]);"
-        elif self.way.arrays.type(name) == PAIR:
-            yield f"to_pairs<T>(p{number}[k] + b * (BLOCK / 2), x{v.number}[k], lanes_of);"
+    def _assign(self, v: Value) -> None:
+        if v in self._held:
+            self.line(f"{self.read(v)} = {self.text(v)};")
         else:
-            yield from registers([f"lanes.store({self.way.element(number)}, x{v.number}[k][r]);"])
+            self.read(v)
+
+    def _put(self, name: str, v: Value) -> None:
+        p, bits = f"p{self.numbers[name]}", self.arrays[name].bits
+        if v.span == Span.BLOCK:
+            self.line(f"{p}[k][b] = {self.stored(name)}({self.read(v)}[0]);")
+        elif bits:
+            self.line(f"to_packed<T, {bits}>({p}[k], b, {name_of(v)}[k], lanes_of);")
+        else:
+            with self._registers():
+                self.line(f"lanes.store({self.element(name)}, {self.read(v)});")
+
+    def read(self, v: Value) -> str:
+        if v in self._held:
+            return f"{name_of(v)}[k][r]" if v.span == Span.FULL else f"{name_of(v)}[k]"
+        return super().read(v)
+
+    def loaded(self, v: Value) -> str:
+        if v.span == Span.BLOCK:
+            return f"wide<Words<T>>(Word(p{self.numbers[v.detail]}[k][b]))"
+        if v.span == Span.FULL and v.op == "input" and (bits := self.arrays[v.detail].bits):
+            return f"from_packed<T, {bits}>(p{self.numbers[v.detail]}[k], b, r)"
+        return super().loaded(v)
+
+    def computed(self, v: Value) -> str:
+        return f"largest<T>({name_of(v.args[0])}[k], lanes_of)" if v.op == "block_max" else super().computed(v)
 
 
 def _stages(values: list[Value]) -> dict[Value, int]:

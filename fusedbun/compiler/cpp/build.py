@@ -18,12 +18,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 RUNTIME = Path(__file__).parent / "runtime"
+HEADERS = "".join(path.read_text() for path in sorted(RUNTIME.glob("*.h")))
 DRIVER = RUNTIME / "driver.cpp"
 XLA_HEADER = "xla/ffi/api/c_api.h"
 BUILT = Path(__file__).parent / "built"
@@ -49,41 +51,33 @@ def entry(source: str, registers: int) -> Any:
 
 def origin(source: str, registers: int = 1) -> str | None:
     """Where the compiled code is: "package" or "cache", or None where it would have to be compiled."""
-    name = _name(source, registers)
+    name = f"{digest(source, registers)}.so"
     if (BUILT / name).exists() or _in_bundle(source, registers):
         return "package"
     return "cache" if (cache_folder() / name).exists() else None
 
 
-def library(source: str, registers: int = 1, extra: tuple[str, ...] = ()) -> Path:
+def library(source: str, registers: int = 1) -> Path:
     """The compiled library of some C++.
 
     Args:
         source: the code; it may include the files in `runtime`.
         registers: the width of the registers that it may use, a key of `REGISTERS`.
-        extra: flags that say where things are, and do not change what is compiled.
 
     Raises:
         BuildError: it did not come with the package, is not in the cache, and cannot be compiled.
     """
-    name = _name(source, registers)
-    for path in (BUILT / name, cache_folder() / name):
-        if path.exists():
-            return path
-    return compile_to(cache_folder() / name, source, registers, extra)
+    built = BUILT / f"{digest(source, registers)}.so"
+    return built if built.exists() else compile_in(cache_folder(), source, registers)
 
 
 def loaded(source: str, registers: int = 1) -> ctypes.CDLL:
-    """The library of some C++, loaded; one that is damaged, or made for another machine, is compiled again.
-
-    Raises:
-        BuildError: there is none.
-    """
+    """The same, loaded; a library that is damaged, or made for another machine, is compiled again."""
     path = library(source, registers)
     try:
         return load(path)
     except BuildError:
-        return load(compile_to(cache_folder() / _name(source, registers), source, registers))
+        return load(_compile(cache_folder() / path.name, source, registers))
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -110,13 +104,15 @@ def _is_whole(path: Path) -> bool:
 
 
 def compile_in(folder: Path, source: str, registers: int = 1, prefix: str = "", extra: tuple[str, ...] = ()) -> Path:
-    """Compiles some C++ to a library of its name in a folder, where it is not there already."""
-    path = folder / f"{prefix}{_name(source, registers)}"
-    return path if path.exists() else compile_to(path, source, registers, extra)
+    """The library of some C++ in a folder, compiled unless it is there, perhaps with a prefix to its name.
+
+    Flags in `extra` do not change what the code does. Raises a BuildError where it cannot be compiled.
+    """
+    path = folder / f"{prefix}{digest(source, registers)}.so"
+    return path if path.exists() else _compile(path, source, registers, extra)
 
 
-def compile_to(path: Path, source: str, registers: int = 1, extra: tuple[str, ...] = ()) -> Path:
-    """Compiles some C++ to a library in the given place; raises a BuildError where that fails."""
+def _compile(path: Path, source: str, registers: int, extra: tuple[str, ...] = ()) -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(
@@ -141,7 +137,7 @@ def bundle(sources: Iterable[str], registers: int) -> str:
     """The C++ of several kernels in one library; each is as it was, in a namespace of its own."""
     lines = ['#include "vectors.h"', ""]
     for source in sources:
-        name = _symbol(source, registers)
+        name = f"{ENTRY}_{digest(source, registers)}"
         lines += [f"#define {ENTRY} {name}", f"namespace of_{name} {{", source, "}", f"#undef {ENTRY}", ""]
     return "\n".join(lines)
 
@@ -154,10 +150,8 @@ def bundle_prefix(registers: int) -> str:
 def jax_handler() -> str | None:
     """The code of the call that XLA makes (`runtime/jax_ffi.cpp`) with jaxlib's header in it, if that is there."""
     jaxlib = find_spec("jaxlib")
-    if jaxlib is None or not jaxlib.submodule_search_locations:
-        return None
-    header = Path(jaxlib.submodule_search_locations[0], "include", XLA_HEADER)
-    if not header.exists():
+    header = Path(jaxlib.origin).with_name("include") / XLA_HEADER if jaxlib and jaxlib.origin else None
+    if header is None or not header.exists():
         return None
     return (RUNTIME / "jax_ffi.cpp").read_text().replace(f'#include "{XLA_HEADER}"', header.read_text())
 
@@ -165,8 +159,7 @@ def jax_handler() -> str | None:
 @cache
 def find_compiler() -> tuple[str, ...] | None:
     """The C++ compiler's command, or None where there is none."""
-    named = os.environ.get("CXX")
-    if named:
+    if named := os.environ.get("CXX"):
         return tuple(named.split())
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return (found,) if found else None
@@ -181,7 +174,7 @@ def cache_folder() -> Path:
 
 
 def _in_bundle(source: str, registers: int) -> Any:
-    name = _symbol(source, registers)
+    name = f"{ENTRY}_{digest(source, registers)}"
     return next((loaded[name] for loaded in _bundles(registers) if hasattr(loaded, name)), None)
 
 
@@ -189,32 +182,17 @@ def _in_bundle(source: str, registers: int) -> Any:
 def _bundles(registers: int) -> list[ctypes.CDLL]:
     found = []
     for path in sorted(BUILT.glob(f"{bundle_prefix(registers)}*.so")):
-        try:
+        with suppress(BuildError):  # made for another machine: its kernels are compiled again
             found.append(load(path))
-        except BuildError:  # made for another machine: its kernels are compiled again
-            continue
     return found
 
 
-@cache
-def _runtime() -> str:
-    return "".join(path.read_text() for path in sorted(RUNTIME.glob("*.h")))
-
-
 def _flags(registers: int) -> tuple[str, ...]:
-    """`FUSEDBUN_CXXFLAGS` adds to them, as a sanitizer needs."""
+    """The compiler's flags. `FUSEDBUN_CXXFLAGS` adds to them, as a sanitizer needs."""
     return (*COMMON, *REGISTERS[registers], *shlex.split(os.environ.get("FUSEDBUN_CXXFLAGS", "")))
 
 
 def digest(source: str, registers: int) -> str:
-    """What compiled code is known by: its source, the runtime and the flags decide it."""
+    """What compiled code is known by, made of its source, the runtime, the flags and the kind of machine."""
     flags = " ".join([*_flags(registers), sys.platform, platform.machine()])
-    return hashlib.sha256("\0".join([source, _runtime(), flags]).encode()).hexdigest()[:40]
-
-
-def _symbol(source: str, registers: int) -> str:
-    return f"{ENTRY}_{digest(source, registers)}"
-
-
-def _name(source: str, registers: int) -> str:
-    return f"{digest(source, registers)}.so"
+    return hashlib.sha256("\0".join([source, HEADERS, flags]).encode()).hexdigest()[:40]

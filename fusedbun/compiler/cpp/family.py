@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -22,9 +21,7 @@ from fusedbun.compiler.trace import trace
 from fusedbun.recipe import Settings
 from fusedbun.recipes import RECIPES
 
-Order = tuple[int, ...]
-
-# A parameter's axes from the slowest in memory to the fastest.
+Order = tuple[int, ...]  # a parameter's axes from the slowest in memory to the fastest
 VECTOR, MATRIX, CUBE, CONVOLUTION, CHANNELS_LAST = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3), (0, 2, 3, 1)
 STRIP = ("-s",)
 BUNDLE = 24  # kernels: the shorter, the more even the work of many processors; the longer, the less to read
@@ -42,13 +39,19 @@ def chain_of(name: str, settings: Settings, ndim: int) -> Chain:
 
 def sources(dtype: str) -> list[str]:
     """The code of the kernels for one dtype, each once."""
-    programs = [*_programs("compiled", [VECTOR, MATRIX])]
+    # fields of recipes that hold settings, and the parameters that they are compiled for
+    fields: list[tuple[str, list[Order]]] = [("compiled", [VECTOR, MATRIX])]
     if dtype in ("float32", "bfloat16"):  # what networks are trained in
-        programs += _programs("compiled", [CUBE, CONVOLUTION, CHANNELS_LAST])
-        programs += _programs("compiled_for_networks", [VECTOR, MATRIX])
+        fields += [("compiled", [CUBE, CONVOLUTION, CHANNELS_LAST]), ("compiled_for_networks", [VECTOR, MATRIX])]
     if dtype == "bfloat16":
-        programs += _programs("compiled_for_bfloat16", [VECTOR, MATRIX, CONVOLUTION])
-    return list(dict.fromkeys(emit(trace(chain, len(order), order, dtype=dtype)) for chain, order in programs))
+        fields += [("compiled_for_bfloat16", [VECTOR, MATRIX, CONVOLUTION])]
+    codes = (
+        emit(trace(chain_of(name, settings, len(order)), len(order), order, dtype=dtype))
+        for field, orders in fields
+        for name, recipe in RECIPES.items()
+        for settings, order in product(getattr(recipe, field), orders)
+    )
+    return list(dict.fromkeys(codes))
 
 
 def widths() -> list[int]:
@@ -69,16 +72,20 @@ def build(folder: Path, for_this_machine: bool = False) -> None:
     except BuildError as error:
         print(f"fusedbun: no kernels are compiled now: {str(error).splitlines()[0]}")
         return
-    jobs = [(code, 1, "") for code in (jax_handler(),) if code]  # where the build environment has jaxlib
+    handler = jax_handler()  # where the build environment has jaxlib
+    jobs = [(handler, 1, "")] if handler else []
     for registers, dtype in product(chosen, TYPES):
         jobs += [(code, registers, bundle_prefix(registers)) for code in bundles(dtype, registers)]
     with ThreadPoolExecutor(_processors()) as pool:
         waiting = [pool.submit(compile_in, folder, *job, STRIP) for job in jobs]
-    failures = [job.exception() for job in waiting if isinstance(job.exception(), BuildError)]
+    failures = []
+    for job in waiting:
+        try:
+            made.add(job.result())
+        except BuildError as error:
+            failures.append(str(error).splitlines()[0])
     if failures:
-        reason = str(failures[0]).splitlines()[0]
-        print(f"fusedbun: {len(failures)} of {len(jobs)} libraries of kernels did not compile: {reason}")
-    made |= {job.result() for job in waiting if job.exception() not in failures}
+        print(f"fusedbun: {len(failures)} of {len(jobs)} libraries of kernels did not compile: {failures[0]}")
     for path in set(folder.glob("*.so")) - made:
         path.unlink()
 
@@ -88,13 +95,6 @@ def bundles(dtype: str, registers: int) -> list[str]:
     kernels = sources(dtype)
     count = -(-len(kernels) // BUNDLE)
     return [bundle(kernels[i::count], registers) for i in range(count)]
-
-
-def _programs(settings: str, orders: list[Order]) -> Iterator[tuple[Chain, Order]]:
-    """The chains of every recipe under some of its settings, named by the field that holds them."""
-    for name, recipe in RECIPES.items():
-        for values, order in product(getattr(recipe, settings), orders):
-            yield chain_of(name, values, len(order)), order
 
 
 def _processors() -> int:

@@ -1,16 +1,21 @@
 """Prints a program as C++: one translation unit with the code that `runtime/kernel.h` describes.
 
-It has a plan for every way of going over memory that suits the program (`cpp_ways`, on the skeleton in `cpp_passes`),
-each made from a schedule, with the small values in between (`cpp_between`).
+It has a plan for every way of going over memory that suits the program (`ways.py`, on the skeleton in `passes.py`),
+each made from a schedule, with the small values in between (`between.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+
 from fusedbun.compiler.cpp.between import Between
-from fusedbun.compiler.cpp.passes import Way, has_blocks
-from fusedbun.compiler.cpp.text import REDUCE, Arrays, Places, indented
+from fusedbun.compiler.cpp.blocks import CodedRows
+from fusedbun.compiler.cpp.passes import Way
+from fusedbun.compiler.cpp.text import REDUCE, Places
 from fusedbun.compiler.cpp.ways import Columns, Flat, PackedRows, Rows
 from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import Schedule, schedule
 from fusedbun.compiler.trace import Program
 
@@ -32,35 +37,23 @@ def emit(program: Program) -> str:
     computed, stored = TYPES[program.dtype]
     rows = schedule(program)
     _check_order(program)
+    found: dict[str, tuple[Schedule, list[type[Way]]]] = {}  # schedules, by the namespace of their code
+    if is_coded(rows):
+        found["rows"] = rows, [CodedRows]
+    elif rows.is_elementwise:
+        found["flat"] = rows, [Flat]
+    else:
+        found["rows"] = rows, [Rows] if program.graph.ndim == 1 else [Rows, PackedRows]
+        with suppress(UnplannableError):
+            found["columns"] = schedule(program, "columns"), [Columns]
     lines = ['#include "vectors.h"', "", *(f"// {line}" for line in str(program).splitlines()), ""]
     lines += ["namespace {", f"using T = {computed};", f"using P = {stored};", ""]
-    plans = {"flat": "nullptr", "rows": "nullptr", "packed": "nullptr", "columns": "nullptr"}
-    if rows.is_elementwise:
-        lines += _plan("flat", rows, [Flat])
-        plans["flat"] = "&flat::plan"
-    else:
-        is_coded = any(has_blocks(sweep) for work in rows.passes for sweep in work.sweeps)
-        is_one_row = program.graph.ndim == 1
-        by_row: list[type[Way]] = [Rows] if is_coded or is_one_row else [Rows, PackedRows]
-        lines += _plan("rows", rows, by_row)
-        plans |= {"rows": "&rows::plan", **({"packed": "&rows::packed_plan"} if PackedRows in by_row else {})}
-        try:
-            columns = schedule(program, "columns")
-        except UnplannableError:
-            pass
-        else:
-            lines += _plan("columns", columns, [Columns])
-            plans["columns"] = "&columns::plan"
-    return "\n".join(
-        [
-            *lines,
-            f"const Kernel kernel = {{sizeof(T), LANES<T>, {', '.join(plans.values())}}};",
-            "}  // namespace",
-            "",
-            "EXPORT const Kernel* fusedbun_kernel() { return &kernel; }",
-            "",
-        ]
-    )
+    plans = dict.fromkeys(("flat", "rows", "packed", "columns"), "nullptr")
+    for name, (scheduled, ways) in found.items():
+        lines += _plans(name, scheduled, ways)
+        plans |= {way.name: f"&{name}::{way.name}_plan" for way in ways}
+    lines += [f"const Kernel kernel = {{sizeof(T), LANES<T>, {', '.join(plans.values())}}};", "}  // namespace", ""]
+    return "\n".join([*lines, "EXPORT const Kernel* fusedbun_kernel() { return &kernel; }", ""])
 
 
 def _check_order(program: Program) -> None:
@@ -72,37 +65,31 @@ def _check_order(program: Program) -> None:
             raise UnplannableError(f"the state {key} has the axes {sorted(axes)}, but in memory they follow as {axes}")
 
 
-def _plan(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
+def _plans(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
     """A namespace with the functions of one schedule, and a `Plan` for every way of going over memory."""
-    arrays, places = Arrays(schedule.program), Places(schedule)
-    between, passes = Between(schedule, arrays), range(len(schedule.passes))
+    places, passes = Places(schedule), range(len(schedule.passes))
+    functions = [Between(schedule).function(t) for t in (*passes, len(passes))]
+    functions += [_begin(schedule, places, t) for t in passes]
+    functions += [way(schedule).function(t) for way in ways for t in passes]
     lines = [f"namespace {name} {{", *(f"// {line}" for line in str(schedule).splitlines()), ""]
-    for t in range(len(schedule.passes) + 1):
-        lines += [*between.function(t), ""]
-    for t in passes:
-        lines += [*_begin(schedule, places, t), ""]
-    written = [way(schedule, arrays) for way in ways]
-    for way in written:
-        for t in passes:
-            lines += [*way.function(t), ""]
-    lines += [_table("between", "void (*const {}[])(const Work&)", [f"between{t}" for t in [*passes, len(passes)]])]
-    lines += [_table("begin", "void (*const {}[])(const Work&)", [f"begin{t}" for t in passes])]
-    vectors, scalars = places.counts(places.small)
-    partial_vectors, partial_scalars = places.counts(places.partial)
-    sizes = f"{len(passes)}, {vectors}, {scalars}, {partial_vectors}, {partial_scalars}, {len(places.kept)}"
-    for way in written:
-        prefix = "" if way.name == "pass" else f"{way.name}_"
-        functions = [f"{way.name}{t}" for t in passes]
+    for function in functions:
+        lines += [*function, ""]
+    lines += [_table("between", "", (f"between{t}" for t in (*passes, len(passes))))]
+    lines += [_table("begin", "", (f"begin{t}" for t in passes))]
+    counts = (*places.counts(places.small), *places.counts(places.partial), len(places.kept))
+    sizes = ", ".join(map(str, (len(passes), *counts)))
+    for way in ways:
         lines += [
-            _table(f"{way.name}es", "void (*const {}[])(const Work&, Index, Index)", functions),
-            f"Index {prefix}buffer(const Leaf& leaf) {{ {way.buffer_size()} }}",
-            f"const Plan {prefix}plan = {{{sizes}, between, begin, {way.name}es, {prefix}buffer}};",
+            _table(f"{way.name}_passes", ", Index, Index", (f"{way.name}{t}" for t in passes)),
+            f"Index {way.name}_buffer(const Leaf& leaf) {{ {way(schedule).buffer_size()} }}",
+            f"const Plan {way.name}_plan = {{{sizes}, between, begin, {way.name}_passes, {way.name}_buffer}};",
         ]
     return [*lines, f"}}  // namespace {name}", ""]
 
 
-def _table(name: str, kind: str, functions: list[str]) -> str:
-    return f"{kind.format(name)} = {{{', '.join(functions)}}};"
+def _table(name: str, others: str, functions: Iterable[str]) -> str:
+    """Pointers to functions of some work and other arguments."""
+    return f"void (*const {name}[])(const Work&{others}) = {{{', '.join(functions)}}};"
 
 
 def _begin(schedule: Schedule, places: Places, t: int) -> list[str]:
@@ -110,7 +97,7 @@ def _begin(schedule: Schedule, places: Places, t: int) -> list[str]:
     work = schedule.passes[t]
     started = [v for sweep in work.sweeps for v in sweep.reductions if v in places.partial] + work.totals
     lines = [
-        f"fill({places.of_partial(v)}, {f'w.leaf->{places.row}' if v.axes else '1'}, {REDUCE[v.detail]}::start<T>);"
+        f"  fill({places.partial[v]}, {f'w.leaf->{places.row}' if v.axes else '1'}, {REDUCE[v.detail]}::start<T>);"
         for v in started
     ]
-    return [f"void begin{t}(const Work& w) {{", *indented(lines or ["(void)w;"]), "}"]
+    return [f"void begin{t}(const Work& w) {{", *(lines or ["  (void)w;"]), "}"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cache
+from itertools import chain as joined
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,11 +17,11 @@ from fusedbun.compiler.cpp.build import DRIVER, BuildError, digest, entry, loade
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.graph import UnplannableError
 from fusedbun.compiler.trace import Program, is_input, trace
+from fusedbun.storage.codes import Stored
 
 Shape = tuple[int, ...]
 SCATTERED = -1  # as in runtime/kernel.h
 WORD = 8  # bytes of everything that a leaf is described with
-NO_PARALLEL = 0
 ABSENT = 0  # the address of the gradient of a leaf that is left out of a step
 
 
@@ -38,28 +38,25 @@ class Kernel(NamedTuple):
 
 
 class Array(NamedTuple):
-    """An array as the driver sees it: its address, the bytes of an element, and the bytes from one to the next."""
+    """An array as the driver sees it."""
 
     address: int
-    width: int
-    strides: Shape
+    width: int  # bytes of an element
+    strides: Shape  # bytes from one element to the next along each axis
 
 
 class Description(NamedTuple):
-    """A leaf as the driver sees it.
-
-    Args:
-        kernel: what steps it.
-        shape: its shape.
-        arrays: the parameter, the gradient, and the state's in the program's order; those that do not have a number
-            for every element are contiguous.
-        numbers: which of the lists of numbers it is stepped with.
-    """
+    """A leaf as the driver sees it."""
 
     kernel: Kernel
     shape: Shape
+    # the parameter, the gradient, and the state's in the program's order; those that do not have a number for every
+    # element are contiguous
     arrays: Sequence[Array]
-    numbers: int
+    numbers: int  # which of the lists of numbers it is stepped with
+
+
+_KERNELS: dict[Any, Kernel | str] = {}  # by what decides the code; a reason where there is none
 
 
 def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize: bool = False) -> Kernel:
@@ -81,8 +78,8 @@ def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize
         raise KernelError(str(error)) from error
     if key not in _KERNELS:
         try:
-            _KERNELS[key] = _kernel(trace(chain, ndim, order or None, maximize, dtype))
-        except (UnplannableError, BuildError) as error:
+            _KERNELS[key] = compiled(trace(chain, ndim, order or None, maximize, dtype))
+        except (UnplannableError, KernelError) as error:
             _KERNELS[key] = str(error)
     found = _KERNELS[key]
     if isinstance(found, str):
@@ -90,22 +87,15 @@ def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize
     return found
 
 
-_KERNELS: dict[Any, Kernel | str] = {}  # by what decides the code; a reason where there is none
-
-
 def compiled(program: Program) -> Kernel:
     """The kernel of any program; raises a KernelError where there is none."""
+    if program.dtype not in TYPES:
+        raise KernelError(f"there are kernels for {', '.join(TYPES)}, but not for {program.dtype}")
     try:
-        return _kernel(program)
+        source = emit(program)
+        function = entry(source, registers())
     except (UnplannableError, BuildError) as error:
         raise KernelError(str(error)) from error
-
-
-def _kernel(program: Program) -> Kernel:
-    if program.dtype not in TYPES:
-        raise UnplannableError(f"there are kernels for {', '.join(TYPES)}, but not for {program.dtype}")
-    source = emit(program)
-    function = entry(source, registers())
     function.restype = ctypes.c_void_p
     return Kernel(program, function(), digest(source, registers()))
 
@@ -116,24 +106,16 @@ def structure(chain: Chain) -> tuple[Any, ...]:
     Raises an UnplannableError where a hyper-parameter cannot be a key.
     """
     known = vars(chain)
-    if "structure" not in known:  # as a cached property does
-        known["structure"] = _structure(chain)
-    found: tuple[Any, ...] = known["structure"]
-    return found
-
-
-def _structure(chain: Chain) -> tuple[Any, ...]:
-    transforms = ((type(t), *(_of_code(getattr(t, f.name)) for f in fields(t))) for t in chain)
-    found = (chain.rounding.stochastic, *transforms)
-    try:
-        hash(found)
-    except TypeError as error:
-        raise UnplannableError(f"a hyper-parameter that chooses code must be hashable: {error}") from error
-    return found
-
-
-def _of_code(value: Any) -> Any:
-    return float if is_input(value) else value
+    if "structure" not in known:  # kept with the chain, as a cached property is
+        values = [float if is_input(x) else x for x in chain.hyperparameters().values()]
+        found = (chain.rounding.stochastic, *map(type, chain), *values)
+        try:
+            hash(found)
+        except TypeError as error:
+            raise UnplannableError(f"a hyper-parameter that chooses code must be hashable: {error}") from error
+        known["structure"] = found
+    structure: tuple[Any, ...] = known["structure"]
+    return structure
 
 
 @cache
@@ -160,29 +142,24 @@ def memory_order(shape: Shape, strides: Shape) -> tuple[int, ...]:
 class Leaves:
     """Leaves that are described once and stepped many times; between steps only gradients and numbers change.
 
-    Args:
-        leaves: the leaves.
-        numbers: how many lists of numbers there are.
+    There are so many lists of `numbers`, of which each leaf names one.
     """
 
     def __init__(self, leaves: Sequence[Description], numbers: int) -> None:
         words: list[int] = []
-        records: list[list[int]] = []
-        self._grads: list[int] = []
-        for leaf in leaves:
-            self._grads.append(len(words) + 1)
-            records.append(describe(leaf, words))
+        records = [describe(leaf, words) for leaf in leaves]
+        self._words = np.array(words, np.int64)
+        start = self._words.ctypes.data
+        self._records = np.array(records, np.int64).reshape(-1, 10)
+        self._grads = self._records[:, 0] + 1  # the places of their addresses among the words
+        # places among the words become addresses, those of scattered arrays' steps too
+        steps = [place for record in records for place in range(record[3], record[4])]
+        self._words[steps] = np.where(self._words[steps] < 0, 0, self._words[steps] * WORD + start)
+        self._records[:, :5] = self._records[:, :5] * WORD + start
         longest = max((len(leaf.kernel.program.scalars) for leaf in leaves), default=0)
         self._numbers = np.zeros((numbers, max(1, longest)))
-        self._words = np.array(words, np.int64)
-        self._records = np.array(records, np.int64).reshape(-1, 10)
-        self._records[:, :5] = self._records[:, :5] * WORD + self._words.ctypes.data
-        rows = np.array([leaf.numbers for leaf in leaves], np.int64)
-        self._records[:, 5] = self._numbers.ctypes.data + rows * self._numbers.strides[0]
-        # the places of the steps of scattered arrays among the words, which become addresses
-        places = [i for record in records for i in range(record[3], record[3] + record[6])]
-        steps = self._words[places]
-        self._words[places] = np.where(steps < 0, 0, steps * WORD + self._words.ctypes.data)
+        lists = np.array([leaf.numbers for leaf in leaves], np.int64)
+        self._records[:, 5] = self._numbers.ctypes.data + lists * self._numbers.strides[0]
         self._kernels = np.array([leaf.kernel.address for leaf in leaves], np.int64)
         self._pointers = tuple(ctypes.c_void_p(a.ctypes.data) for a in (self._records, self._kernels))
 
@@ -194,7 +171,7 @@ class Leaves:
         """The numbers of a program that some leaves are stepped with (`trace.evaluate`)."""
         self._numbers[index, : len(numbers)] = numbers
 
-    def step(self, threads: int, parallel: int = NO_PARALLEL) -> None:
+    def step(self, threads: int, parallel: int = 0) -> None:
         """Steps every leaf once.
 
         Args:
@@ -207,52 +184,46 @@ class Leaves:
 
 
 def describe(leaf: Description, words: list[int]) -> list[int]:
-    """Adds what a record points to to the words, and returns the record, with places among the words as addresses."""
-    order = leaf.kernel.program.graph.order
+    """Adds what a `Leaf` of runtime/kernel.h points to to the words, and returns its fields.
+
+    Fields that are addresses are places among the words instead, and so are the addresses of scattered arrays' steps
+    among the words, where -1 stands for null. That of the numbers is left as 0.
+    """
+    program, arrays = leaf.kernel.program, leaf.arrays
+    order, count = program.graph.order, len(arrays)
     sizes = [leaf.shape[axis] for axis in order] if leaf.shape else [1]
-    columns = math.prod(sizes[1:]) if len(sizes) > 1 else sizes[0]
-    rows = sizes[0] if len(sizes) > 1 else 1
-    count = len(leaf.arrays)
-    stored = leaf.kernel.program.arrays.values()
-    full = [True, True] + [x.is_full(len(sizes)) for x in stored]
-    parts = [False, False] + [x.is_by_blocks for x in stored]
-    steps = [
-        [] if in_parts else [array.strides[axis] for axis in order] if leaf.shape else [array.width] if is_full else []
-        for array, is_full, in_parts in zip(leaf.arrays, full, parts, strict=True)
-    ]
-    at = len(words)
-    words += [array.address for array in leaf.arrays]
-    words += [array.width for array in leaf.arrays]
-    words += [
-        _row_stride(sizes, step, array.width) if is_full else array.strides[0] if in_parts else 0
-        for array, step, is_full, in_parts in zip(leaf.arrays, steps, full, parts, strict=True)
-    ]
-    place = at + 4 * count + len(sizes)
+    rows, columns = (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, sizes[0])
+    start = len(words)
+    steps = start + 3 * count
+    described: list[tuple[int, int, int, int]] = []  # of each array: address, width, stride, the place of its steps
     scattered: list[int] = []
-    for array, step, is_full in zip(leaf.arrays, steps, full, strict=True):
-        if is_full and not _is_contiguous(sizes, step, array.width):
-            words.append(place + len(scattered))
-            scattered += step
+    for array, stored in zip(arrays, [*[Stored(program.dtype, order)] * 2, *program.arrays.values()], strict=True):
+        place = -1
+        if stored.is_full(len(sizes)):
+            along = [array.strides[axis] for axis in order] if leaf.shape else [array.width]
+            stride = _row_stride(sizes, along, array.width)
+            if not _is_contiguous(sizes, along, array.width):
+                place = steps + count + len(sizes) + len(scattered)
+                scattered += along
         else:
-            words.append(-1)
-    words += sizes
-    words += scattered
-    return [at, at + count, at + 2 * count, at + 3 * count, at + 4 * count, 0, count, len(sizes), rows, columns]
+            stride = array.strides[0] if stored.is_by_blocks else 0
+        described.append((array.address, array.width, stride, place))
+    words += [*joined.from_iterable(zip(*described, strict=True)), *sizes, *scattered]
+    return [start, start + count, start + 2 * count, steps, steps + count, 0, count, len(sizes), rows, columns]
 
 
-def _is_contiguous(sizes: list[int], step: list[int], width: int) -> bool:
+def _is_contiguous(sizes: list[int], steps: list[int], width: int) -> bool:
     """Whether elements follow one another in the order of the axes."""
-    for size, bytes_between in zip(reversed(sizes), reversed(step), strict=True):
-        if size != 1 and bytes_between != width:
+    for size, step in zip(reversed(sizes), reversed(steps), strict=True):
+        if size != 1 and step != width:
             return False
         width *= size
     return True
 
 
-def _row_stride(sizes: list[int], step: list[int], width: int) -> int:
+def _row_stride(sizes: list[int], steps: list[int], width: int) -> int:
     """The bytes from one row to the next, or `SCATTERED` where a row's elements do not follow one another."""
-    if len(sizes) == 1:
-        return sizes[0] * width if step[0] == width or sizes[0] == 1 else SCATTERED
-    if not _is_contiguous(sizes[1:], step[1:], width):
+    first = len(sizes) > 1  # the axis that a row's elements begin at: a parameter of one axis is one row
+    if not _is_contiguous(sizes[first:], steps[first:], width):
         return SCATTERED
-    return step[0] if sizes[0] != 1 else math.prod(sizes[1:]) * width
+    return steps[0] if first and sizes[0] != 1 else math.prod(sizes[first:]) * width

@@ -3,275 +3,143 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
-from fusedbun.compiler.cpp.blocks import by_blocks
-from fusedbun.compiler.cpp.passes import INLINED, Way, has_blocks
-from fusedbun.compiler.cpp.text import LANES, REDUCE, indented, loaded
-from fusedbun.compiler.graph import Value
-from fusedbun.compiler.schedule import Pass, Sweep
+from fusedbun.compiler.cpp.passes import INLINED, Way, reduced
+from fusedbun.compiler.graph import Span, Value
+
+SWEEP = f"sweep<T>({{}}, [&](auto lanes, Index j) {INLINED} {{{{"
+BEGUN = f"Vector<T> q{{0}}[K]; each<K>([&](auto k) {INLINED} {{{{ q{{0}}[k] = wide<Vector<T>>({{1}}::start<T>); }}}});"
+ROOM_OF_ROWS = "{1} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T))"
 
 
 class Rows(Way):
     """Blocks of four rows, the lanes along the columns."""
 
-    name = "pass"
+    name = "rows"
+    registers = (Span.FULL, Span.BLOCK, Span.COLUMN)
+    spots: ClassVar = {Span.FULL: "[k] + j", Span.ROW: " + i + k", Span.COLUMN: " + j"}
+    indices: ClassVar = {Span.FULL: "places<T>(j)", Span.ROW: "Word(i + k)"}
+    opening = ("const Index n = w.leaf->columns;",)
+    rows_of = "const RowsOf<{1}, K> p{0}(w, {0}, i);"
+    loop = (SWEEP.format("n"), "});")
+    ask_ahead = "if constexpr (K == ROWS) p{}.ask_ahead(k, j, n);"
+    ask_next = "if constexpr (K == ROWS) p{}.ask_next(k, j);"
+    saved = " + ({} * K + k) * width + j"
+    buffer = f"return {ROOM_OF_ROWS};"
+    crossing = "T* const a{0}_ = {2};"
+    along = BEGUN
+    along_ended = "fold<{1}>(q{0}[k])"
 
-    def before(self, work: Pass, vectors: list[Value], crossing: list[Value]) -> Iterator[str]:
-        yield "const Index n = w.leaf->columns;"
-        yield from (f"const auto* const v{v.number}_ = {self._source(v)};" for v in vectors)
-        yield from (f"T* const a{v.number}_ = {self.places.of_partial(v)};" for v in crossing)
-        if work.buffer:
-            yield "T* const saved = (T*)w.buffer;"
-            yield "const Index width = up(n, LANES<T>);"
-
-    def around(self, block: list[str]) -> list[str]:
-        return [
-            f"const auto block = [&](auto count, Index i) {INLINED} {{",
-            *indented(["constexpr int K = count;", *block]),
-            "};",
-            "Index i = begin;",
-            "for (; i + ROWS <= end; i += ROWS) block(Count<ROWS>{}, i);",
-            "for (; i < end; i++) block(Count<1>{}, i);",
-        ]
-
-    def pointers(self, arrays: list[str]) -> Iterator[str]:
-        for number in map(self.arrays.number, arrays):
-            yield f"const RowsOf<{self.arrays.type(self.arrays.names[number])}, K> p{number}(w, {number}, i);"
-
-    def loop(self, arrays: list[str], body: list[str]) -> list[str]:
-        return [f"sweep<T>(n, [&](auto lanes, Index j) {INLINED} {{", *indented(body), "});"]
-
-    def load_block(self, pointer: str) -> str:
-        return f"number<T>({pointer} + i + k)"
-
-    def store_block(self, pointer: str, text: str) -> str:
-        return f"put({pointer} + i + k, {text});"
-
-    def element(self, number: int) -> str:
-        return f"p{number}[k] + j"
-
-    def ask_ahead(self, number: int) -> str:
-        return f"if constexpr (K == ROWS) p{number}.ask_ahead(k, j, n);"
-
-    def ask_next(self, number: int) -> str:
-        return f"if constexpr (K == ROWS) p{number}.ask_next(k, j);"
-
-    def small(self, v: Value) -> str:
-        return f"lanes.template {'words' if v.is_word else 'load'}<T>(v{v.number}_ + j)"
-
-    def place(self) -> str:
-        return "places<T>(j)"
-
-    def block_place(self) -> str:
-        return "Word(i + k)"
-
-    def gone_over(self, work: Pass, sweep: Sweep, asked: list[str]) -> Iterator[str]:
-        return by_blocks(self, work, sweep, asked) if has_blocks(sweep) else super().gone_over(work, sweep, asked)
-
-    def chunk(self, v: Value) -> str:
-        return f"a{v.number}_ + j"
-
-    def saved(self, place: int) -> str:
-        return f"saved + ({place} * K + k) * width + j"
-
-    def result(self, v: Value) -> str:
-        return f"fold<{REDUCE[v.detail]}>(q{v.number}[k])"
-
-    def buffer_size(self) -> str:
-        return f"return {self.places.buffered} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T));"
+    @contextmanager
+    def blocks(self, t: int) -> Iterator[None]:
+        if self.work.buffer:
+            self.line("T* const saved = (T*)w.buffer;", "const Index width = up(n, LANES<T>);")
+        with self.within(f"const auto block = [&](auto count, Index i) {INLINED} {{", "};"):
+            self.line("constexpr int K = count;")
+            self.point(self.work.sweeps)
+            yield
+        self.line("Index i = begin;")
+        self.line("for (; i + ROWS <= end; i += ROWS) block(Count<ROWS>{}, i);")
+        self.line("for (; i < end; i++) block(Count<1>{}, i);")
 
 
 class PackedRows(Way):
     """Blocks of as many rows as a register has lanes, for rows shorter than two registers; the lanes along memory.
 
     Small vectors and the reductions over a chunk are repeated for every row of a block, so that a register meets the
-    columns that its elements belong to. A block's values fill one register, a lane for each row.
+    columns that its elements belong to. A block's values fill one register, a lane for each row. What is reduced along
+    a row is kept for all rows, and reduced behind the sweep.
     """
 
     name = "packed"
-    block_kind = LANES
-    block_operand = "spread(b{}[k], row_of + j)"
+    registers = (Span.FULL, Span.ROW, Span.COLUMN)
+    spots: ClassVar = {Span.FULL: " + j", Span.ROW: " + i", Span.COLUMN: " + j"}
+    indices: ClassVar = {Span.ROW: "places<T>(i)"}
+    opening = (*Rows.opening, "Room room(w.buffer);", "const auto* const row_of = rows_of_lanes<T>(room, n);")
+    vector = "const auto* const {0}_ = repeat<{2}>(room, {1}, n);"
+    rows_of = "auto* const p{0} = {2} + i * n;"
+    loop = ("for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {", "}")
+    ask_ahead = ask_next = "ask(p{} + j + LONG_AHEAD);"
+    saved = " + {} * n * LANES<T> + j"
+    # with the buffer of the rows that are left over
+    buffer = f"return {{2}} * up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT) + {ROOM_OF_ROWS};"
+    crossing = "T* const a{0}_ = start<{1}, T>(room, n * LANES<T>);"
+    along_taken = "lanes.store(q{0}_ + j, {2});"
+    along_ended = "fold_rows<{1}>(q{0}_, n)"
+    total = "fold<{1}>({2})"
 
-    def before(self, work: Pass, vectors: list[Value], crossing: list[Value]) -> Iterator[str]:
-        yield "const Index n = w.leaf->columns;"
-        yield "Room room(w.buffer);"
-        yield "const auto* const row_of = rows_of_lanes<T>(room, n);"
-        for v in vectors:
-            kind = "Word" if v.is_word else "T"
-            yield f"const auto* const v{v.number}_ = repeat<{kind}>(room, {self._source(v)}, n);"
-        for v in crossing:
-            yield f"T* const a{v.number}_ = start<{REDUCE[v.detail]}, T>(room, n * LANES<T>);"
-        local = [v for sweep in work.sweeps for v in sweep.reductions if v not in self.places.partial]
-        yield from (f"T* const q{v.number}_ = room.take<T>(n * LANES<T>);" for v in local)
-        if work.buffer:
-            yield f"T* const saved = room.take<T>({len(work.buffer)} * n * LANES<T>);"
+    @contextmanager
+    def blocks(self, t: int) -> Iterator[None]:
+        crossing = self.across_blocks(self.work.sweeps)
+        for v in (v for sweep in self.work.sweeps for v in sweep.reductions if v not in crossing):
+            self.line(f"T* const q{v.number}_ = room.take<T>(n * LANES<T>);")
+        if self.work.buffer:
+            self.line(f"T* const saved = room.take<T>({len(self.work.buffer)} * n * LANES<T>);")
+        self.line("constexpr int K = 1;", "const Whole lanes;", "Index i = begin;")
+        with self.within("for (; i + LANES<T> <= end; i += LANES<T>) {", "}"):
+            self.point(self.work.sweeps)
+            yield
+        self.line(*(reduced("collapse<{1}>({2}, a{0}_, n);", v, self.places.partial[v]) for v in crossing))
+        self.line(f"if (i < end) {Rows.name}{t}(w, i, end);")
 
-    def around(self, block: list[str]) -> list[str]:
-        return [
-            "constexpr int K = 1;",
-            "const Whole lanes;",
-            "Index i = begin;",
-            "for (; i + LANES<T> <= end; i += LANES<T>) {",
-            *indented(block),
-            "}",
-        ]
-
-    def behind(self, t: int, crossing: list[Value]) -> Iterator[str]:
-        for v in crossing:
-            yield f"collapse<{REDUCE[v.detail]}>({self.places.of_partial(v)}, a{v.number}_, n);"
-        yield f"if (i < end) pass{t}(w, i, end);"
-
-    def pointers(self, arrays: list[str]) -> Iterator[str]:
-        for name in arrays:
-            yield f"auto* const p{self.arrays.number(name)} = {self.arrays.pointer(name)} + i * n;"
-
-    def loop(self, arrays: list[str], body: list[str]) -> list[str]:
-        return ["for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {", *indented(body), "}"]
-
-    def load_block(self, pointer: str) -> str:
-        return f"lanes.template load<T>({pointer} + i)"
-
-    def store_block(self, pointer: str, text: str) -> str:
-        return f"lanes.store({pointer} + i, {text});"
-
-    def element(self, number: int) -> str:
-        return f"p{number} + j"
-
-    def ask_ahead(self, number: int) -> str:
-        return f"ask(p{number} + j + LONG_AHEAD);"
-
-    def ask_next(self, number: int) -> str:
-        return self.ask_ahead(number)
-
-    def small(self, v: Value) -> str:
-        return f"lanes.template {'words' if v.is_word else 'load'}<T>(v{v.number}_ + j)"
-
-    def block_place(self) -> str:
-        return "places<T>(i)"
-
-    def chunk(self, v: Value) -> str:
-        return f"a{v.number}_ + j"
-
-    def saved(self, place: int) -> str:
-        return f"saved + {place} * n * LANES<T> + j"
-
-    def reduction(self, v: Value) -> str:
-        return ""
-
-    def take_up(self, v: Value) -> str:
-        return f"lanes.store(q{v.number}_ + j, x{v.args[0].number});"
-
-    def result(self, v: Value) -> str:
-        return f"fold_rows<{REDUCE[v.detail]}>(q{v.number}_, n)"
-
-    def total(self, v: Value) -> str:
-        return f"fold<{REDUCE[v.detail]}>(b{v.args[0].number}[k])"
-
-    def buffer_size(self) -> str:
-        sweeps = [sweep for work in self.schedule.passes for sweep in work.sweeps]
-        vectors = self.small_vectors(Pass(sweeps))
-        blocks = 1 + len(vectors) + sum(len(sweep.reductions) for sweep in sweeps) + self.places.buffered
-        block = "up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT)"
-        # and for the rows that are left over
-        rows = f"{self.places.buffered} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T))"
-        return f"return {blocks} * {block} + {rows};"
+    def operand(self, v: Value, of: Value) -> str:
+        text = super().operand(v, of)
+        return f"spread({text}, row_of + j)" if v.span == Span.ROW and of.span == Span.FULL else text
 
 
 class Columns(Way):
     """Blocks of four registers of columns with all their rows, for few and very long rows."""
 
-    name = "pass"
-    block_kind = LANES
+    name = "columns"
+    registers = (Span.FULL, Span.COLUMN)
+    spots: ClassVar = {Span.FULL: " + k * LANES<T>", Span.COLUMN: " + j + k * LANES<T>", Span.ROW: " + i"}
+    indices: ClassVar = dict.fromkeys(registers, "places<T>(j + k * LANES<T>)")
+    opening = ("const Index m = w.leaf->rows;", "Room room(w.buffer);")
+    rows_of = "auto* const p{0} = row<{1}>(w, {0}, i) + j;"
+    loop = ("for (Index i = 0; i < m; i++) {", "}")
+    ask_ahead = "if constexpr (K == ROWS) ask(p{} + k * LANES<T> + AHEAD);"
+    saved = " + (({} * m + i) * K + k) * LANES<T>"
+    buffer = "return ({0} + {1} * ROWS) * up(leaf.rows * BYTES, ALIGNMENT);"
+    crossing = "T* const a{0}_ = start<{1}, T>(room, m * LANES<T>);"
+    chunk = " + i * LANES<T>"
+    crossing_taken = "a{0} = lanes.only({1}::of(a{0}, {2}), a{0});"
+    along = BEGUN
 
-    def before(self, work: Pass, vectors: list[Value], crossing: list[Value]) -> Iterator[str]:
-        yield "const Index m = w.leaf->rows;"
-        yield "Room room(w.buffer);"
-        yield from (f"const auto* const v{v.number}_ = {self._source(v)};" for v in vectors)
-        for v in crossing:
-            yield f"T* const a{v.number}_ = start<{REDUCE[v.detail]}, T>(room, m * LANES<T>);"
-        if work.buffer:
-            yield f"T* const saved = room.take<T>({len(work.buffer)} * m * ROWS * LANES<T>);"
+    @contextmanager
+    def blocks(self, t: int) -> Iterator[None]:
+        if self.work.buffer:
+            self.line(f"T* const saved = room.take<T>({len(self.work.buffer)} * m * ROWS * LANES<T>);")
+        with self.within(f"const auto block = [&](auto count, auto lanes, Index j) {INLINED} {{", "};"):
+            self.line("constexpr int K = count;")
+            yield
+        self.line("Index j = begin;")
+        self.line("for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) block(Count<ROWS>{}, Whole{}, j);")
+        self.line("for (; j + LANES<T> <= end; j += LANES<T>) block(Count<1>{}, Whole{}, j);")
+        self.line("if (j < end) block(Count<1>{}, First{int(end - j)}, j);")
+        ended = "for (Index i = 0; i < m; i++) {2} = {1}::of({2}, fold<{1}>(Whole::load<T>(a{0}_ + i * LANES<T>)));"
+        for v in self.across_blocks(self.work.sweeps):
+            self.line(reduced(ended, v, f"{self.places.partial[v]}[i]"))
 
-    def around(self, block: list[str]) -> list[str]:
-        return [
-            f"const auto block = [&](auto count, auto lanes, Index j) {INLINED} {{",
-            *indented(["constexpr int K = count;", *block]),
-            "};",
-            "Index j = begin;",
-            "for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) block(Count<ROWS>{}, Whole{}, j);",
-            "for (; j + LANES<T> <= end; j += LANES<T>) block(Count<1>{}, Whole{}, j);",
-            "if (j < end) block(Count<1>{}, First{int(end - j)}, j);",
-        ]
-
-    def behind(self, t: int, crossing: list[Value]) -> Iterator[str]:
-        for v in crossing:
-            function, into = REDUCE[v.detail], f"{self.places.of_partial(v)}[i]"
-            folded = f"fold<{function}>(Whole::load<T>(a{v.number}_ + i * LANES<T>))"
-            yield f"for (Index i = 0; i < m; i++) {into} = {function}::of({into}, {folded});"
-
-    def loop(self, arrays: list[str], body: list[str]) -> list[str]:
-        numbers = [(self.arrays.number(name), self.arrays.type(name)) for name in arrays]
-        pointers = [f"auto* const p{number} = row<{kind}>(w, {number}, i) + j;" for number, kind in numbers]
-        return ["for (Index i = 0; i < m; i++) {", *indented([*pointers, *body]), "}"]
-
-    def load_block(self, pointer: str) -> str:
-        return f"lanes.template load<T>({pointer} + j + k * LANES<T>)"
-
-    def store_block(self, pointer: str, text: str) -> str:
-        return f"lanes.store({pointer} + j + k * LANES<T>, {text});"
-
-    def element(self, number: int) -> str:
-        return f"p{number} + k * LANES<T>"
-
-    def ask_ahead(self, number: int) -> str:
-        return f"if constexpr (K == ROWS) ask(p{number} + k * LANES<T> + AHEAD);"
-
-    def small(self, v: Value) -> str:
-        return loaded(v, f"v{v.number}_ + i")
-
-    def place(self) -> str:
-        return "places<T>(j + k * LANES<T>)"
-
-    block_place = place
-
-    def chunk(self, v: Value) -> str:
-        return f"a{v.number}_ + i * LANES<T>"
-
-    def saved(self, place: int) -> str:
-        return f"saved + (({place} * m + i) * K + k) * LANES<T>"
-
-    def take_up_in_chunk(self, v: Value) -> str:
-        a = f"a{v.number}"
-        return f"{a} = lanes.only({REDUCE[v.detail]}::of({a}, x{v.args[0].number}), {a});"
-
-    def result(self, v: Value) -> str:
-        return f"q{v.number}[k]"
-
-    def buffer_size(self) -> str:
-        registers = f"({len(self.schedule.partials)} + {self.places.buffered} * ROWS)"
-        return f"return {registers} * up(leaf.rows * BYTES, ALIGNMENT);"
+    def enter(self) -> None:
+        self.point([self.sweep])
+        super().enter()
 
 
 class Flat(Way):
     """Every element for itself: the leaf is one long row, and its elements are counted from the first."""
 
-    name = "pass"
+    name = "flat"
+    registers = (Span.FULL,)
+    spots: ClassVar = {Span.FULL: " + j"}
+    indices: ClassVar = {Span.FULL: "places<T>(begin + j)"}
+    rows_of = "auto* const p{0} = {2} + begin;"
+    loop = (SWEEP.format("end - begin"), "});")
+    ask_ahead = "ask(p{} + j + LONG_AHEAD);"
 
-    def before(self, work: Pass, vectors: list[Value], crossing: list[Value]) -> Iterator[str]:
-        for number in map(self.arrays.number, self._full_arrays(work.sweeps)):
-            yield f"auto* const p{number} = {self.arrays.pointer(self.arrays.names[number])} + begin;"
-
-    def around(self, block: list[str]) -> list[str]:
-        return ["constexpr int K = 1;", *block]
-
-    def loop(self, arrays: list[str], body: list[str]) -> list[str]:
-        return [f"sweep<T>(end - begin, [&](auto lanes, Index j) {INLINED} {{", *indented(body), "});"]
-
-    def element(self, number: int) -> str:
-        return f"p{number} + j"
-
-    def ask_ahead(self, number: int) -> str:
-        return f"ask(p{number} + j + LONG_AHEAD);"
-
-    def place(self) -> str:
-        return "places<T>(begin + j)"
+    @contextmanager
+    def blocks(self, t: int) -> Iterator[None]:
+        self.point(self.work.sweeps)
+        self.line("constexpr int K = 1;")
+        yield

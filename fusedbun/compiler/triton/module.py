@@ -6,14 +6,10 @@
 
 What there is nothing to do in is not printed. A program finds its leaf and its block in `work`, and everything about
 the leaf, addresses and sizes, in a row of `leaves` (`Table`). Nothing of full size is kept between two sweeps: on a GPU
-a division costs less than memory. Words are int32, whose products and sums wrap. Names in the code are those of the
-values in the printed schedule: %7 is x7 where it is of full size, b7 for a block of 32 columns, r7 for a row, c7 for a
-column, s7 where it is one number, and q7 while it is reduced.
+a division costs less than memory. Words are int32, whose products and sums wrap.
 """
 
 from __future__ import annotations
-
-import re
 
 from fusedbun.compiler.graph import Span
 from fusedbun.compiler.schedule import Schedule
@@ -28,12 +24,13 @@ def emit(schedule: Schedule) -> str:
     Args:
         schedule: with blocks of rows.
     """
-    source = "\n\n\n".join(kernel.source for kernel in kernels(schedule))
-    helpers = [f"@triton.jit{text}" for name, text in HELPERS.items() if re.search(rf"\b{name}\b(?!=)", source)]
+    printed = kernels(schedule)
+    used = frozenset[str]().union(*(kernel.helpers for kernel in printed))
+    helpers = [f"@triton.jit{text}" for name, text in HELPERS.items() if name in used]
     comment = [f"# {line}".rstrip() for line in f"{schedule.program}\n\n{schedule}".split("\n")]
     table = f"# a leaf's row: {', '.join(Table(schedule).names)}"
     head = "\n".join([*comment, "#", table, "", "import triton", "import triton.language as tl"])
-    return "\n\n\n".join([head, *helpers, source]) + "\n"
+    return "\n\n\n".join([head, *helpers, *(kernel.source for kernel in printed)]) + "\n"
 
 
 def kernels(schedule: Schedule) -> list[Kernel]:
@@ -50,11 +47,7 @@ def kernels(schedule: Schedule) -> list[Kernel]:
         if small or stores:
             found.append(Between(f"between_{t}", table).kernel(small, stores))
         if t < len(schedule.passes):
-            work = OfRows(f"pass_{t}", table)
-            found.append(flat(schedule, table) if is_flat(schedule) else work.kernel(schedule.passes[t]))
+            is_flat = schedule.is_elementwise and not table.is_coded
+            of_rows = OfRows(f"pass_{t}", table)
+            found.append(flat(schedule, table) if is_flat else of_rows.kernel(schedule.passes[t]))
     return found
-
-
-def is_flat(schedule: Schedule) -> bool:
-    """Whether rows and columns make no difference to the pass, so that a block is a run of elements."""
-    return schedule.is_elementwise and not any(work.stores for work in schedule.passes)

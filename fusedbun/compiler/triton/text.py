@@ -1,4 +1,4 @@
-"""The words of generated Triton: where things are, functions that kernels call, names and expressions."""
+"""The words of generated Triton: what a kernel is told of a leaf, and functions that kernels call."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
-
-from fusedbun.compiler.graph import Graph, Span, Value
+from fusedbun.compiler.graph import Graph, Value
+from fusedbun.compiler.printer import is_coded, name_of
 from fusedbun.compiler.schedule import Schedule
 from fusedbun.compiler.trace import GRAD, Program
-from fusedbun.operations import OPERATIONS
 from fusedbun.storage.codes import BLOCK, computed_in
-from fusedbun.storage.noise import word
 from fusedbun.storage.rounding import PARAM
 
-LETTER = {Span.HOST: "s", Span.SCALAR: "s", Span.COLUMN: "c", Span.ROW: "r", Span.BLOCK: "b", Span.FULL: "x"}
-START = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
-COMBINE = {"max": "maximum", "min": "minimum"}
 NUMBER, WORD = "T", "tl.int32"  # what is computed in
 HELPERS = {
     "minimum": """
@@ -59,20 +53,23 @@ def block_max(x, BR: tl.constexpr, BC: tl.constexpr):
     "spread": f"""
 def spread(b, BR: tl.constexpr, BC: tl.constexpr):
     return tl.reshape(tl.broadcast_to(b[:, :, None], (BR, BC // {BLOCK}, {BLOCK})), (BR, BC))""",
-    "from_pairs": f"""
-def from_pairs(pair, j):
-    half = (j % {BLOCK} // {BLOCK // 2}).to(tl.int32)
-    return (((pair.to(tl.int32) >> (4 * half)) & 15) ^ 8) - 8""",
-    "to_pairs": f"""
-def to_pairs(x, j, BR: tl.constexpr, BC: tl.constexpr):
-    half = (j % {BLOCK} // {BLOCK // 2}).to(tl.int32)
-    halves = tl.reshape((x & 15) << (4 * half), (BR, BC // {BLOCK}, 2, {BLOCK // 2}))
-    return tl.reshape(tl.sum(halves, 2), (BR, BC // 2))""",
+    # a block's first words are the lowest bits of its bytes; see `fusedbun.storage.codes.pack`
+    "from_packed": f"""
+def from_packed(byte, j, BITS: tl.constexpr):
+    field = (j % {BLOCK} // ({BLOCK} * BITS // 8)).to(tl.int32)
+    bits = (byte.to(tl.int32) >> (BITS * field)) & ((1 << BITS) - 1)
+    return (bits ^ (1 << (BITS - 1))) - (1 << (BITS - 1))""",
+    "to_packed": f"""
+def to_packed(x, j, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    field = (j % {BLOCK} // ({BLOCK} * BITS // 8)).to(tl.int32)
+    bits = (x & ((1 << BITS) - 1)) << (BITS * field)
+    fields = tl.reshape(bits, (BR, BC // {BLOCK}, 8 // BITS, {BLOCK} * BITS // 8))
+    return tl.reshape(tl.sum(fields, 2), (BR, BC * BITS // 8))""",
 }
 
 
 class Kernel(NamedTuple):
-    """One kernel of a schedule: its name, what a program of it has, and its source.
+    """One kernel of a schedule: its name, what a program of it has, its source, and the helpers that this calls.
 
     A program has a "leaf", a block of a leaf's "rows", of its "columns", or of its "elements" in memory's order.
     """
@@ -80,6 +77,7 @@ class Kernel(NamedTuple):
     name: str
     work: str
     source: str
+    helpers: frozenset[str]
 
 
 class Table:
@@ -93,29 +91,28 @@ class Table:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        program = schedule.program
-        self.graph = program.graph
+        self.program = program = schedule.program
+        self.graph, self.is_coded = program.graph, is_coded(schedule)
         self.numbers, self.words = numbers(program), words(program)
         arrays = {PARAM: "P", GRAD: "P", **{key: _stored(x.dtype, program) for key, x in program.arrays.items()}}
-        self.pairs = {key for key, x in program.arrays.items() if x.bits}
+        self.bits = {key: x.bits for key, x in program.arrays.items() if x.bits}  # of what is packed
         self.place = {v: name_of(v) for v in (*schedule.small, *schedule.kept)}
         self.parts = {v: f"q{v.number}" for v in schedule.partials}
         self.temporary = {name: v for place in (self.place, self.parts) for v, name in place.items()}
         self.dtype = {**arrays, **{name: WORD if v.is_word else NUMBER for name, v in self.temporary.items()}}
-        self.addresses = [*arrays, "scalars", *self.temporary]
-        given = [v.detail for v in self.words]
-        self.names = [*self.addresses, *given, *(f"n{axis}" for axis in range(self.graph.ndim)), "R", "C", "B"]
+        given, sizes = [v.detail for v in self.words], [f"n{axis}" for axis in range(self.graph.ndim)]
+        self.names = [*arrays, "scalars", *self.temporary, *given, *sizes, "R", "C", "B"]
         self.identifiers: list[str] = []
         for name in self.names:
             text = re.sub(r"\W", "_", name)
             self.identifiers.append(f"{text}_" if text in self.identifiers else text)
 
-    def size(self, axes: Iterable[int]) -> str:
-        """The number of elements along some axes."""
+    def sizes(self, axes: Iterable[int]) -> tuple[str, ...]:
+        """The sizes whose product is the number of elements along some axes."""
         axes = frozenset(axes)
         if axes in (self.graph.row, self.graph.columns):
-            return "C" if axes == self.graph.columns else "R"
-        return " * ".join(f"n{axis}" for axis in ordered(self.graph, axes))
+            return ("C" if axes == self.graph.columns else "R",)
+        return tuple(f"n{axis}" for axis in ordered(self.graph, axes))
 
 
 def numbers(program: Program) -> tuple[Value, ...]:
@@ -132,46 +129,6 @@ def ordered(graph: Graph, axes: Iterable[int]) -> tuple[int, ...]:
     """Some axes, from the slowest in memory to the fastest."""
     axes = set(axes)
     return tuple(axis for axis in graph.order if axis in axes)
-
-
-def name_of(v: Value) -> str:
-    """What a value is called in the code."""
-    return f"{LETTER[v.span]}{v.number}"
-
-
-def literal(v: Value) -> str:
-    """A constant as Triton writes it."""
-    number = word(v.detail) if v.is_word else v.detail
-    if not np.isfinite(number):
-        return f'float("{number}")'
-    return repr(number) if number >= 0 else f"({number!r})"
-
-
-def is_inexact(v: Value) -> bool:
-    """Whether it is a constant that float32 cannot hold, to which a function would round it."""
-    return v.op == "const" and not v.is_word and float(np.float32(v.detail)) != v.detail
-
-
-def expression(v: Value, args: list[str]) -> str:
-    """The Triton for one operation on operands with these names."""
-    return args[0] if v.op == "expand" else OPERATIONS[v.op].triton.format(*args)
-
-
-def reduced(v: Value, x: str, axis: int | str) -> str:
-    """A reduction of a tile along one axis of it, or along "None" of them in particular."""
-    keep = "" if axis == "None" else ", keep_dims=True"
-    return f"tl.sum({x}, {axis}{keep})" if v.detail == "sum" else f"tl.reduce({x}, {axis}, {COMBINE[v.detail]}{keep})"
-
-
-def formula(v: Value) -> str:
-    """A number made of hyper-parameters, as it is computed from them."""
-    if v.op in ("const", "input"):
-        return f"{v.detail:g}" if v.op == "const" else str(v.detail)
-    args = [formula(a) for a in v.args]
-    if sign := OPERATIONS[v.op].sign:
-        a, b = (f"({text})" if x.args else text for x, text in zip(v.args, args, strict=True))
-        return f"{a} {sign} {b}"
-    return f"{v.op}({', '.join(args)})"
 
 
 def _stored(dtype: str, program: Program) -> str:

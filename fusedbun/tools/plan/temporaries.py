@@ -1,7 +1,7 @@
 """An upper bound of what a step takes in memory beside its arrays, from the schedules of the kernels for the CPU.
 
-The sizes are those of `runtime/driver.cpp` and of the generated code (`compiler.cpp_ways`), whichever way of going over
-memory serves a shape; they hold for arrays whose elements follow one another in the order of their axes.
+The sizes are those of `runtime/driver.cpp` and of the generated code (`compiler/cpp/ways.py`), whichever way of going
+over memory serves a shape; they hold for arrays whose elements follow one another in the order of their axes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.native import structure
-from fusedbun.compiler.cpp.passes import has_blocks
-from fusedbun.compiler.cpp.text import Arrays, Places
+from fusedbun.compiler.cpp.text import Places
 from fusedbun.compiler.cpp.ways import PackedRows
 from fusedbun.compiler.graph import UnplannableError
-from fusedbun.compiler.schedule import WIDE, Pass, Schedule, schedule
+from fusedbun.compiler.printer import is_coded
+from fusedbun.compiler.schedule import WIDE, Schedule, schedule
 from fusedbun.compiler.trace import trace, used
 from fusedbun.storage.codes import BLOCK, computed_in
 from fusedbun.tools.plan.sizes import BITS
@@ -101,17 +101,13 @@ def _program(chain: Chain, ndim: int, dtype: str) -> Program:
         columns = _sizes(schedule(by_row.program, "columns"))
     except UnplannableError:
         columns = None
-    has_packed = not any(has_blocks(sweep) for work in by_row.passes for sweep in work.sweeps)
-    return Program(False, has_packed, _sizes(by_row), columns)
+    return Program(False, not is_coded(by_row), _sizes(by_row), columns)
 
 
 def _sizes(plan: Schedule) -> _Sizes:
     places = Places(plan)
-    sweeps = [sweep for work in plan.passes for sweep in work.sweeps]
-    vectors = PackedRows(plan, Arrays(plan.program)).small_vectors(Pass(sweeps))
-    packed_blocks = 1 + len(vectors) + sum(len(sweep.reductions) for sweep in sweeps) + places.buffered
     counts = (*places.counts(places.small), *places.counts(places.partial), len(places.kept))
-    return _Sizes(*counts, len(plan.partials), places.buffered, packed_blocks)
+    return _Sizes(*counts, len(plan.partials), places.buffered, PackedRows(plan).repeated())
 
 
 def _room(program: Program, rows: int, columns: int, element: int, register: int) -> Room:

@@ -33,27 +33,20 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Runner = native.Kernel | tiles.Tiles
+Phases = tuple[list[Phase], list[Runner]]  # those of a step, and what runs each
 
-_PHASES: dict[Any, tuple[list[Phase], list[Runner]]] = {}  # by what decides them
+_PHASES: dict[Any, Phases] = {}  # by what decides them
 
 
 @dataclass(eq=False)
 class Part:
-    """What a process steps of a parameter.
-
-    Args:
-        cut: how the parameter is cut.
-        shape: of the arrays that are stepped: the part's, with 1 for 0.
-        phases: the phases of a step.
-        runners: what runs each.
-        arrays: the part's arrays by name, in a step. Where it has no elements something else stands in their place.
-    """
+    """What a process steps of a parameter. Where it has no elements its arrays have one for none."""
 
     cut: Cut
-    shape: tuple[int, ...]
-    phases: list[Phase]
-    runners: list[Runner]
-    arrays: dict[str, Tensor] = field(default_factory=dict)
+    shape: tuple[int, ...]  # of the arrays that are stepped
+    phases: list[Phase]  # of a step
+    runners: list[Runner]  # of the phases
+    arrays: dict[str, Tensor] = field(default_factory=dict)  # in a step, by name
 
 
 class Collective(NamedTuple):
@@ -71,7 +64,6 @@ class Sharded(Implementation):
     error = "{owner} cannot step {leaf} part by part"
 
     def refusal(self, leaf: Leaf) -> str | None:
-        """Serves all DTensors, but not all of them with kernels."""
         if leaf.asked == "kernel" and not _suits_kernels(leaf):
             return "its device, the dtype of its gradient or a hyper-parameter that is a tensor does not suit it"
         return None
@@ -85,20 +77,19 @@ class Sharded(Implementation):
         key = (native.structure(leaf.chain), order, dtype, leaf.group.maximize, along, by_kernel or shape)
         if key not in _PHASES:
             _PHASES[key] = _phases(leaf, order, along, by_kernel)
-        return Part(at, tuple(max(1, n) for n in local(leaf.param).shape), *_PHASES[key])
+        return Part(at, tuple(max(1, n) for n in at.shape), *_PHASES[key])
 
     def step(self, leaves: Sequence[Leaf]) -> None:
         """Steps these DTensors; every process has to call it, with all the same parameters."""
         for leaf in leaves:
             _take_arrays(leaf)
-        for t in range(max((len(leaf.prepared.phases) for leaf in leaves), default=0)):
+        for t in range(max(len(leaf.prepared.phases) for leaf in leaves)):
             working = [leaf for leaf in leaves if t < len(leaf.prepared.phases)]
             collectives = _collectives([leaf.prepared for leaf in working], t)
             _run_phase(working, t)
             for collective in collectives:
                 _combine(collective)
-        changed = [x for leaf in leaves for x in (leaf.param, *leaf.state.values())]
-        torch.autograd.graph.increment_version(changed)
+        torch.autograd.graph.increment_version([x for leaf in leaves for x in (leaf.param, *leaf.state.values())])
 
 
 def _suits_kernels(leaf: Leaf) -> bool:
@@ -110,9 +101,7 @@ def _suits_kernels(leaf: Leaf) -> bool:
     )
 
 
-def _phases(
-    leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool
-) -> tuple[list[Phase], list[Runner]]:
+def _phases(leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool) -> Phases:
     param, maximize, dtype = leaf.param, leaf.group.maximize, dtype_name(leaf.param.dtype)
     if by_kernel:
         try:
@@ -132,17 +121,13 @@ def _take_arrays(leaf: Leaf) -> None:
     param: Any = leaf.param
     if leaf.grad.placements != param.placements:
         leaf.grad = leaf.grad.redistribute(param.device_mesh, param.placements)
-    tensors = {PARAM: param, GRAD: leaf.grad, **leaf.state}
-    part.arrays = {name: _filled(local(x)) for name, x in tensors.items()}
+    for name, x in {PARAM: param, GRAD: leaf.grad, **leaf.state}.items():
+        here = local(x)
+        part.arrays[name] = here if here.numel() else here.new_zeros([max(1, n) for n in here.shape])
     for phase in part.phases:
         for name in phase.program.arrays.keys() - part.arrays.keys() - phase.crossings.keys():
             stored = phase.program.arrays[name]
             part.arrays[name] = torch.empty(stored.shape(part.shape), dtype=stored_dtype(stored), device=param.device)
-
-
-def _filled(x: Tensor) -> Tensor:
-    """The tensor, or one of the same kind with one index for none."""
-    return x if x.numel() else x.new_zeros([max(1, n) for n in x.shape])
 
 
 def _collectives(parts: Sequence[Part], t: int) -> list[Collective]:
@@ -153,14 +138,15 @@ def _collectives(parts: Sequence[Part], t: int) -> list[Collective]:
             groups = tuple(group for axis in sorted(crossing.over) for group in part.cut.groups[axis])
             key = (groups, crossing.function, crossing.stored.dtype, part.arrays[PARAM].device)
             together.setdefault(key, []).append((part, name, crossing))
-    found = []
-    for (groups, function, _, device), crossings in together.items():
-        sizes = [math.prod(crossing.stored.shape(part.shape)) for part, _, crossing in crossings]
-        memory = torch.empty(sum(sizes), dtype=stored_dtype(crossings[0][2].stored), device=device)
-        for (part, name, crossing), piece in zip(crossings, torch.split(memory, sizes), strict=True):
-            part.arrays[name] = piece.view(crossing.stored.shape(part.shape))
-        found.append(Collective(groups, function, memory))
-    return found
+    collectives = []
+    for (groups, function, dtype, device), crossings in together.items():
+        shapes = [crossing.stored.shape(part.shape) for part, _, crossing in crossings]
+        sizes = [*map(math.prod, shapes)]
+        memory = torch.empty(sum(sizes), dtype=getattr(torch, dtype), device=device)
+        for (part, name, _), shape, piece in zip(crossings, shapes, torch.split(memory, sizes), strict=True):
+            part.arrays[name] = piece.view(shape)
+        collectives.append(Collective(groups, function, memory))
+    return collectives
 
 
 def _combine(collective: Collective) -> None:
@@ -196,49 +182,43 @@ def _in_order(bits: Tensor) -> Tensor:
 
 def _run_phase(leaves: Sequence[Leaf], t: int) -> None:
     """Runs a phase of each of these leaves: kernels all at once, tiles one leaf after the other."""
-    known: dict[tuple[int, int], dict[str, Any]] = {}
-    descriptions: list[native.Description] = []
-    with_kernel = [leaf for leaf in leaves if isinstance(leaf.prepared.runners[t], native.Kernel)]
-    for leaf in with_kernel:
-        part: Part = leaf.prepared
-        kernel: Any = part.runners[t]
-        arrays = [described(part.arrays[name]) for name in (PARAM, GRAD, *kernel.program.arrays)]
-        descriptions.append(native.Description(kernel, part.shape, arrays, len(descriptions)))
-    if with_kernel:
-        together = native.Leaves(descriptions, len(descriptions))
-        together.set_gradients([leaf.prepared.arrays[GRAD].data_ptr() for leaf in with_kernel])
-        for row, leaf in enumerate(with_kernel):
-            together.set_numbers(row, _numbers(leaf, t, known))
-        together.step(torch.get_num_threads(), parallel())
-        parts: list[Part] = [leaf.prepared for leaf in with_kernel]
-        written = [part.arrays[name] for part in parts for name in part.phases[t].program.outputs]
-        torch.autograd.graph.increment_version(written)
+    by_kernel = [leaf for leaf in leaves if isinstance(leaf.prepared.runners[t], native.Kernel)]
+    if by_kernel:
+        _run_kernels(by_kernel, t)
     for leaf in leaves:
-        part = leaf.prepared
+        part: Part = leaf.prepared
         if isinstance(runner := part.runners[t], tiles.Tiles):
-            runner.run(_numbers(leaf, t, known), part.arrays, compute_dtype(leaf.param.dtype))
-        if not math.prod(part.cut.shape):
+            runner.run(_numbers(leaf, t), part.arrays, compute_dtype(leaf.param.dtype))
+        if 0 in part.cut.shape:
             for name, crossing in part.phases[t].crossings.items():
                 part.arrays[name].fill_(START[crossing.function])
 
 
-def _numbers(leaf: Leaf, t: int, known: dict[tuple[int, int], dict[str, Any]]) -> list[Any]:
-    """The numbers that a phase is run with, among them what it has to know of the whole parameter.
+def _run_kernels(leaves: Sequence[Leaf], t: int) -> None:
+    parts: list[Part] = [leaf.prepared for leaf in leaves]
+    descriptions = []
+    for row, part in enumerate(parts):
+        kernel: Any = part.runners[t]
+        arrays = [described(part.arrays[name]) for name in (PARAM, GRAD, *kernel.program.arrays)]
+        descriptions.append(native.Description(kernel, part.shape, arrays, row))
+    together = native.Leaves(descriptions, len(descriptions))
+    together.set_gradients([part.arrays[GRAD].data_ptr() for part in parts])
+    for row, leaf in enumerate(leaves):
+        together.set_numbers(row, _numbers(leaf, t))
+    together.step(torch.get_num_threads(), parallel())
+    torch.autograd.graph.increment_version(
+        [part.arrays[name] for part in parts for name in part.phases[t].program.outputs]
+    )
 
-    Args:
-        leaf: the leaf.
-        t: the phase.
-        known: the hyper-parameters that were evaluated already, by chain and program.
-    """
+
+def _numbers(leaf: Leaf, t: int) -> list[Any]:
+    """The numbers that a phase is run with, among them what it has to know of the whole parameter."""
     part: Part = leaf.prepared
     program = part.phases[t].program
-    key = (id(leaf.chain), id(program))
-    if key not in known:
-        known[key] = hyperparameters(program, leaf.chain, leaf.lr)
-    values = {**known[key]}
-    # one of no axes is traced as one element
-    whole = (leaf.param.shape, part.cut.first) if leaf.param.ndim else ((1,), (0,))
-    for axis, (size, first) in enumerate(zip(*whole, strict=True)):
+    values = hyperparameters(program, leaf.chain, leaf.lr)
+    for axis, (size, first) in enumerate(zip(leaf.param.shape, part.cut.first, strict=True)):
         values |= {SIZE.format(axis): size, FIRST.format(axis): first}
+    if not leaf.param.ndim:  # it is traced as one element
+        values |= {SIZE.format(0): 1, FIRST.format(0): 0}
     xp: Any = namespace
     return evaluate(program.scalars, values, xp)

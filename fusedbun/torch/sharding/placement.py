@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,21 +18,14 @@ from fusedbun.torch import namespace
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import Placement
 
 
 class Cut(NamedTuple):
-    """How a parameter is cut.
+    """How a parameter is cut."""
 
-    Args:
-        shape: of this process's part.
-        first: the place of its first element.
-        groups: by axis that is cut, the process groups whose parts make the whole axis.
-    """
-
-    shape: tuple[int, ...]
-    first: tuple[int, ...]
-    groups: Mapping[int, tuple[ProcessGroup, ...]]
+    shape: tuple[int, ...]  # of this process's part
+    first: tuple[int, ...]  # the place of its first element
+    groups: Mapping[int, tuple[ProcessGroup, ...]]  # by axis that is cut, those whose parts make the whole axis
 
 
 def is_sharded(x: Tensor | None) -> bool:
@@ -45,10 +38,11 @@ def local(x: Tensor) -> Tensor:
     """This process's part of a tensor, which shares its memory, once what it waits for has come; of a plain one all."""
     if not is_sharded(x):
         return x
-    part = x.to_local()  # type: ignore[attr-defined]
-    waiting = sys.modules.get("torch.distributed._functional_collectives")
-    found: Tensor = part.wait() if waiting and isinstance(part, waiting.AsyncCollectiveTensor) else part
-    return found
+    part: Tensor = x.to_local()  # type: ignore[attr-defined]
+    collectives = sys.modules.get("torch.distributed._functional_collectives")
+    if collectives and isinstance(part, collectives.AsyncCollectiveTensor):
+        part = part.wait()
+    return part
 
 
 def cut(param: Any) -> Cut:
@@ -56,27 +50,25 @@ def cut(param: Any) -> Cut:
     mesh, shape, first = param.device_mesh, list(param.shape), [0] * param.ndim
     coordinate = mesh.get_coordinate()
     groups: dict[int, tuple[ProcessGroup, ...]] = {}
-    for dim in _order(param.placements):
-        axis, parts = param.placements[dim].dim % param.ndim, mesh.size(dim)
-        longest = -(-shape[axis] // parts)  # as torch.chunk cuts
+    for dim, axis in _cuts(param):
+        longest = -(-shape[axis] // mesh.size(dim))  # as torch.chunk cuts
         before = min(coordinate[dim] * longest, shape[axis])
         shape[axis], first[axis] = min(longest, shape[axis] - before), first[axis] + before
-    for dim, placement in enumerate(param.placements):
-        if _is_shard(placement) and mesh.size(dim) > 1:
-            axis = placement.dim % param.ndim
+    for dim, axis in sorted(_cuts(param)):
+        if mesh.size(dim) > 1:
             groups[axis] = (*groups.get(axis, ()), mesh.get_group(dim))
     return Cut(tuple(shape), tuple(first), groups)
 
 
-def _order(placements: Sequence[Any]) -> list[int]:
-    """The dimensions of a mesh that cut a tensor, in the order in which they do.
+def _cuts(param: Any) -> list[tuple[int, int]]:
+    """The dimensions of its mesh that cut a DTensor, each with the axis that it cuts, in the order in which they do.
 
     FSDP cuts what tensor parallelism has cut already, though its dimension comes first: torch marks it with a
     split factor, the number of parts that are there before it.
     """
-    shards = [dim for dim, p in enumerate(placements) if _is_shard(p)]
-    marked = [dim for dim in shards if hasattr(placements[dim], "split_factor")]
-    return [*(dim for dim in shards if dim not in marked), *reversed(marked)]
+    axes = [(dim, p.dim % param.ndim) for dim, p in enumerate(param.placements) if _is_shard(p)]
+    marked = [(dim, axis) for dim, axis in axes if hasattr(param.placements[dim], "split_factor")]
+    return [*(at for at in axes if at not in marked), *reversed(marked)]
 
 
 def places_of(param: Tensor) -> list[Tensor] | None:
@@ -88,14 +80,7 @@ def places_of(param: Tensor) -> list[Tensor] | None:
 
 
 def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stored]) -> None:
-    """Raises a ValueError where a DTensor cannot be stepped part by part.
-
-    Args:
-        owner: the optimizer's name.
-        name: what a message calls the parameter.
-        param: the parameter.
-        arrays: its state's arrays.
-    """
+    """Raises a ValueError where a DTensor, whose state has these arrays, cannot be stepped part by part."""
     if odd := [p for dim, p in enumerate(param.placements) if not (p.is_replicate() or _is_in_order(param, dim))]:
         raise ValueError(
             f"{owner}: {name} is placed as {odd[0]}, but parameters must be replicated or sharded in one piece each; "
@@ -115,42 +100,26 @@ def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stor
         )
 
 
-def zeros_like_parts(stored: Stored, param: Any, dtype: torch.dtype) -> Tensor:
-    """A state array of a DTensor at its start; an array of no axes is a plain tensor, as in torch's own optimizers."""
-    from torch.distributed.tensor import DTensor
+def of_parts(part: Tensor, stored: Stored, param: Any) -> Tensor:
+    """The state array of a DTensor that has this part here."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    shape = stored.shape(tuple(param.shape))
-    if not stored.axes:
-        return torch.zeros(shape, dtype=dtype, device=param.device)
-    part = param.to_local()
-    if stored.is_full(param.ndim):
-        zeros = torch.zeros_like(part, dtype=dtype, requires_grad=False)
-    else:
-        zeros = torch.zeros(stored.shape(tuple(part.shape)), dtype=dtype, device=part.device)
+    shape, cut_dims = stored.shape(tuple(param.shape)), {dim for dim, axis in _cuts(param) if axis in stored.axes}
+    placements = [p if dim in cut_dims else Replicate() for dim, p in enumerate(param.placements)]
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        zeros, param.device_mesh, placements(stored, param), run_check=False, shape=torch.Size(shape), stride=strides
+        part, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
     )
 
 
-def placements(stored: Stored, param: Any) -> tuple[Placement, ...]:
-    """The placements of a state array of a DTensor."""
-    from torch.distributed.tensor import Replicate
-
-    return tuple(p if _is_shard(p) and p.dim % param.ndim in stored.axes else Replicate() for p in param.placements)
-
-
-def put(target: Tensor, value: Tensor) -> Tensor:
+def put(target: Tensor, value: Any) -> Tensor:
     """Writes a state array's numbers, given as a DTensor or whole, to its place, and returns that."""
-    if not is_sharded(target):
-        whole: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
-        return target.copy_(whole.detach())
-    if is_sharded(value):
-        return target.copy_(value.detach())
-    at = cut(target)
-    part = value.detach()[tuple(slice(start, start + n) for start, n in zip(at.first, at.shape, strict=True))]
-    local(target).copy_(part)
-    return target
+    value = value.detach()
+    if is_sharded(target) and not is_sharded(value):
+        at = cut(target)
+        local(target).copy_(value[tuple(slice(start, start + n) for start, n in zip(at.first, at.shape, strict=True))])
+        return target
+    return target.copy_(value.full_tensor() if is_sharded(value) and not is_sharded(target) else value)
 
 
 def _is_shard(placement: Any) -> bool:
@@ -159,19 +128,18 @@ def _is_shard(placement: Any) -> bool:
 
 def _is_in_order(param: Any, dim: int) -> bool:
     """Whether a dimension of the mesh cuts a DTensor into pieces that lie together."""
-    p, later = param.placements[dim], range(dim + 1, len(param.placements))
+    p = param.placements[dim]
     if not _is_shard(p):
         return False
-    cut_before = [k for k in later if _is_shard(param.placements[k]) and param.placements[k].dim == p.dim]
-    parts = math.prod(param.device_mesh.size(k) for k in cut_before)
+    cut_before = [k for k, axis in _cuts(param) if k > dim and axis == p.dim % param.ndim]
+    parts = math.prod(map(param.device_mesh.size, cut_before))
     return bool(getattr(p, "split_factor", parts) == parts)
 
 
 def _keeps_blocks(param: Any) -> bool:
     """Whether no block of a row is cut: parts of an axis behind the leading one are whole blocks, and all as long."""
-    inner = [dim for dim, p in enumerate(param.placements) if _is_shard(p) and p.dim % param.ndim]
-    cut_within = [dim for dim in inner if param.device_mesh.size(dim) > 1]
-    parts = math.prod(param.device_mesh.size(dim) for dim in cut_within)
-    behind = {param.placements[dim].dim % param.ndim for dim in cut_within}
-    whole = param.shape[1] % parts == 0 and math.prod(param.shape[1:]) % (parts * BLOCK) == 0
-    return not behind or (behind == {1} and whole)
+    mesh, (_, *columns) = param.device_mesh, param.shape
+    behind = {dim: axis for dim, axis in _cuts(param) if axis and mesh.size(dim) > 1}
+    parts = math.prod(map(mesh.size, behind))
+    whole = columns[0] % parts == 0 and math.prod(columns) % (parts * BLOCK) == 0
+    return not behind or ({*behind.values()} == {1} and whole)

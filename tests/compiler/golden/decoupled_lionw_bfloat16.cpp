@@ -49,7 +49,7 @@ void begin0(const Work& w) {
   (void)w;
 }
 
-void pass0(const Work& w, Index begin, Index end) {
+void flat0(const Work& w, Index begin, Index end) {
   const T s3 = T(w.leaf->scalars[0]);
   const T s4 = T(w.leaf->scalars[1]);
   const T s5 = T(w.leaf->scalars[2]);
@@ -91,12 +91,12 @@ void pass0(const Work& w, Index begin, Index end) {
 
 void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
-void (*const passes[])(const Work&, Index, Index) = {pass0};
-Index buffer(const Leaf& leaf) { (void)leaf; return 0; }
-const Plan plan = {1, 0, 0, 0, 0, 0, between, begin, passes, buffer};
+void (*const flat_passes[])(const Work&, Index, Index) = {flat0};
+Index flat_buffer(const Leaf& leaf) { (void)leaf; return 0; }
+const Plan flat_plan = {1, 0, 0, 0, 0, 0, between, begin, flat_passes, flat_buffer};
 }  // namespace flat
 
-const Kernel kernel = {sizeof(T), LANES<T>, &flat::plan, nullptr, nullptr, nullptr};
+const Kernel kernel = {sizeof(T), LANES<T>, &flat::flat_plan, nullptr, nullptr, nullptr};
 }  // namespace
 
 EXPORT const Kernel* fusedbun_kernel() { return &kernel; }

@@ -70,26 +70,26 @@ void begin0(const Work& w) {
   fill(vector<T>(w.partial, w.leaf->columns, 0), w.leaf->columns, Max::start<T>);
 }
 
-void pass0(const Work& w, Index begin, Index end) {
+void rows0(const Work& w, Index begin, Index end) {
   const T s4 = T(w.leaf->scalars[0]);
   const T s5 = T(w.leaf->scalars[1]);
   const Index n = w.leaf->columns;
-  const auto* const v3_ = ((float*)w.arrays[3]);
+  const auto* const c3_ = ((float*)w.arrays[3]);
   T* const a12_ = vector<T>(w.partial, w.leaf->columns, 0);
   const auto block = [&](auto count, Index i) __attribute__((always_inline)) {
     constexpr int K = count;
     const RowsOf<P, K> p0(w, 0, i);
     const RowsOf<P, K> p1(w, 1, i);
-    T b2[K]; each<K>([&](auto k) __attribute__((always_inline)) { b2[k] = number<T>(((float*)w.arrays[2]) + i + k); });
+    T r2[K]; each<K>([&](auto k) __attribute__((always_inline)) { r2[k] = number<T>(((float*)w.arrays[2]) + i + k); });
     Vector<T> q10[K]; each<K>([&](auto k) __attribute__((always_inline)) { q10[k] = wide<Vector<T>>(Max::start<T>); });
     sweep<T>(n, [&](auto lanes, Index j) __attribute__((always_inline)) {
-      const auto v3 = lanes.template load<T>(v3_ + j);
+      const auto c3 = lanes.template load<T>(c3_ + j);
       auto a12 = lanes.template load<T>(a12_ + j);
       Vector<T> o0[K];
       each<K>([&](auto k) __attribute__((always_inline)) {
         if constexpr (K == ROWS) p1.ask_ahead(k, j, n);
         if constexpr (K == ROWS) p0.ask_ahead(k, j, n);
-        const auto x7 = minimum<Vector<T>>(v3, b2[k]);
+        const auto x7 = minimum<Vector<T>>(c3, r2[k]);
         const auto x1 = lanes.template load<T>(p1[k] + j);
         const auto x6 = x1 * x1;
         const auto x9 = x7 + x6;
@@ -110,9 +110,9 @@ void pass0(const Work& w, Index begin, Index end) {
       lanes.store(a12_ + j, a12);
       each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(p0[k] + j, o0[k]); });
     });
-    T b10[K]; each<K>([&](auto k) __attribute__((always_inline)) { b10[k] = fold<Max>(q10[k]); });
-    T b11[K]; each<K>([&](auto k) __attribute__((always_inline)) { b11[k] = maximum<T>(b2[k], b10[k]); });
-    each<K>([&](auto k) __attribute__((always_inline)) { put(((float*)w.arrays[2]) + i + k, b11[k]); });
+    T r10[K]; each<K>([&](auto k) __attribute__((always_inline)) { r10[k] = fold<Max>(q10[k]); });
+    T r11[K]; each<K>([&](auto k) __attribute__((always_inline)) { r11[k] = maximum<T>(r2[k], r10[k]); });
+    each<K>([&](auto k) __attribute__((always_inline)) { put(((float*)w.arrays[2]) + i + k, r11[k]); });
   };
   Index i = begin;
   for (; i + ROWS <= end; i += ROWS) block(Count<ROWS>{}, i);
@@ -125,7 +125,7 @@ void packed0(const Work& w, Index begin, Index end) {
   const Index n = w.leaf->columns;
   Room room(w.buffer);
   const auto* const row_of = rows_of_lanes<T>(room, n);
-  const auto* const v3_ = repeat<T>(room, ((float*)w.arrays[3]), n);
+  const auto* const c3_ = repeat<T>(room, ((float*)w.arrays[3]), n);
   T* const a12_ = start<Max, T>(room, n * LANES<T>);
   T* const q10_ = room.take<T>(n * LANES<T>);
   constexpr int K = 1;
@@ -134,16 +134,15 @@ void packed0(const Work& w, Index begin, Index end) {
   for (; i + LANES<T> <= end; i += LANES<T>) {
     auto* const p0 = ((P*)w.arrays[0]) + i * n;
     auto* const p1 = ((P*)w.arrays[1]) + i * n;
-    Vector<T> b2[K]; each<K>([&](auto k) __attribute__((always_inline)) { b2[k] = lanes.template load<T>(((float*)w.arrays[2]) + i); });
-
+    Vector<T> r2[K]; each<K>([&](auto k) __attribute__((always_inline)) { r2[k] = lanes.template load<T>(((float*)w.arrays[2]) + i); });
     for (Index j = 0; j < n * LANES<T>; j += LANES<T>) {
-      const auto v3 = lanes.template load<T>(v3_ + j);
+      const auto c3 = lanes.template load<T>(c3_ + j);
       auto a12 = lanes.template load<T>(a12_ + j);
       Vector<T> o0[K];
       each<K>([&](auto k) __attribute__((always_inline)) {
         ask(p1 + j + LONG_AHEAD);
         ask(p0 + j + LONG_AHEAD);
-        const auto x7 = minimum<Vector<T>>(v3, spread(b2[k], row_of + j));
+        const auto x7 = minimum<Vector<T>>(c3, spread(r2[k], row_of + j));
         const auto x1 = lanes.template load<T>(p1 + j);
         const auto x6 = x1 * x1;
         const auto x9 = x7 + x6;
@@ -164,22 +163,22 @@ void packed0(const Work& w, Index begin, Index end) {
       lanes.store(a12_ + j, a12);
       each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(p0 + j, o0[k]); });
     }
-    Vector<T> b10[K]; each<K>([&](auto k) __attribute__((always_inline)) { b10[k] = fold_rows<Max>(q10_, n); });
-    Vector<T> b11[K]; each<K>([&](auto k) __attribute__((always_inline)) { b11[k] = maximum<Vector<T>>(b2[k], b10[k]); });
-    each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(((float*)w.arrays[2]) + i, b11[k]); });
+    Vector<T> r10[K]; each<K>([&](auto k) __attribute__((always_inline)) { r10[k] = fold_rows<Max>(q10_, n); });
+    Vector<T> r11[K]; each<K>([&](auto k) __attribute__((always_inline)) { r11[k] = maximum<Vector<T>>(r2[k], r10[k]); });
+    each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(((float*)w.arrays[2]) + i, r11[k]); });
   }
   collapse<Max>(vector<T>(w.partial, w.leaf->columns, 0), a12_, n);
-  if (i < end) pass0(w, i, end);
+  if (i < end) rows0(w, i, end);
 }
 
 void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
-void (*const passes[])(const Work&, Index, Index) = {pass0};
-Index buffer(const Leaf& leaf) { return 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan plan = {1, 2, 0, 1, 0, 0, between, begin, passes, buffer};
-void (*const packedes[])(const Work&, Index, Index) = {packed0};
+void (*const rows_passes[])(const Work&, Index, Index) = {rows0};
+Index rows_buffer(const Leaf& leaf) { return 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
+const Plan rows_plan = {1, 2, 0, 1, 0, 0, between, begin, rows_passes, rows_buffer};
+void (*const packed_passes[])(const Work&, Index, Index) = {packed0};
 Index packed_buffer(const Leaf& leaf) { return 4 * up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT) + 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan packed_plan = {1, 2, 0, 1, 0, 0, between, begin, packedes, packed_buffer};
+const Plan packed_plan = {1, 2, 0, 1, 0, 0, between, begin, packed_passes, packed_buffer};
 }  // namespace rows
 
 namespace columns {
@@ -220,27 +219,27 @@ void begin0(const Work& w) {
   fill(vector<T>(w.partial, w.leaf->rows, 0), w.leaf->rows, Max::start<T>);
 }
 
-void pass0(const Work& w, Index begin, Index end) {
+void columns0(const Work& w, Index begin, Index end) {
   const T s4 = T(w.leaf->scalars[0]);
   const T s5 = T(w.leaf->scalars[1]);
   const Index m = w.leaf->rows;
   Room room(w.buffer);
-  const auto* const v2_ = ((float*)w.arrays[2]);
+  const auto* const r2_ = ((float*)w.arrays[2]);
   T* const a10_ = start<Max, T>(room, m * LANES<T>);
   const auto block = [&](auto count, auto lanes, Index j) __attribute__((always_inline)) {
     constexpr int K = count;
-    Vector<T> b3[K]; each<K>([&](auto k) __attribute__((always_inline)) { b3[k] = lanes.template load<T>(((float*)w.arrays[3]) + j + k * LANES<T>); });
+    Vector<T> c3[K]; each<K>([&](auto k) __attribute__((always_inline)) { c3[k] = lanes.template load<T>(((float*)w.arrays[3]) + j + k * LANES<T>); });
     Vector<T> q12[K]; each<K>([&](auto k) __attribute__((always_inline)) { q12[k] = wide<Vector<T>>(Max::start<T>); });
     for (Index i = 0; i < m; i++) {
       auto* const p0 = row<P>(w, 0, i) + j;
       auto* const p1 = row<P>(w, 1, i) + j;
-      const auto v2 = number<T>(v2_ + i);
+      const auto r2 = number<T>(r2_ + i);
       auto a10 = lanes.template load<T>(a10_ + i * LANES<T>);
       Vector<T> o0[K];
       each<K>([&](auto k) __attribute__((always_inline)) {
         if constexpr (K == ROWS) ask(p1 + k * LANES<T> + AHEAD);
         if constexpr (K == ROWS) ask(p0 + k * LANES<T> + AHEAD);
-        const auto x7 = minimum<Vector<T>>(b3[k], v2);
+        const auto x7 = minimum<Vector<T>>(c3[k], r2);
         const auto x1 = lanes.template load<T>(p1 + k * LANES<T>);
         const auto x6 = x1 * x1;
         const auto x9 = x7 + x6;
@@ -261,9 +260,9 @@ void pass0(const Work& w, Index begin, Index end) {
       lanes.store(a10_ + i * LANES<T>, a10);
       each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(p0 + k * LANES<T>, o0[k]); });
     }
-    Vector<T> b12[K]; each<K>([&](auto k) __attribute__((always_inline)) { b12[k] = q12[k]; });
-    Vector<T> b13[K]; each<K>([&](auto k) __attribute__((always_inline)) { b13[k] = maximum<Vector<T>>(b3[k], b12[k]); });
-    each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(((float*)w.arrays[3]) + j + k * LANES<T>, b13[k]); });
+    Vector<T> c12[K]; each<K>([&](auto k) __attribute__((always_inline)) { c12[k] = q12[k]; });
+    Vector<T> c13[K]; each<K>([&](auto k) __attribute__((always_inline)) { c13[k] = maximum<Vector<T>>(c3[k], c12[k]); });
+    each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(((float*)w.arrays[3]) + j + k * LANES<T>, c13[k]); });
   };
   Index j = begin;
   for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) block(Count<ROWS>{}, Whole{}, j);
@@ -274,12 +273,12 @@ void pass0(const Work& w, Index begin, Index end) {
 
 void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
-void (*const passes[])(const Work&, Index, Index) = {pass0};
-Index buffer(const Leaf& leaf) { return (1 + 0 * ROWS) * up(leaf.rows * BYTES, ALIGNMENT); }
-const Plan plan = {1, 2, 0, 1, 0, 0, between, begin, passes, buffer};
+void (*const columns_passes[])(const Work&, Index, Index) = {columns0};
+Index columns_buffer(const Leaf& leaf) { return (1 + 0 * ROWS) * up(leaf.rows * BYTES, ALIGNMENT); }
+const Plan columns_plan = {1, 2, 0, 1, 0, 0, between, begin, columns_passes, columns_buffer};
 }  // namespace columns
 
-const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::plan, &rows::packed_plan, &columns::plan};
+const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::rows_plan, &rows::packed_plan, &columns::columns_plan};
 }  // namespace
 
 EXPORT const Kernel* fusedbun_kernel() { return &kernel; }

@@ -6,7 +6,6 @@
 // leaf's shape alone and their reductions are combined in their order, so the result does not depend on threads either.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -24,20 +23,15 @@ constexpr Index COPIED_ELEMENTS = 1 << 14; // of a leaf whose elements do not fo
 constexpr Index FEW_ROWS = 32;             // at most as many, and as long: blocks of columns
 constexpr Index LONG_ROW = 1 << 15;
 constexpr Index ALIGNMENT = 64;
+constexpr Index GRADIENT = 1;              // its place among a leaf's arrays
 
-Index up(Index n, Index to) { return (n + to - 1) / to * to; }
+Index quotient(Index n, Index by) { return (n + by - 1) / by; }  // rounded up
+Index up(Index n, Index to) { return quotient(n, to) * to; }
 
-struct Free { void operator()(void* p) const { std::free(p); } };
+constexpr std::align_val_t ALIGNED{ALIGNMENT};
+struct Free { void operator()(char* p) const { ::operator delete(p, ALIGNED); } };
 using Memory = std::unique_ptr<char, Free>;
-Memory memory(Index bytes) {
-  char* p = bytes ? (char*)std::aligned_alloc(ALIGNMENT, up(bytes, ALIGNMENT)) : nullptr;
-  if (bytes && !p) throw std::bad_alloc();
-  return Memory(p);
-}
-
-bool is_left_out(const Leaf& leaf) {  // empty, or without a gradient
-  return !leaf.rows || !leaf.columns || !leaf.arrays[1];
-}
+Memory memory(Index bytes) { return Memory(bytes ? (char*)::operator new(up(bytes, ALIGNMENT), ALIGNED) : nullptr); }
 
 bool in_order(const Leaf& leaf) {  // whether the elements of every array follow one another
   return std::all_of(leaf.steps, leaf.steps + leaf.count, [](const Index* s) { return !s; });
@@ -45,13 +39,14 @@ bool in_order(const Leaf& leaf) {  // whether the elements of every array follow
 
 // Copies elements begin … end of a leaf's array, in the order of its axes, to a buffer or back.
 template <class E>
-void transfer(const Leaf& leaf, const Index* steps, char* array, E* buffer, Index begin, Index end, bool back) {
+void transfer(const Leaf& leaf, Index array, E* buffer, Index begin, Index end, bool back) {
+  const Index* const steps = leaf.steps[array];
   const Index inner = leaf.sizes[leaf.axes - 1], step = steps[leaf.axes - 1];
   while (begin < end) {
     Index rest = begin / inner, at = begin % inner * step;
     for (Index a = leaf.axes - 1; a-- > 0; rest /= leaf.sizes[a]) at += rest % leaf.sizes[a] * steps[a];
     const Index run = std::min(end - begin, inner - begin % inner);
-    char* p = array + at;
+    char* p = (char*)leaf.arrays[array] + at;
     if (back) for (Index k = 0; k < run; k++, p += step) std::memcpy(p, buffer + k, sizeof(E));
     else for (Index k = 0; k < run; k++, p += step) std::memcpy(buffer + k, p, sizeof(E));
     begin += run;
@@ -59,62 +54,49 @@ void transfer(const Leaf& leaf, const Index* steps, char* array, E* buffer, Inde
   }
 }
 
-void transfer(const Leaf& leaf, Index a, void* buffer, Index begin, Index end, bool back) {
-  char* array = (char*)leaf.arrays[a];
-  switch (leaf.widths[a]) {
-    case 1: return transfer(leaf, leaf.steps[a], array, (uint8_t*)buffer, begin, end, back);
-    case 2: return transfer(leaf, leaf.steps[a], array, (uint16_t*)buffer, begin, end, back);
-    case 4: return transfer(leaf, leaf.steps[a], array, (uint32_t*)buffer, begin, end, back);
-    default: return transfer(leaf, leaf.steps[a], array, (uint64_t*)buffer, begin, end, back);
+void transfer(const Leaf& leaf, Index array, char* buffer, Index begin, Index end, bool back) {
+  switch (leaf.widths[array]) {
+    case 1: return transfer(leaf, array, (uint8_t*)buffer, begin, end, back);
+    case 2: return transfer(leaf, array, (uint16_t*)buffer, begin, end, back);
+    case 4: return transfer(leaf, array, (uint32_t*)buffer, begin, end, back);
+    default: return transfer(leaf, array, (uint64_t*)buffer, begin, end, back);
   }
 }
-
-enum class Way { flat, rows, packed, columns };
 
 // A leaf, how it is gone over, and how far that is.
 struct Task {
   const Leaf* leaf;
   const Kernel* kernel;
   const Plan* plan;
-  Way way;
-  Index extent, chunk, chunks;  // rows (columns, elements), of a chunk, and chunks
+  bool flat, columns;            // what is gone over: elements, blocks of columns, or else blocks of rows
+  Index extent, chunk, chunks;   // how many of them, how many in a chunk, and chunks
+  std::vector<Index> scattered;  // the arrays whose elements have to be copied to where they follow one another
   Work work{};
   Memory held;
-  std::atomic<Index> taken{0}, done{0}, ready{-1};  // items begun, items ended, passes that may run
+  std::atomic<Index> done{0}, ready{-1};  // items ended, passes that may run
 
   Task(const Leaf& l, const Kernel& k) : leaf(&l), kernel(&k) {
-    if (k.flat) way = Way::flat, plan = k.flat;
-    else if (k.columns && l.rows <= FEW_ROWS && l.columns >= LONG_ROW && in_order(l)) way = Way::columns, plan = k.columns;
-    else if (k.packed && l.columns < 2 * k.lanes && l.rows >= k.lanes && in_order(l)) way = Way::packed, plan = k.packed;
-    else way = Way::rows, plan = k.rows;
-    if (way == Way::flat) {
-      extent = l.rows * l.columns;
-      chunk = CHUNK_ELEMENTS;
-    } else if (way == Way::columns) {
-      extent = l.columns;
-      chunk = std::max(up(CHUNK_ELEMENTS / l.rows, 64), up(up(extent, MOST_CHUNKS) / MOST_CHUNKS, 64));
-    } else {
-      extent = l.rows;
-      const Index rows = std::max(CHUNK_ROWS, up(CHUNK_ELEMENTS, l.columns) / l.columns);
-      chunk = up(std::max(rows, up(extent, MOST_CHUNKS) / MOST_CHUNKS), 16);
-    }
-    chunks = std::max<Index>(1, (extent + chunk - 1) / chunk);
+    flat = k.flat;
+    columns = !flat && k.columns && l.rows <= FEW_ROWS && l.columns >= LONG_ROW && in_order(l);
+    const bool packed = k.packed && l.columns < 2 * k.lanes && l.rows >= k.lanes && in_order(l);
+    plan = flat ? k.flat : columns ? k.columns : packed ? k.packed : k.rows;
+    extent = flat ? l.rows * l.columns : columns ? l.columns : l.rows;
+    const Index least = columns ? CHUNK_ELEMENTS / l.rows : std::max(CHUNK_ROWS, quotient(CHUNK_ELEMENTS, l.columns));
+    chunk = flat ? CHUNK_ELEMENTS : up(std::max(least, quotient(extent, MOST_CHUNKS)), columns ? 64 : 16);
+    chunks = quotient(extent, chunk);
+    for (Index a = 0; a < l.count; a++)
+      if (flat ? l.steps[a] != nullptr : l.strides[a] == SCATTERED) scattered.push_back(a);
   }
 
-  Index vector() const { return up((way == Way::columns ? leaf->rows : leaf->columns) * kernel->element, ALIGNMENT); }
-
   void start() {
-    const Index small = plan->vectors * vector() + up(plan->scalars * kernel->element, ALIGNMENT);
-    const Index kept = up(plan->kept * (way == Way::columns ? leaf->columns : leaf->rows) * kernel->element, ALIGNMENT);
-    work.partial_bytes = plan->partial_vectors * vector() + up(plan->partial_scalars * kernel->element, ALIGNMENT);
-    held = memory(small + kept + work.partial_bytes * chunks);
-    work.leaf = leaf;
-    work.arrays = leaf->arrays;
-    work.strides = leaf->strides;
-    work.small = held.get();
-    work.kept = held.get() + small;
-    work.partial = held.get() + small + kept;
-    work.chunks = chunks;
+    const auto bytes = [&](Index numbers) { return up(numbers * kernel->element, ALIGNMENT); };
+    const Index vector = bytes(columns ? leaf->rows : leaf->columns);
+    const Index small = plan->vectors * vector + bytes(plan->scalars);
+    const Index kept = bytes(plan->kept * (columns ? leaf->columns : leaf->rows));
+    const Index partial = plan->partial_vectors * vector + bytes(plan->partial_scalars);
+    held = memory(small + kept + partial * chunks);
+    char* const at = held.get();
+    work = {leaf, leaf->arrays, leaf->strides, at, at + small, at + small + kept, nullptr, chunks, partial};
     plan->between[0](work);
     ready.store(0, std::memory_order_release);
   }
@@ -126,7 +108,7 @@ struct Task {
     if (item == 0) start();
     for (int spins = 0; ready.load(std::memory_order_acquire) < pass;)
       if (++spins > 1000) std::this_thread::yield();
-    chunk_of(pass, c);
+    run_chunk(pass, c);
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == (pass + 1) * chunks) {
       plan->between[pass + 1](work);
       if (pass + 1 == plan->passes) held.reset();
@@ -134,46 +116,39 @@ struct Task {
     }
   }
 
-  void chunk_of(Index pass, Index c) {
+  void run_chunk(Index pass, Index c) {
     Work w = work;
     w.partial = (char*)work.partial + c * work.partial_bytes;
     const Index begin = c * chunk, end = std::min(extent, begin + chunk);
     const Memory buffer = memory(plan->buffer(*leaf));
     w.buffer = buffer.get();
     plan->begin[pass](w);
-    if (way == Way::flat ? in_order(*leaf) : !is_scattered()) plan->pass[pass](w, begin, end);
-    else copied(w, pass, begin, end);
-  }
-
-  bool is_scattered() const {
-    return std::any_of(leaf->strides, leaf->strides + leaf->count, [](Index s) { return s == SCATTERED; });
+    if (scattered.empty()) plan->pass[pass](w, begin, end);
+    else run_copies(w, pass, begin, end);
   }
 
   // A part of the chunk at a time: copied to where its elements follow one another, stepped there, and copied back.
-  void copied(Work& w, Index pass, Index begin, Index end) {
-    const Index unit = way == Way::flat ? 1 : leaf->columns;
-    const Index most = way == Way::flat ? COPIED_ELEMENTS : up(std::max<Index>(1, COPIED_ELEMENTS / unit), 16);
+  void run_copies(Work& w, Index pass, Index begin, Index end) {
+    const Index unit = flat ? 1 : leaf->columns;
+    const Index most = up(std::max<Index>(1, COPIED_ELEMENTS / unit), 16);
     std::vector<void*> arrays(leaf->arrays, leaf->arrays + leaf->count);
     std::vector<Index> strides(leaf->strides, leaf->strides + leaf->count);
-    std::vector<Memory> copies(leaf->count);
-    const auto copy_of = [&](Index a) { return leaf->steps[a] && (way == Way::flat || strides[a] == SCATTERED); };
-    for (Index a = 0; a < leaf->count; a++)
-      if (copy_of(a)) copies[a] = memory(std::min(most, end - begin) * unit * leaf->widths[a]);
+    std::vector<Memory> copied(leaf->count);
+    for (const Index a : scattered) {
+      strides[a] = unit * leaf->widths[a];
+      copied[a] = memory(std::min(most, end - begin) * strides[a]);
+    }
+    w.arrays = arrays.data();
+    w.strides = strides.data();
     for (Index i = begin; i < end; i += most) {
       const Index stop = std::min(end, i + most);
-      for (Index a = 0; a < leaf->count; a++) {
-        if (!copies[a]) continue;
-        transfer(*leaf, a, copies[a].get(), i * unit, stop * unit, false);
-        arrays[a] = copies[a].get() - i * unit * leaf->widths[a];
+      for (const Index a : scattered) {
+        transfer(*leaf, a, copied[a].get(), i * unit, stop * unit, false);
+        arrays[a] = copied[a].get() - i * strides[a];
       }
-      std::vector<Index> dense = strides;
-      for (Index a = 0; a < leaf->count; a++)
-        if (copies[a]) dense[a] = unit * leaf->widths[a];
-      w.arrays = arrays.data();
-      w.strides = dense.data();
       plan->pass[pass](w, i, stop);
-      for (Index a = 0; a < leaf->count; a++)
-        if (copies[a] && a != 1) transfer(*leaf, a, copies[a].get(), i * unit, stop * unit, true);
+      for (const Index a : scattered)
+        if (a != GRADIENT) transfer(*leaf, a, copied[a].get(), i * unit, stop * unit, true);
     }
   }
 };
@@ -203,8 +178,9 @@ extern "C" {
 EXPORT void* fusedbun_job(const Leaf* leaves, const Kernel* const* kernels, Index count) {
   Job* job = new Job;
   for (Index n = 0; n < count; n++) {
-    if (is_left_out(leaves[n])) continue;
-    job->tasks.push_back(std::make_unique<Task>(leaves[n], *kernels[n]));
+    const Leaf& leaf = leaves[n];
+    if (!leaf.rows || !leaf.columns || !leaf.arrays[GRADIENT]) continue;  // empty, or left out of this step
+    job->tasks.push_back(std::make_unique<Task>(leaf, *kernels[n]));
     job->first.push_back(job->items);
     job->items += job->tasks.back()->chunks * job->tasks.back()->plan->passes;
   }

@@ -9,9 +9,9 @@
 //   words     what the leaves point to; the arrays' addresses are filled in here
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <unordered_map>
 #include <vector>
@@ -31,10 +31,7 @@ void* (*start_job)(const Leaf*, const Kernel* const*, Index);
 void (*work_at)(void*);
 void (*end_job)(void*);
 std::mutex guard;
-std::unordered_map<std::string, const Kernel*>& kernels() {
-  static auto* const found = new std::unordered_map<std::string, const Kernel*>;
-  return *found;
-}
+auto& kernels = *new std::unordered_map<std::string, const Kernel*>;  // never deleted, for threads may outlive `main`
 
 // A job and those who may work at it. A task that the pool starts late finds nothing left to do; the last to let go of
 // the job ends it, so nobody waits for a task that has not begun.
@@ -76,7 +73,7 @@ struct Call {
     return error(std::string("fusedbun: a step that does not fit its arrays: ") + what, XLA_FFI_Error_Code_INTERNAL);
   }
 
-  bool dropped(XLA_FFI_Error* e) const {  // whether there was an error, which is dropped
+  bool failed(XLA_FFI_Error* e) const {  // whether it is an error, which is destroyed
     if (!e) return false;
     XLA_FFI_Error_Destroy_Args args{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, e};
     api.XLA_FFI_Error_Destroy(&args);
@@ -86,8 +83,7 @@ struct Call {
   const void* attribute(const char* name, XLA_FFI_AttrType type) const {
     for (int64_t i = 0; i < frame.attrs.size; i++) {
       const XLA_FFI_ByteSpan& found = *frame.attrs.names[i];
-      if (frame.attrs.types[i] == type && found.len == std::strlen(name) && !std::memcmp(found.ptr, name, found.len))
-        return frame.attrs.attrs[i];
+      if (frame.attrs.types[i] == type && std::string_view(found.ptr, found.len) == name) return frame.attrs.attrs[i];
     }
     return nullptr;
   }
@@ -103,12 +99,12 @@ struct Call {
   int threads() const {  // of XLA's pool; 1 where there is none
     int64_t n = 1;
     XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, frame.ctx, &n};
-    return dropped(api.XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : (int)n;
+    return failed(api.XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : (int)n;
   }
 
   bool schedule(XLA_FFI_Task* task, void* data) const {
     XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, frame.ctx, task, data};
-    return !dropped(api.XLA_FFI_ThreadPool_Schedule(&args));
+    return !failed(api.XLA_FFI_ThreadPool_Schedule(&args));
   }
 
   void work(const std::vector<Leaf>& leaves, const std::vector<const Kernel*>& kinds) const {
@@ -127,8 +123,8 @@ struct Call {
   XLA_FFI_Error* run() const {
     const auto* names = (const XLA_FFI_ByteSpan*)attribute("kernels", XLA_FFI_AttrType_STRING);
     const auto* lists = (const XLA_FFI_Scalar*)attribute("lists", XLA_FFI_AttrType_SCALAR);
-    const auto *kinds = integers("kinds"), *records = integers("records"), *given = integers("words");
-    if (!names || !lists || lists->dtype != XLA_FFI_DataType_S64 || !kinds || !records || !given)
+    const auto *kinds = integers("kinds"), *records = integers("records"), *places = integers("words");
+    if (!names || !lists || lists->dtype != XLA_FFI_DataType_S64 || !kinds || !records || !places)
       return malformed("an attribute is missing");
     const int64_t count = (int64_t)kinds->size;
     if ((int64_t)records->size != RECORD * count) return malformed("records");
@@ -137,12 +133,13 @@ struct Call {
     const char* const stop = names->ptr + names->len;
     for (const char *p = names->ptr, *end; p < stop; p = end + 1) {
       end = std::find(p, stop, ' ');
+      const std::string name(p, end);
       const std::lock_guard<std::mutex> lock(guard);
-      const auto found = kernels().find(std::string(p, end));
-      if (found == kernels().end())
-        return error("fusedbun: this program was compiled with a kernel that this process has not loaded (" +
-                     std::string(p, end) + "); trace and lower the step here once, or export it with "
-                     "implementation=\"definition\"", XLA_FFI_Error_Code_NOT_FOUND);
+      const auto found = kernels.find(name);
+      if (found == kernels.end())
+        return error("fusedbun: this program was compiled with a kernel that this process has not loaded (" + name +
+                     "); trace and lower the step here once, or export it with implementation=\"definition\"",
+                     XLA_FFI_Error_Code_NOT_FOUND);
       named.push_back(found->second);
     }
 
@@ -151,11 +148,12 @@ struct Call {
     std::vector<double> numbers;
     for (int64_t i = 0; i < in; i++) {
       const XLA_FFI_Buffer& list = operand(i);
+      const bool is_double = list.dtype == XLA_FFI_DataType_F64;
       for (int64_t k = 0; k < list.dims[0]; k++)
-        numbers.push_back(list.dtype == XLA_FFI_DataType_F64 ? ((const double*)list.data)[k] : ((const float*)list.data)[k]);
+        numbers.push_back(is_double ? ((const double*)list.data)[k] : ((const float*)list.data)[k]);
     }
 
-    std::vector<Index> words((const Index*)given->data, (const Index*)given->data + given->size);
+    std::vector<Index> words((const Index*)places->data, (const Index*)places->data + places->size);
     std::vector<Leaf> leaves;
     for (int64_t n = 0; n < count; n++) {
       const Index* const r = (const Index*)records->data + RECORD * n;
@@ -185,7 +183,7 @@ EXPORT void fusedbun_jax_driver(decltype(start_job) job, decltype(work_at) work,
 
 EXPORT void fusedbun_jax_kernel(const char* name, const Kernel* kernel) {
   const std::lock_guard<std::mutex> lock(guard);
-  kernels()[name] = kernel;
+  kernels[name] = kernel;
 }
 
 // The handler. XLA also calls it, without a step to do, to ask for the version that it is written for.

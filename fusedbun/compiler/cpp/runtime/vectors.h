@@ -42,7 +42,6 @@ template <class T>
 using Words = Simd<Word, LANES<T>>;  // as many as there are numbers in a register
 
 constexpr int BLOCK = 32;  // codes that share an exponent
-struct Pair { uint8_t bits; };  // two codes of 4 bits
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
@@ -254,7 +253,9 @@ struct Whole {
 #elif FUSEDBUN_AVX2
       return (Vector<T>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-      return one_by_one<T>(p, n);
+      Vector<T> x{};
+      for (int i = 0; i < n; i++) x[i] = number<T>(p + i);
+      return x;
 #endif
     } else return __builtin_convertvector(*(const Loose<S, n>*)p, Vector<T>);
   }
@@ -318,12 +319,6 @@ struct Whole {
   }
   template <class V>
   static inline INLINE V only(V x, V) { return x; }
-  template <class T, class S>
-  static inline INLINE Vector<T> one_by_one(const S* p, int n) {
-    Vector<T> x{};
-    for (int i = 0; i < n; i++) x[i] = number<T>(p + i);
-    return x;
-  }
 };
 
 // The first `n` lanes of a register; the others load as 0, and are neither stored nor taken up by a reduction.
@@ -434,18 +429,33 @@ FORCE Words<T> largest(const Words<T>* x, F lanes_of) {  // of a block's words, 
   });
   return (Words<T>)most;
 }
-template <class T>
-FORCE Words<T> from_pairs(const Pair* p, int r) {  // register r of a block's codes
-  const int at = r * LANES<T> % (BLOCK / 2), shift = r * LANES<T> < BLOCK / 2 ? 0 : 4;
-  return (((Whole::words<T>((const uint8_t*)p + at) >> shift) & 15) ^ 8) - 8;
+// Codes of 1, 2 or 4 bits: a block's first words are the lowest bits of its bytes, and so on upwards.
+template <class T, int BITS>
+FORCE Words<T> from_packed(const uint8_t* p, Index b, int r) {  // register r of block b
+  constexpr int size = BLOCK * BITS / 8, n = LANES<T>;
+  constexpr Word mask = (1 << BITS) - 1, sign = 1 << (BITS - 1);
+  p += b * size;
+  Words<T> x;
+  if constexpr (n <= size) x = Whole::words<T>(p + r * n % size) >> (r * n / size * BITS);
+  else for (int i = r * n; i < (r + 1) * n; i++) x[i - r * n] = p[i % size] >> (i / size * BITS);
+  return ((x & mask) ^ sign) - sign;
 }
-template <class T, class F>
-FORCE void to_pairs(Pair* p, const Words<T>* codes, F lanes_of) {  // what fills the last block up is 0
-  constexpr int half = BLOCK / 2 / LANES<T>;
-  const auto four_bits = [&](int r) INLINE { return lanes_of(r).only(codes[r], Words<T>{}) & 15; };
-  each<half>([&](auto r) INLINE {
-    Whole::store((uint8_t*)p + r * LANES<T>, four_bits(r) | (four_bits(r + half) << 4));
-  });
+template <class T, int BITS, class F>
+FORCE void to_packed(uint8_t* p, Index b, const Words<T>* codes, F lanes_of) {  // what fills the last block up is 0
+  constexpr int size = BLOCK * BITS / 8, n = LANES<T>;
+  p += b * size;
+  Words<T> x[BLOCK / n];
+  each<BLOCK / n>([&](auto r) INLINE { x[r] = lanes_of(r).only(codes[r], Words<T>{}) & ((1 << BITS) - 1); });
+  if constexpr (n <= size) {
+    each<size / n>([&](auto r) INLINE {
+      Words<T> bytes = x[r];
+      each<8 / BITS - 1>([&](auto f) INLINE { bytes |= x[r + (f + 1) * (size / n)] << ((f + 1) * BITS); });
+      Whole::store(p + r * n, bytes);
+    });
+  } else {
+    for (int i = 0; i < size; i++) p[i] = 0;
+    for (int i = 0; i < BLOCK; i++) p[i % size] |= x[i / n][i % n] << (i / size * BITS);
+  }
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

@@ -34,9 +34,8 @@ class Chain:
         for i, transform in enumerate(self.transforms):
             before = self.transforms[i - 1] if i else None
             if not isinstance(transform, Transform):
-                raise TypeError(
-                    f"a chain is made of fusedbun's transformations, but {transform!r} is a {type(transform).__name__}"
-                )
+                kind = "type" if isinstance(transform, type) else type(transform).__name__
+                raise TypeError(f"a chain is made of fusedbun's transformations, but {transform!r} is a {kind}")
             if transform.name in (t.name for t in self.transforms[:i]):
                 raise ValueError(
                     f"a chain takes one transformation of each name, for state is kept by name, "

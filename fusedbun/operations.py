@@ -43,6 +43,7 @@ class Operation:
         sign: the infix operator that it is.
         method: the method of Python's, without underscores, that it is.
         commutes: whether the operands of the infix operator may change places.
+        costly: whether it takes longer than to store its result in the cache and load it again.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Operation:
     sign: str = ""
     method: str = ""
     commutes: bool = False
+    costly: bool = False
 
 
 def _infix(name: str, sign: str, *, method: str = "", triton: str = "", **more: Any) -> Operation:
@@ -80,7 +82,7 @@ _OPERATORS = (
     _infix("add", "+", takes="any", commutes=True),
     _infix("sub", "-", takes="any"),
     _infix("mul", "*", takes="any", commutes=True),
-    _infix("div", "/", method="truediv", triton="divide({0}, {1}, T)"),
+    _infix("div", "/", method="truediv", triton="divide({0}, {1}, T)", costly=True),
     Operation("neg", 1, operator.neg, "-{0}", "-{0}", takes="any", method="neg"),
     _infix("eq", "==", takes="any", gives="condition", commutes=True),
     _infix("ne", "!=", takes="any", gives="condition", commutes=True),
@@ -97,7 +99,7 @@ _OPERATORS = (
 _FUNCTIONS = (
     Operation("abs", 1, abs, "absolute({0})", "tl.abs({0})", method="abs"),
     Operation("sign", 1, lambda x: 1.0 if x > 0 else -1.0 if x < 0 else x, "sign({0})", "sign({0})"),  # NaN of NaN
-    Operation("sqrt", 1, math.sqrt, "root({0})", "sqrt({0}, T)"),
+    Operation("sqrt", 1, math.sqrt, "root({0})", "sqrt({0}, T)", costly=True),
     Operation("expm1", 1, math.expm1, "expm1_of({0})", "expm1({0}, T)"),
     Operation("log", 1, lambda x: math.log(x) if x else -math.inf, "log_of({0})", "log({0}, T)"),
     Operation("floor", 1, lambda x: float(np.floor(x)), "floor_of({0})", "tl.floor({0})"),

@@ -46,6 +46,10 @@ ARGUMENTS = {
 }
 
 
+def no_notice(hyperparameters: Settings) -> None:
+    """There is nothing to warn of; a function, for a class's defaults are pickled by name."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """An optimizer.
@@ -79,7 +83,7 @@ class Recipe:
     lr: float | None = None
     fixed_lr: bool = False
     like_optax: bool = False
-    notice: Callable[[Settings], str | None] = lambda hyperparameters: None
+    notice: Callable[[Settings], str | None] = no_notice
     densifies_sparse_gradients: bool = False
     recommended: Settings = field(default_factory=dict)
     training_lr: float | None = None

@@ -2,7 +2,7 @@
 
 A rule sees one parameter tensor at a time and knows no framework. It is written over `xp`, a namespace of a few array
 functions that NumPy, jax.numpy and a small table of torch's all satisfy (`Namespace` lists them). So that a rule can
-also be traced, planned and printed as a kernel it keeps to these habits:
+also be traced, scheduled and printed as a kernel it keeps to these habits:
 
 - pure: it writes to no argument, and returns its new state;
 - only `xp`'s functions and operators, and no branch on an array's values;

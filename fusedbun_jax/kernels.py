@@ -84,7 +84,7 @@ def _kernel(leaf: Leaf) -> native.Kernel:
     param, dtype = leaf.param, leaf.param.dtype.name
     kernel = native.kernel(leaf.chain, param.ndim, tuple(range(param.ndim)), dtype)
     if list(kernel.program.arrays) != list(leaf.chain.arrays(param.shape, dtype)):
-        raise native.KernelError(f"the state of a parameter of shape {param.shape} is not the one planned for")
+        raise native.KernelError(f"the state of a parameter of shape {param.shape} is not that of its kernel")
     return kernel
 
 

@@ -1,4 +1,4 @@
-"""What makes a rule a definition: it is pure, knows no framework, and can be traced so that a plan can be made."""
+"""What makes a rule a definition: it is pure, knows no framework, and can be traced so that a kernel can be made."""
 
 import array_api_strict
 import numpy as np

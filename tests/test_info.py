@@ -87,7 +87,7 @@ def test_without_a_compiler(capsys, monkeypatch, fresh):
     assert found["driver"] == "definition"
     assert origins(found) == {"definition"}
     assert main(["info"]) == 0
-    assert "no code: blocks of rows in torch, the definition in JAX; there is no C++ compiler" in " ".join(
+    assert "no code: tiles of rows in torch, the definition in JAX; there is no C++ compiler" in " ".join(
         capsys.readouterr().out.split()
     )
 

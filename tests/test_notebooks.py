@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from sweeps import sweep
+from sweeps import long
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # What a notebook fetches from package indexes: tests fetch nothing, and run it where it has been fetched before.
@@ -50,7 +50,8 @@ def test_it_is_kept_without_outputs_and_installs_the_package_where_it_is_missing
     assert "%pip install -q 'fusedbun[" in code[0].source
 
 
-@sweep("path", NOTEBOOKS, short=lambda path: path.stem == "quickstart_torch", ids=lambda path: path.stem)
+@long
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path):
     if missing := [name for name in FETCHED.get(path.stem, ()) if not (CACHE / name).exists()]:
         pytest.skip(f"not in {CACHE}: {', '.join(missing)}; running notebooks/{path.name} once fetches them")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from sweeps import only, sweep
 
 from benchmarks.pictures import covers, trajectories
 from benchmarks.pictures.__main__ import FOLDER
@@ -60,7 +61,7 @@ def test_a_path_that_leaves_the_window_is_not_chosen(short):
     assert len(path.points) == trajectories.STEPS + 1
 
 
-@pytest.mark.parametrize("surface", SURFACES, ids=lambda surface: surface.name)
+@sweep("surface", SURFACES, short=only(trajectories.ROSENBROCK), ids=lambda surface: surface.name)
 def test_trajectories_are_drawn(short, surface):
     assert Image.open(io.BytesIO(trajectories.draw(surface))).format == "PNG"
 

@@ -130,13 +130,13 @@ def test_a_run_in_float64_goes_on(case, tmp_path, x64):
 
 
 @sweep(
-    ("name", "moment"),
-    [(name, m) for name, (*_, ways) in STORED.items() for m in ways],
-    short=only(("fusedbun", "int4"), ("sm3", "int8"), ("decoupled_lionw", "bfloat16")),
+    ("name", "moment", "stochastic"),
+    [(name, m, stochastic) for name, (*_, ways) in STORED.items() for m in ways for stochastic in (False, True)],
+    short=only(("fusedbun", "int4", True), ("sm3", "int8", True), ("decoupled_lionw", "bfloat16", False)),
 )
-@pytest.mark.parametrize("options", [{}, BITS], ids=["float32", "stochastic"])
-def test_a_run_in_fewer_bits_goes_on_with_its_noise(name, moment, options, tmp_path):
+def test_a_run_in_fewer_bits_goes_on_with_its_noise(name, moment, stochastic, tmp_path):
     cls, arguments, _ = STORED[name]
+    options = BITS if stochastic else {}
     given = {**arguments, **options, "momentum_dtype": moment}
     dtype = "bfloat16" if options else "float32"
     # To the bit, where the two frameworks' whole runs are the same: what is left is float32's rounding before codes.

@@ -71,7 +71,7 @@ def by_optax(param, steps, lr, dtype, hyper):
     return np.asarray(p, np.float64)
 
 
-@found(4, 30, shapes, seeds, hyperparameters, st.floats(1e-3, 1))
+@found(2, 30, shapes, seeds, hyperparameters, st.floats(1e-3, 1))
 def test_the_realisations_agree_in_float64(shape, seed, hyper, lr):
     param, steps = problem(shape, seed)
     want = Reference({"p": param}, recipes.fusedbun(**hyper), lr).run(steps)["p"]
@@ -82,7 +82,7 @@ def test_the_realisations_agree_in_float64(shape, seed, hyper, lr):
     assert np.abs(by_torch(param, steps, lr, torch.float64, hyper) - want).max() <= 1e-12 * largest
 
 
-@found(4, 30, shapes, seeds, hyperparameters, st.sampled_from(["float32", "bfloat16", "float16"]))
+@found(3, 30, shapes, seeds, hyperparameters, st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_torch_and_optax_agree_in_lower_precision(shape, seed, hyper, dtype):
     param, steps = problem(shape, seed)
     hyper = {**hyper, "eps": 1e-8, "centralize": hyper["centralize"] and len(shape) > 1 and min(shape) > 2}
@@ -92,7 +92,7 @@ def test_torch_and_optax_agree_in_lower_precision(shape, seed, hyper, dtype):
     assert np.abs(left - right).max() <= 2 * torch.finfo(getattr(torch, dtype)).eps * size * len(steps)
 
 
-@found(3, 15, array_shapes(min_dims=2, max_dims=4, max_side=6), seeds, st.floats(-1e3, 1e3))
+@found(2, 15, array_shapes(min_dims=2, max_dims=4, max_side=6), seeds, st.floats(-1e3, 1e3))
 def test_rows_without_a_residual_stay_finite_and_bounded(shape, seed, value):
     """Centralizing a constant row leaves rounding noise, which frameworks round apart and rms_scale lifts."""
     rng = np.random.default_rng(seed)
@@ -106,7 +106,7 @@ def test_rows_without_a_residual_stay_finite_and_bounded(shape, seed, value):
         assert np.abs(got - param).max() <= bound
 
 
-@found(5, 40, seeds, hyperparameters, st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, 2))
+@found(3, 40, seeds, hyperparameters, st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, 2))
 def test_what_is_not_finite_stays_in_its_parameter(seed, hyper, bad, which):
     """A NaN or an infinity in one gradient is seen in that parameter, and in no other."""
     rng = np.random.default_rng(seed)

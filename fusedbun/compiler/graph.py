@@ -31,7 +31,7 @@ Axes = frozenset[int]
 REDUCTIONS = ("across", "down", "within")
 
 
-class UnplannableError(Exception):
+class UnschedulableError(Exception):
     """A chain has no schedule; the message says why. Its rules are then run as they are written."""
 
 
@@ -93,9 +93,9 @@ class Graph:
         """An array in memory: the parameter, its gradient, or one of the state (`fusedbun.storage.codes.Stored`)."""
         axes = self.every & set(axes)
         if part != "element" and self.order != tuple(range(self.ndim)):
-            raise UnplannableError(f"{name} is for blocks along the parameter's axes as they are, not {self.order}")
+            raise UnschedulableError(f"{name} is for blocks along the parameter's axes as they are, not {self.order}")
         if self.row < axes < self.every:
-            raise UnplannableError(
+            raise UnschedulableError(
                 f"{name} spans the axes {sorted(axes)}: with the slowest in memory, some of the others"
             )
         return self._value("input", (), axes, name, Span.BLOCK if part == "block" else None, _kind(is_word))
@@ -122,13 +122,13 @@ class Graph:
         kind = _kind(is_of_words)
         args = tuple(x if isinstance(x, Value) else self.constant(x, is_of_words) for x in operands)
         if is_of_words and any(x.kind == "number" for x in args):
-            raise UnplannableError(f"a rule computes with words and numbers at once ({op})")
+            raise UnschedulableError(f"a rule computes with words and numbers at once ({op})")
         if not is_of_words and (operand := _equal_operand(op, args)):
             return operand
         if any(a.is_condition for a in (args[1:] if op == "where" else args)):
-            raise UnplannableError(f"a rule computes with a comparison as a number ({op}); write it with xp.where")
+            raise UnschedulableError(f"a rule computes with a comparison as a number ({op}); write it with xp.where")
         if operation.takes not in ("any", kind):
-            raise UnplannableError(f"a rule computes with {kind}s where only {operation.takes}s will do ({op})")
+            raise UnschedulableError(f"a rule computes with {kind}s where only {operation.takes}s will do ({op})")
         if op in ("minimum", "maximum") and not is_of_words:
             return self._extreme(op, args)
         return self._elementwise(op, args, kind if operation.gives == "same" else operation.gives)
@@ -151,10 +151,10 @@ class Graph:
         if not over:
             return x
         if function == "sum" and not over <= x.varies:
-            raise UnplannableError("a rule takes the sum over axes along which its numbers are only repeated by a plan")
+            raise UnschedulableError("a rule takes the sum over axes along which its numbers are only repeated")
         if x.span == Span.FULL and (over == self.every or not self.row & over):
             if over | self.row != self.every:
-                raise UnplannableError(
+                raise UnschedulableError(
                     f"a rule takes the {function} over some, but not all, of the axes {sorted(self.columns)}, "
                     f"which follow the slowest in memory"
                 )

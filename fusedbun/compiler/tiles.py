@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
-from fusedbun.compiler.graph import REDUCTIONS, Span, UnplannableError, Value
+from fusedbun.compiler.graph import REDUCTIONS, Span, UnschedulableError, Value
 from fusedbun.compiler.schedule import Pass, Schedule, Store, is_small, schedule
 from fusedbun.compiler.trace import Program, trace, used
 from fusedbun.operations import OPERATIONS
@@ -39,7 +39,7 @@ def schedule_for(
     along the longest), or along another if the rules ask for it. A parameter of one axis is cut into columns.
 
     Raises:
-        UnplannableError: the chain has no schedule.
+        UnschedulableError: the chain has no schedule.
     """
     in_memory = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
     fitting = [axis for axis in in_memory if math.prod(shape) <= elements * shape[axis]]
@@ -49,7 +49,7 @@ def schedule_for(
         order = (row, *(axis for axis in in_memory if axis != row))
         try:
             return schedule_of(trace(chain, len(shape), order, maximize, dtype))
-        except UnplannableError as error:  # another axis may suit the rules
+        except UnschedulableError as error:  # another axis may suit the rules
             refusals.append(error)
     raise refusals[-1]
 
@@ -71,7 +71,7 @@ class Tiles:
         self.schedule, self.xp = schedule, xp
         graph, arrays = schedule.program.graph, schedule.program.arrays
         self.axis = graph.order[0]
-        small = [v for v in graph.values if is_small(v, schedule.blocks)]
+        small = [v for v in graph.values if is_small(v, schedule.tiles)]
         self.inputs = [v for v in small if v.op == "input" and v.span > Span.HOST]
         self.counts = [v for v in small if v.op == "count"]
         self.bits = {name: stored.bits for name, stored in arrays.items() if stored.bits}  # of packed numbers
@@ -101,7 +101,7 @@ class Tiles:
     def _small(self, goals: list[Value]) -> list[_Step]:
         """The steps to small values. They may lead over values of the leaf's rows, where these are made of slots."""
         found = used(goals, lambda v: v not in self._known)
-        small = {v for v in found if is_small(v, self.schedule.blocks)}
+        small = {v for v in found if is_small(v, self.schedule.tiles)}
         self._known |= small
         return list(self._steps(found, keep=small))
 

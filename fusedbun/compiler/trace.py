@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusedbun.chain import Chain, step
-from fusedbun.compiler.graph import Graph, UnplannableError, Value
+from fusedbun.compiler.graph import Graph, UnschedulableError, Value
 from fusedbun.operations import FUNCTIONS, OPERATIONS, Operation
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
@@ -64,13 +64,13 @@ def trace(
         dtype: the parameter's dtype.
 
     Raises:
-        UnplannableError: the chain has no schedule; the message says why.
+        UnschedulableError: the chain has no schedule; the message says why.
     """
     graph = Graph(max(1, ndim), order)
     like = np.empty((0,) * graph.ndim)
     slots, arrays = chain.slots(like.shape), chain.arrays(like.shape, dtype)
     if dtype == "float64" and any(codes.code_of(slot, dtype).is_noisy for slot in slots.values()):
-        raise UnplannableError("noise and codes are computed in float32, but a float64 parameter is not")
+        raise UnschedulableError("noise and codes are computed in float32, but a float64 parameter is not")
     inputs = {name: graph.input(name, graph.every) for name in (PARAM, GRAD)}
     inputs |= {key: graph.input(key, x.axes, x.is_whole, x.part) for key, x in arrays.items()}
     stored = {name: Symbol(graph, value) for name, value in inputs.items()}
@@ -84,12 +84,12 @@ def trace(
     try:
         new_param, new = step(symbolic, storage, lr, param, grad, stored)
     except (TypeError, AttributeError) as error:
-        raise UnplannableError(f"a rule does to an array what a plan does not know: {error}") from error
+        raise UnschedulableError(f"a rule does to an array what the compiler does not know: {error}") from error
     outputs = {PARAM: new_param.value, **{key: new[key].value for key in arrays}}
     outputs = {name: value for name, value in outputs.items() if value is not inputs[name]}
     for name, value in outputs.items():
         if value.axes != inputs[name].axes:
-            raise UnplannableError(f"the new {name} does not have the axes that it is declared with")
+            raise UnschedulableError(f"the new {name} does not have the axes that it is declared with")
     return Program(graph, dtype, arrays, outputs)
 
 
@@ -163,7 +163,7 @@ class Symbol:
         self.shape = (None,) * self.ndim
 
     def __bool__(self) -> bool:
-        raise UnplannableError("a rule branches on an array's value")
+        raise UnschedulableError("a rule branches on an array's value")
 
 
 class Symbolic:
@@ -194,7 +194,7 @@ class Symbolic:
 
     def _reduce(self, function: str, x: Symbol, *, axis: tuple[int, ...], keepdims: bool) -> Symbol:
         if not isinstance(axis, tuple) or not keepdims:
-            raise UnplannableError("a rule reduces without a tuple of axes, or without keepdims=True")
+            raise UnschedulableError("a rule reduces without a tuple of axes, or without keepdims=True")
         graph, over = self._graph, x.value.axes & {i % self._graph.ndim for i in axis}
         if function == "mean" and over:
             return Symbol(graph, graph.apply("div", graph.reduce("sum", x.value, over), graph.count(over)))
@@ -205,7 +205,7 @@ class Symbolic:
             return partial(_apply, name)
         if name in ("mean", "sum", "max", "min"):
             return partial(self._reduce, name)
-        raise UnplannableError(f"a rule uses xp.{name}, which a plan does not know")
+        raise UnschedulableError(f"a rule uses xp.{name}, which the compiler does not know")
 
 
 def _apply(op: str, *operands: Any) -> Symbol:

@@ -50,7 +50,7 @@ class Match:
             if self.axes is not None and any(x.is_by_blocks for x in arrays.values()):
                 parts |= recoded(parts, self.saved.shape, self.axes, code)
             elif self.axes is not None:
-                parts[""] = np.ascontiguousarray(parts[""].transpose(self.axes))
+                parts = {part: np.ascontiguousarray(x.transpose(self.axes)) for part, x in parts.items()}
             yield from ((key + part, numbers) for part, numbers in parts.items())
 
 

@@ -3,7 +3,7 @@
     compute     as computed: float32, or float64 for float64 parameters
     int8 int32  whole numbers, such as votes and step counters
     param float32 float16 bfloat16    in the parameter's dtype, or in this one
-    block8 block4    codes of 8 or 4 bits with an exponent for every block of 32 along a row of the leading axis
+    block8 block4    whole numbers of 8 or 4 bits with an exponent for every block of 32 along a row of the leading axis
 
 What has fewer bits than it is computed in is rounded without a bias (`fusedbun.storage.noise`), float16 to the nearest.
 The arrays of a slot are named after it: `moment`, its `moment.exponents`, and `moment.step`, which counts the steps.
@@ -127,7 +127,8 @@ class Code:
         Args:
             xp: the functions.
             value: the numbers.
-            noise: a word for each; None where the code is not noisy, which also keeps no counter of steps.
+            noise: a word for each; None where the code is not noisy. A noisy one has `STEP: COUNT` among its arrays,
+                the number of steps, with which the noise changes.
         """
         return {"": value}
 
@@ -168,28 +169,38 @@ class Blocks(Code):
     """Whole numbers of few bits with an exponent for every block of 32, rounded to either neighbour.
 
     Args:
-        bits: of a number: 8, or 4, of which two lie in a byte.
+        bits: of a number, from 2 to 8. Fewer than 8 lie in planes of 4, 2 and 1 bits, the lowest bits first.
     """
 
     bits: int = 8
     is_noisy = True
 
+    @property
+    def planes(self) -> list[tuple[str, int, int]]:
+        """The packed arrays: what follows the slot's name, the first bit of a number that lies there, and how many."""
+        widths = [width for width in (4, 2, 1) if self.bits & width]
+        firsts = [sum(widths[:n]) for n in range(len(widths))]
+        return [(f".plane{n}" if n else "", *bits) for n, bits in enumerate(zip(firsts, widths, strict=True))]
+
     def fits(self, axes: Shape, ndim: int) -> bool:
         return ndim > 1 and sorted(axes) == [*range(ndim)]
 
     def arrays(self, axes: Shape) -> dict[str, Stored]:
-        words = Stored("int8", axes) if self.bits == 8 else Stored("uint8", axes, "packed", self.bits)
-        return {"": words, EXPONENTS: Stored("uint8", axes, "block"), STEP: COUNT}
+        planes = {part: Stored("uint8", axes, "packed", width) for part, _, width in self.planes}
+        return {**(planes or {"": Stored("int8", axes)}), EXPONENTS: Stored("uint8", axes, "block"), STEP: COUNT}
 
     def decode(self, xp: Storing, stored: Mapping[str, Array], shape: Shape, dtype: Any) -> Array:
-        words = xp.to_blocks(xp.whole(stored[""])) if self.bits == 8 else xp.unpack(stored[""], self.bits)
+        fields = [xp.unpack(stored[part], width) for part, _, width in self.planes]
+        *lower, words = fields or [xp.to_blocks(xp.whole(stored[""]))]  # the highest have the sign
+        for field, (_, _, width) in reversed([*zip(lower, self.planes, strict=False)]):
+            words = (words << width) | (field & ((1 << width) - 1))
         numbers = from_words(xp, words, xp.whole(stored[EXPONENTS]), self.bits)
         return xp.astype(xp.from_blocks(numbers, shape), dtype)
 
     def encode(self, xp: Storing, value: Array, noise: Array | None) -> dict[str, Array]:
         words, exponents = to_words(xp, xp.to_blocks(xp.single(value)), xp.to_blocks(noise), self.bits)
-        stored = xp.from_blocks(words, value.shape) if self.bits == 8 else xp.pack(words, self.bits)
-        return {"": stored, EXPONENTS: exponents}
+        planes = {part: xp.pack(words >> first if first else words, width) for part, first, width in self.planes}
+        return {**(planes or {"": xp.from_blocks(words, value.shape)}), EXPONENTS: exponents}
 
 
 COUNT = Stored("int32", ())  # of steps
@@ -321,6 +332,8 @@ def pack(words: Array, bits: int) -> Array:
         words: of shape (…, 32).
         bits: how many of each: 1, 2 or 4.
     """
+    if bits not in (1, 2, 4):
+        raise ValueError(f"1, 2 or 4 bits are packed, not {bits}; cut words of other widths into planes of these")
     size = BLOCK * bits // 8
     fields = [(words[..., k * size : (k + 1) * size] & ((1 << bits) - 1)) << (k * bits) for k in range(8 // bits)]
     return reduce(or_, fields)

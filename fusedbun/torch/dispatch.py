@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedbun.compiler.cpp.native import KernelError
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.metrics import Products
 from fusedbun.torch import metrics
 from fusedbun.torch.compiled import Compiled, compilable_arguments, is_compilable
@@ -63,7 +63,7 @@ def choose(owner: Owner, leaf: Leaf, implementations: Sequence[Implementation]) 
             try:
                 leaf.prepared = implementation.prepare(leaf)
                 return implementation
-            except (KernelError, UnplannableError) as raised:
+            except (KernelError, UnschedulableError) as raised:
                 reason, error = str(raised), raised
         if len(implementations) == 1:
             text = implementation.error.format(owner=type(owner).__name__, asked=leaf.asked, leaf=leaf.name)

@@ -1,9 +1,9 @@
 """Runs a schedule on a GPU: the generated Triton, launched once for all leaves that share the program.
 
-A launch is told by tables on the device where each leaf's arrays are, and which program has which block of which leaf.
-So a step is a handful of launches however many leaves there are, it waits for nothing and allocates nothing: a CUDA
-graph can capture it. On the CPU the same runs in Triton's interpreter, where `TRITON_INTERPRET=1` was set before Triton
-was imported.
+A launch is told by tables on the device where each leaf's arrays are, and which program has which stretch of which
+leaf. So a step is a handful of launches however many leaves there are, it waits for nothing and allocates nothing: a
+CUDA graph can capture it. On the CPU the same runs in Triton's interpreter, where `TRITON_INTERPRET=1` was set before
+Triton was imported.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class GpuStep:
     a step before a CUDA graph captures one, and leave the gradients where they are.
 
     Args:
-        schedule: with blocks of rows.
+        schedule: with tiles of rows.
         leaves: of one dtype, on one device, each dense in memory along the schedule's order of axes.
         scalars: on that device, in the dtype that is computed in: the values of `numbers(program)`, in a row for every
             set of hyper-parameters. The kernels read them: write to it, and the next step has other ones.
 
     Raises:
         ImportError: Triton is not installed.
-        ValueError: the schedule's blocks are columns, or a leaf or the scalars do not suit it.
+        ValueError: the schedule's tiles are columns, or a leaf or the scalars do not suit it.
     """
 
     def __init__(self, schedule: Schedule, leaves: Sequence[Leaf], scalars: Tensor) -> None:
@@ -133,10 +133,10 @@ class GpuStep:
             row[name] = number
 
     def _reserve(self) -> Tensor:
-        """A place for what is kept while a step runs; what is reduced is kept for every block."""
-        temporary, by_block = self._table.temporary, {*self._table.parts.values()}
+        """A place for what is kept while a step runs; what is reduced is kept for every stretch."""
+        temporary, by_stretch = self._table.temporary, {*self._table.parts.values()}
         lengths = [
-            int(prod(row[f"n{axis}"] for axis in v.axes) * (row["B"] if name in by_block else 1))
+            int(prod(row[f"n{axis}"] for axis in v.axes) * (row["B"] if name in by_stretch else 1))
             for row in self._rows
             for name, v in temporary.items()
         ]
@@ -152,9 +152,9 @@ class GpuStep:
         return next((tile for tile in self._tiles if columns <= tile.columns), self._tiles[-1])
 
     def _launches_of(self, work: str, kernel: Any) -> Iterator[tuple[Any, Tensor, Tile]]:
-        """The launches of a kernel, with the leaf and the block of each program, and how large a block is.
+        """The launches of a kernel, with the leaf and the stretch of each program, and how large a stretch is.
 
-        Leaves whose blocks of rows are of other shapes have a launch of their own.
+        Leaves whose stretches are of other shapes have a launch of their own.
         """
         R, C, B = (self._rows[name] for name in "RCB")
         if work == "rows":
@@ -168,8 +168,8 @@ class GpuStep:
         for tile, count in counts.items():
             if count.any():
                 leaves = np.repeat(np.arange(len(count)), count)
-                blocks = np.arange(len(leaves)) - (np.cumsum(count) - count)[leaves]
-                programs = torch.from_numpy(np.stack([leaves, blocks], axis=1).astype(np.int32))
+                stretches = np.arange(len(leaves)) - (np.cumsum(count) - count)[leaves]
+                programs = torch.from_numpy(np.stack([leaves, stretches], axis=1).astype(np.int32))
                 yield kernel, programs.to(self._scalars.device), tile
 
 
@@ -201,7 +201,7 @@ def _check(schedule: Schedule, leaves: Sequence[Leaf], scalars: Tensor) -> None:
     for leaf in leaves:
         sizes = _shape(leaf.param)
         if len(sizes) != len(order):
-            raise ValueError(f"the plan is for parameters of {len(order)} axes, but the parameter has {len(sizes)}")
+            raise ValueError(f"the schedule is for parameters of {len(order)} axes, but the parameter has {len(sizes)}")
         _check_array("the parameter", leaf.param, sizes, dtype, device, order)
         named = {"slots": (leaf.slots, program.arrays), "words": (leaf.words, [v.detail for v in words(program)])}
         for title, (found, wanted) in named.items():

@@ -26,7 +26,7 @@ class Implementation(ABC):
     def prepare(self, leaf: Leaf) -> Any:
         """What it steps the leaf with, to be found in `leaf.prepared`; nothing is changed yet.
 
-        Raises a KernelError or UnplannableError where it cannot step the leaf's chain.
+        Raises a KernelError or UnschedulableError where it cannot step the leaf's chain.
         """
         return None
 

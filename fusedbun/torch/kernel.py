@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.cpp import native
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.leaf import DENSE, Group, Leaf
@@ -190,5 +190,5 @@ def _has_same_code(group: Group, before: Group) -> bool:
         return chain is before.chain or (
             not chain.has_rules and is_of_numbers(chain) and native.structure(chain) == native.structure(before.chain)
         )
-    except UnplannableError:
+    except UnschedulableError:
         return False

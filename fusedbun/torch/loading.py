@@ -102,8 +102,9 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
             declared, arrays = arrays_of(then, param), arrays_of(now, param)
             entries = {key: value for key, value in entries.items() if key in declared}
             stored = {key: array for key, array in arrays.items() if key != COUNTER}
-            changed = [key for key, x in stored.items() if x != declared.get(key) or _is_other(entries.get(key), x)]
-            if entries and (changed or stored.keys() != declared.keys()):
+            changed = [key for key in declared | stored if stored.get(key) != declared.get(key)]
+            changed += [key for key, x in stored.items() if _is_other(entries.get(key), x)]
+            if entries and changed:
                 converted.update([*dict.fromkeys(map(codes.slot_of, changed))])
                 entries = _converted(then, now, param, entries)
             if counter is not None and COUNTER in arrays:

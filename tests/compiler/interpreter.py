@@ -4,7 +4,7 @@ import os
 
 
 def interpret(cache: str) -> None:
-    """Prepares a process; the tiles are small, so that small leaves have many blocks."""
+    """Prepares a process; the tiles are small, so that small leaves have many stretches."""
     os.environ.update(TRITON_INTERPRET="1", FUSEDBUN_CACHE=cache)
     import numpy as np
 

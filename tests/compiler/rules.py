@@ -1,4 +1,4 @@
-"""Chains of one rule, for tests of what a plan makes of it."""
+"""Chains of one rule, for tests of what the compiler makes of it."""
 
 from __future__ import annotations
 

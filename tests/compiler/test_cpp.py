@@ -21,7 +21,7 @@ from rules import rule, stateful
 
 import fusedbun
 from fusedbun import Slot, chain, recipes
-from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler import UnschedulableError, trace
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.hyper import NonNegative
@@ -134,7 +134,13 @@ BEHIND = stateful({"behind": Slot((1, 2))}, lambda xp, u, state: {"behind": xp.m
 @pytest.mark.parametrize(
     ("transforms", "ndim", "order", "dtype", "reason"),
     [
-        (rule(lambda xp, u: xp.arctan(u)), 2, (0, 1), "float32", "^a rule uses xp.arctan, which a plan does not know$"),
+        (
+            rule(lambda xp, u: xp.arctan(u)),
+            2,
+            (0, 1),
+            "float32",
+            "^a rule uses xp.arctan, which the compiler does not know$",
+        ),
         (
             rule(lambda xp, u: u - xp.sum(u, axis=(2,), keepdims=True)),
             3,
@@ -173,7 +179,7 @@ def test_what_has_no_kernel_is_refused_with_a_reason(transforms, ndim, order, dt
 
 
 def test_the_order_of_axes_is_refused_before_anything_is_compiled():
-    with pytest.raises(UnplannableError, match="but in memory they follow as"):
+    with pytest.raises(UnschedulableError, match="but in memory they follow as"):
         emit(trace(BEHIND, 3, (0, 2, 1), dtype="float32"))
     for dtype in TYPES:
         emit(trace(BEHIND, 3, (0, 1, 2), dtype=dtype))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusedbun.compiler import UnplannableError
+from fusedbun.compiler import UnschedulableError
 from fusedbun.compiler.graph import Graph, Span
 
 
@@ -134,14 +134,16 @@ def test_a_comparison_chooses_and_is_no_number(graph):
     condition = graph.apply("le", full, row)
     assert graph.apply("where", condition, 0.0, full).span == Span.FULL
     for op, *operands in (("mul", condition, full), ("add", 1.0, condition), ("where", condition, condition, full)):
-        with pytest.raises(UnplannableError, match=rf"computes with a comparison as a number \({op}\); write it with"):
+        with pytest.raises(
+            UnschedulableError, match=rf"computes with a comparison as a number \({op}\); write it with"
+        ):
             graph.apply(op, *operands)
 
 
 @pytest.mark.parametrize("axes", [(1,), (2,)])
 def test_reductions_over_some_of_the_columns_of_a_full_value_are_refused(graph, axes):
     full, *_ = inputs(graph)
-    with pytest.raises(UnplannableError, match=r"takes the max over some, but not all, of the axes \[1, 2\]"):
+    with pytest.raises(UnschedulableError, match=r"takes the max over some, but not all, of the axes \[1, 2\]"):
         graph.reduce("max", full, axes)
 
 
@@ -151,12 +153,12 @@ def test_a_sum_does_not_count_what_is_repeated(graph):
     assert (part.varies, whole.varies) == ({0, 1}, {0, 1, 2})
     graph.reduce("max", part, (0, 1, 2))
     graph.reduce("sum", whole, (0, 1, 2))
-    with pytest.raises(UnplannableError, match="takes the sum over axes along which its numbers are only repeated"):
+    with pytest.raises(UnschedulableError, match="takes the sum over axes along which its numbers are only repeated"):
         graph.reduce("sum", part, (0, 1, 2))
 
 
 def test_an_input_of_the_rows_and_a_part_of_the_columns_is_refused(graph):
-    with pytest.raises(UnplannableError, match=r"slot spans the axes \[0, 2\]: with the slowest in memory, some of"):
+    with pytest.raises(UnschedulableError, match=r"slot spans the axes \[0, 2\]: with the slowest in memory, some of"):
         graph.input("slot", (0, 2))
 
 

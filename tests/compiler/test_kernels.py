@@ -1,11 +1,12 @@
 """The kernels give the definition's numbers, to the bit where nothing is added up.
 
-What is not marked compiles about a hundred kernels and takes a minute on two processors the first time, and a few
+What is not marked compiles about fifty kernels and takes half a minute on a processor the first time, and a few
 seconds after that; what is marked `long` runs every case in every dtype, and all chains composed at random.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ NAMED = {case.name: case for case in CASES}
 RECOMMENDED, CLIPPED = NAMED["fusedbun recommended"].chain, NAMED["fusedbun clipped"].chain
 SM3, LION = NAMED["sm3 momentum"].chain, NAMED["decoupled_lionw"].chain
 VOTE = NAMED["ternary_vote"].chain
-IN_EVERY_DTYPE = ("fusedbun clipped", "sm3 momentum", "ternary_vote", "decoupled_lionw")
+IN_EVERY_DTYPE = ("sm3 momentum", "ternary_vote", "decoupled_lionw")
 
 
 def adds_up(transforms, ndim):
@@ -214,8 +215,11 @@ def extremes(arrays, seed):
     }
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=long)])
-@pytest.mark.parametrize("name", NAMED)
+@sweep(
+    ("name", "dtype"),
+    [*product(NAMED, ("float32", "float64"))],
+    short=lambda name, dtype: dtype == "float32" and name in FEW,
+)
 def test_every_kind_of_number_flows_as_in_the_definition(name, dtype):
     case = NAMED[name]
     for seed, shape in enumerate([(1000,), (37, 45), (150, 7), (3, 33_000)]):
@@ -401,21 +405,24 @@ def test_maximize_climbs():
         check(transforms, arrays, want)
 
 
-@sweep("registers", [2, 1], short=only(1), ids=["AVX2", "baseline"])
-@pytest.mark.parametrize(
-    ("transforms", "dtype"),
-    [
-        (RECOMMENDED, "float32"),
-        (SM3, "float64"),
-        (SM3, "bfloat16"),
-        (VOTE, "float16"),
-        (VOTE, "float32"),
-        (chain(ScaleByAdam()), "float64"),
-        (chain(ScaleByLion()), "bfloat16"),
-    ],
-    ids=["fusedbun-float32", "sm3-float64", "sm3-bfloat16", "vote-float16", "vote-float32", "adam", "lion"],
+NARROW = {
+    "fusedbun-float32": (RECOMMENDED, "float32"),
+    "sm3-float64": (SM3, "float64"),
+    "sm3-bfloat16": (SM3, "bfloat16"),
+    "vote-float16": (VOTE, "float16"),
+    "vote-float32": (VOTE, "float32"),
+    "adam": (chain(ScaleByAdam()), "float64"),
+    "lion": (chain(ScaleByLion()), "bfloat16"),
+}
+
+
+@sweep(
+    ("name", "registers"),
+    [*product(NARROW, (2, 1))],
+    short=lambda name, registers: registers == 1 and name in ("sm3-float64", "vote-float32", "vote-float16", "lion"),
 )
-def test_narrower_registers(transforms, dtype, registers, monkeypatch):
+def test_narrower_registers(name, registers, monkeypatch):
+    transforms, dtype = NARROW[name]
     if registers > native.registers():
         pytest.skip("this machine's registers are narrower")
     monkeypatch.setattr(native, "registers", lambda: registers)

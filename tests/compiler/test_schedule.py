@@ -16,7 +16,7 @@ from cases import CASES
 from rules import rule, stateful
 
 from fusedbun import Slot, recipes
-from fusedbun.compiler import UnplannableError, schedule, trace
+from fusedbun.compiler import UnschedulableError, schedule, trace
 from fusedbun.compiler.graph import Span
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,13 +74,13 @@ def test_passes_over_memory(name):
     assert len(schedule(program(name)).passes) == PASSES[name]
 
 
-@pytest.mark.parametrize("blocks", ["rows", "columns"])
+@pytest.mark.parametrize("tiles", ["rows", "columns"])
 @pytest.mark.parametrize("ndim", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_value_is_ready_before_it_is_used(case, ndim, blocks):
-    plan = schedule(trace(case.chain.at((), Shaped(ndim)), ndim), blocks)
-    last = len(plan.passes) - 1
-    for t, work in enumerate(plan.passes):
+def test_every_value_is_ready_before_it_is_used(case, ndim, tiles):
+    scheduled = schedule(trace(case.chain.at((), Shaped(ndim)), ndim), tiles)
+    last = len(scheduled.passes) - 1
+    for t, work in enumerate(scheduled.passes):
         made = set()
         for sweep in work.sweeps:
             # a division or a root is not computed again, but everything else a sweep computes for itself
@@ -93,9 +93,9 @@ def test_every_value_is_ready_before_it_is_used(case, ndim, blocks):
             made |= in_sweep
             assert t == last or not sweep.stores
         assert t == last or not work.stores
-    stored = [name for sweep in plan.passes[-1].sweeps for name, _ in sweep.stores]
-    stored += [name for name, _ in (*plan.passes[-1].stores, *plan.stores)]
-    assert sorted(stored) == sorted(plan.program.outputs)
+    stored = [name for sweep in scheduled.passes[-1].sweeps for name, _ in sweep.stores]
+    stored += [name for name, _ in (*scheduled.passes[-1].stores, *scheduled.stores)]
+    assert sorted(stored) == sorted(scheduled.program.outputs)
 
 
 def test_what_depends_on_no_other_element_is_known():
@@ -104,9 +104,9 @@ def test_what_depends_on_no_other_element_is_known():
 
 
 def test_blocks_of_columns_swap_the_roles():
-    def sweeps(blocks):
-        plan = schedule(trace(rule(lambda xp, u: u - xp.mean(u, axis=(0,), keepdims=True)), 2), blocks)
-        return [len(work.sweeps) for work in plan.passes]
+    def sweeps(tiles):
+        scheduled = schedule(trace(rule(lambda xp, u: u - xp.mean(u, axis=(0,), keepdims=True)), 2), tiles)
+        return [len(work.sweeps) for work in scheduled.passes]
 
     assert sweeps("rows") == [1, 1]
     assert sweeps("columns") == [2]
@@ -115,7 +115,7 @@ def test_blocks_of_columns_swap_the_roles():
 def test_blocks_of_columns_do_not_suit_reductions_along_some_of_the_columns():
     traced = trace(recipes.sm3(), 3)
     schedule(traced)
-    with pytest.raises(UnplannableError, match="blocks of columns do not suit reductions along some of the columns"):
+    with pytest.raises(UnschedulableError, match="tiles of columns do not suit reductions along some of the columns"):
         schedule(traced, "columns")
 
 
@@ -127,10 +127,10 @@ def test_a_slot_is_read_whole_before_its_rows_are_written():
         row = state["row"] + xp.sum(u, axis=(1,), keepdims=True)
         return {"row": row, "one": xp.sum(state["row"] * total, axis=(0, 1), keepdims=True)}
 
-    plan = schedule(trace(stateful({"row": Slot((0,)), "one": Slot(())}, update), 2))
-    assert len(plan.passes) == 2
-    assert plan.program.outputs["rule.one"] in plan.between[1]
-    assert [name for name, _ in plan.passes[1].stores] == ["rule.row"]
+    scheduled = schedule(trace(stateful({"row": Slot((0,)), "one": Slot(())}, update), 2))
+    assert len(scheduled.passes) == 2
+    assert scheduled.program.outputs["rule.one"] in scheduled.between[1]
+    assert [name for name, _ in scheduled.passes[1].stores] == ["rule.row"]
 
 
 def test_the_document_shows_what_is_printed():

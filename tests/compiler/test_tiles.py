@@ -12,7 +12,7 @@ from rules import rule, stateful
 
 from fusedbun import Slot, chain, recipes
 from fusedbun import namespace as in_numpy
-from fusedbun.compiler import UnplannableError
+from fusedbun.compiler import UnschedulableError
 from fusedbun.compiler.tiles import ELEMENTS, Tiles, schedule_for
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.reference import exact_step
@@ -108,7 +108,7 @@ def test_an_empty_leaf_is_left_as_it_is(shape):
 def test_rows_are_taken_where_they_are_far_apart_in_memory_and_fit(shape, strides, order):
     made = schedule_for(chain(Momentum()), shape, strides, elements=100)
     assert made.program.graph.order == (order or (0,))
-    assert made.blocks == ("rows" if len(shape) > 1 else "columns")
+    assert made.tiles == ("rows" if len(shape) > 1 else "columns")
 
 
 def test_rows_are_taken_as_the_rules_ask():
@@ -117,7 +117,7 @@ def test_rows_are_taken_as_the_rules_ask():
 
     assert schedule_for(centred((0,)), (4, 50, 40), (1, 4, 200), elements=100).program.graph.order == (0, 2, 1)
     assert schedule_for(centred((1,)), (4, 50, 40), (2000, 40, 1), elements=100).program.graph.order == (1, 0, 2)
-    with pytest.raises(UnplannableError, match="over some, but not all"):
+    with pytest.raises(UnschedulableError, match="over some, but not all"):
         schedule_for(centred((0,), (1,)), (4, 50, 40), (2000, 40, 1))
 
 

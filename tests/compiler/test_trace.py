@@ -8,7 +8,7 @@ from leaves import LR
 from rules import rule, stateful
 
 from fusedbun import Slot, chain
-from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler import UnschedulableError, trace
 from fusedbun.compiler.graph import Span
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.transforms import Centralize, Decay, Momentum, ScaleByAdam, SM3Accumulate
@@ -105,32 +105,35 @@ def branches(xp, u):
     ("update", "reason"),
     [
         (branches, "a rule branches on an array's value"),
-        (lambda xp, u: xp.arctan(u), "a rule uses xp.arctan, which a plan does not know"),
+        (lambda xp, u: xp.arctan(u), "a rule uses xp.arctan, which the compiler does not know"),
         (lambda xp, u: u * (u > 0), r"a rule computes with a comparison as a number \(mul\); write it with xp.where"),
         (
             lambda xp, u: u - xp.max(u, axis=(0, 1), keepdims=False),
             "a rule reduces without a tuple of axes, or without",
         ),
         (lambda xp, u: u - xp.mean(u, axis=0, keepdims=True), "a rule reduces without a tuple of axes, or without"),
-        (lambda xp, u: u**2, "a rule does to an array what a plan does not know: .* for .* 'Symbol' and 'int'"),
-        (lambda xp, u: u.clip(0, 1), "a rule does to an array what a plan does not know: 'Symbol' .* no .* 'clip'"),
-        (lambda xp, u: np.tanh(u), "a rule does to an array what a plan does not know: .*Symbol.*tanh"),
+        (lambda xp, u: u**2, "a rule does to an array what the compiler does not know: .* for .* 'Symbol' and 'int'"),
+        (
+            lambda xp, u: u.clip(0, 1),
+            "a rule does to an array what the compiler does not know: 'Symbol' .* no .* 'clip'",
+        ),
+        (lambda xp, u: np.tanh(u), "a rule does to an array what the compiler does not know: .*Symbol.*tanh"),
     ],
     ids=["branch", "function", "comparison", "keepdims", "axis", "operator", "method", "library"],
 )
 def test_what_no_kernel_expresses_is_refused_with_a_reason(update, reason):
-    with pytest.raises(UnplannableError, match=reason):
+    with pytest.raises(UnschedulableError, match=reason):
         trace(rule(update), 2)
 
 
 def test_a_reduction_over_some_of_the_columns_is_refused():
     over_last = rule(lambda xp, u: u - xp.mean(u, axis=(2,), keepdims=True))
-    with pytest.raises(UnplannableError, match=r"a rule takes the sum over some, but not all, of the axes \[1, 2\]"):
+    with pytest.raises(UnschedulableError, match=r"a rule takes the sum over some, but not all, of the axes \[1, 2\]"):
         trace(over_last, 3)
     trace(over_last, 3, order=(2, 0, 1))
 
 
 def test_a_slot_keeps_the_axes_that_it_is_declared_with():
     grows = stateful({"row": Slot((0,))}, lambda xp, u, state: {"row": state["row"] + u})
-    with pytest.raises(UnplannableError, match=r"the new rule.row does not have the axes that it is declared with"):
+    with pytest.raises(UnschedulableError, match=r"the new rule.row does not have the axes that it is declared with"):
         trace(grows, 2)

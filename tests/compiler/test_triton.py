@@ -26,7 +26,7 @@ from leaves import LOW, Arrays, assert_near, assert_same, by_definition, leaf
 from random_chains import random_problem
 
 from fusedbun import Chain, chain, recipes
-from fusedbun.compiler import UnplannableError, schedule, trace
+from fusedbun.compiler import UnschedulableError, schedule, trace
 from fusedbun.compiler.triton.module import emit
 from fusedbun.compiler.triton.text import numbers
 from fusedbun.storage.codes import STEP
@@ -108,7 +108,7 @@ def test_any_chain_and_any_order_of_axes(seed, take):
     chain, shape, order, _ = random_problem(seed)
     try:
         trace(chain, len(shape), order)
-    except UnplannableError as error:
+    except UnschedulableError as error:
         pytest.skip(str(error))
     leaves = [leaf(chain, shape)]
     steps = gradients(leaves, 2)
@@ -352,7 +352,7 @@ class TestErrors:
     def test_of_the_parameter(self):
         with pytest.raises(ValueError, match=r"dense in memory along its axes \(0, 1\), but its strides are \(1, 4\)"):
             self.step(param=torch.zeros(6, 4).T)
-        with pytest.raises(ValueError, match="the plan is for parameters of 2 axes, but the parameter has 3"):
+        with pytest.raises(ValueError, match="the schedule is for parameters of 2 axes, but the parameter has 3"):
             self.step(param=torch.zeros(4, 6, 1))
         with pytest.raises(ValueError, match=r"parameter must be torch.float32 of .*, but it is torch\.int32"):
             self.step(torch.int32)
@@ -375,7 +375,7 @@ class TestErrors:
             self.step(scalars=torch.zeros(1, 2))
 
     def test_of_the_schedule(self):
-        with pytest.raises(ValueError, match="blocks of rows, but these are of columns"):
+        with pytest.raises(ValueError, match="tiles of rows, but these are of columns"):
             emit(schedule(self.program, "columns"))
 
     def test_without_triton(self, monkeypatch):

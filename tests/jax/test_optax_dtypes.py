@@ -15,6 +15,7 @@ from factories import (
     parameters,
     representative_descending,
     run,
+    shared,
     stepper,
     sweep_of_descending,
 )
@@ -68,7 +69,7 @@ def test_the_type_of_a_hyperparameter_reaches_neither_state_nor_updates(number, 
     numbers = {"learning_rate": 0.125, "momentum_beta": 0.5, "beta_decay": 0.75, "Lambda": 0.25, "clip_rms": 0.5}
     params = parameters(dtype)
     got = run(fusedbun(**{name: number(value) for name, value in numbers.items()}), params, 2)
-    expected = run(fusedbun(**numbers), params, 2)
+    expected = run(shared(fusedbun, **numbers), params, 2)
     assert described(got) == described(expected)
     chex.assert_trees_all_close(got[1][:5], expected[1][:5], rtol=1e-6)
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from factories import gradients, jitted, run, static_args
+from factories import gradients, jitted, run, shared, static_args
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -127,7 +127,7 @@ ADAMW = {"weight_decay": 1e-2, "mup": rule, "channel_axis": flax_channel_axis}
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
 def test_wrappers_hand_on_names_and_shapes(wrap):
     params = parameters()
-    expected, _ = run(mup_adamw(0.1, **ADAMW), params, 2)
+    expected, _ = run(shared(mup_adamw, learning_rate=0.1, **ADAMW), params, 2)
     got, _ = run(wrap(mup_adamw(0.1, **ADAMW)), params, 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
 
@@ -139,7 +139,7 @@ def test_injected_numbers_beside_static_types(mup):
     with pytest.raises(ValueError, match="initial_learning_rate"):
         make(0.1, **settings).init(params)
     got, _ = run(make(0.1, initial_learning_rate=0.1, **settings), params, 2)
-    expected, _ = run(mup_adamw(0.1, **ADAMW), params, 2)
+    expected, _ = run(shared(mup_adamw, learning_rate=0.1, **ADAMW), params, 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
 
 

@@ -56,8 +56,7 @@ PAIRS = {
     "sign": (lambda: scaled_optum(RATE), lambda: optax.sign_sgd(RATE)),
 }
 
-
-FEW = ("sm3 momentum", "lion", "adam", "adamw", "sgd nesterov", "sign")
+FEW = ("sm3 momentum", "adamw", "sgd nesterov", "sign")
 
 
 def start(dtype, shapes):

@@ -299,18 +299,17 @@ CODED = '("float32", {"momentum_dtype": "int8"}, LINE),'
 ROUNDED = '("bfloat16", {"stochastic_rounding": True}, LINE),'
 BOTH = '("bfloat16", {"stochastic_rounding": True, "momentum_dtype": "int4"}, GRID),'
 MEANS = ["fusedbun", "recommended", "clipped-lagged", "flax"]  # their statistics are means
-EXACT = [name for name in FACTORIES if name not in MEANS]  # maxima, or one element at a time
+OTHERS = [name for name in FACTORIES if name not in (*MEANS, "sm3-momentum")]  # maxima, or one element at a time
 
 
 @sweep(
-    "names",
-    [["sm3-momentum"], [name for name in EXACT if name != "sm3-momentum"]],
-    short=only(["sm3-momentum"]),
-    ids=len,
+    ("names", "variants"),
+    [(["sm3-momentum"], BOTH), (["sm3-momentum"], PLAIN + CODED + ROUNDED), (OTHERS, PLAIN + CODED + ROUNDED + BOTH)],
+    short=lambda names, variants: variants is BOTH,
+    ids=["few", "plain", "others"],
 )
-def test_without_means_eight_devices_compute_the_bits_of_one(names):
+def test_without_means_eight_devices_compute_the_bits_of_one(names, variants):
     """Parameters, statistics, codes and noise, after 20 steps on a line and on a grid, where nothing is contracted."""
-    variants = PLAIN + CODED + ROUNDED + BOTH
     on_eight_devices(VALUES.format(names=names, variants=variants, check="assert not found"), NO_FMA)
 
 
@@ -367,7 +366,7 @@ for name, settings, dtype in (
 """
 
 
-@sweep("names", [["sm3-momentum"], ["recommended", "mup_adamw"]], short=only(["sm3-momentum"]), ids=len)
+@sweep("names", [["mup_adamw"], ["recommended", "sm3-momentum"]], short=only(["mup_adamw"]), ids=len)
 def test_a_checkpoint_is_restored_onto_other_meshes_and_goes_on(names, tmp_path):
     """From a line of 8 devices to it again, to a grid, to one device: bits, places, and the steps that follow."""
     on_eight_devices(RESTORED, NO_FMA, str(tmp_path), *names)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from itertools import product
 from pathlib import Path
 
 import chex
@@ -149,8 +150,11 @@ OF_TORCH = {  # eager torch's square root is not always the nearest number, whic
 }
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "param", None])
-@pytest.mark.parametrize("name", OF_TORCH)
+@sweep(
+    ("name", "dtype"),
+    [*product(OF_TORCH, ("int8", "bfloat16", "param", None))],
+    short=only(("sm3", "int8"), ("decoupled_lionw", "bfloat16")),
+)
 def test_the_bits_are_those_of_torch(name, dtype):
     """Of the same names, gradients and seed, where nothing is added up."""
     shapes = {"layer": {"weight": (24, 50), "bias": (24,)}, "scale": ()}
@@ -357,7 +361,7 @@ for dtype in sys.argv[1:]:
 """
 
 
-@sweep("dtype", ["int8", "int4", "bfloat16"], short=only("int8"))
+@sweep("dtype", ["int8", "int4", "bfloat16"], short=only("bfloat16"))
 def test_four_devices_round_as_one_does(dtype):
     flags = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import sweep
 from torch import Tensor
 
 import fusedbun
@@ -69,6 +70,20 @@ STATELESS = {"scaled-optum"}
 WITH_STATE = {name: make for name, make in MAKERS.items() if name not in STATELESS}
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 every_optimizer_with_state = pytest.mark.parametrize("make", WITH_STATE.values(), ids=WITH_STATE.keys())
+# For what needs kernels of its own, other than those of a plain step in float32: each takes a second to compile
+FEW = [MAKERS[name] for name in ("fusedbun", "sm3-momentum", "mup-adamw")]
+sweep_of_optimizers, sweep_of_optimizers_with_state = (
+    sweep("make", makers.values(), short=lambda make: make in FEW, ids=makers) for makers in (MAKERS, WITH_STATE)
+)
+
+
+def sweep_of_dtypes(dtypes: Iterable[torch.dtype], makers: Mapping[str, Maker] = MAKERS) -> pytest.MarkDecorator:
+    """Runs a test with every optimizer in each of these dtypes, in `make test` in float32, and a few in the others."""
+    pairs = {f"{name}-{str(d).removeprefix('torch.')}": (make, d) for name, make in makers.items() for d in dtypes}
+    return sweep(
+        ("make", "dtype"), pairs.values(), short=lambda make, dtype: dtype == torch.float32 or make in FEW, ids=pairs
+    )
+
 
 # Few, for every number of axes is a kernel of its own, and takes a second to compile on a fresh machine.
 SHAPES = ((), (5,), (4, 3), (2, 1, 3, 2))

@@ -4,7 +4,18 @@ import inspect
 
 import pytest
 import torch
-from makers import SHAPES, assert_same, assert_same_run, copies, every_optimizer, gradient, parameters, run, states
+from makers import (
+    SHAPES,
+    assert_same,
+    assert_same_run,
+    copies,
+    every_optimizer,
+    gradient,
+    parameters,
+    run,
+    states,
+    sweep_of_optimizers,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fusedbun
@@ -109,7 +120,7 @@ def test_a_closure_that_fails_changes_nothing(make):
     assert not optimizer.state
 
 
-@every_optimizer
+@sweep_of_optimizers
 def test_maximize_climbs_as_negated_gradients_descend(make):
     params = parameters(*SHAPES)
     climbing, descending = make(params, lr=0.1, maximize=True), make(copies(params), lr=0.1)

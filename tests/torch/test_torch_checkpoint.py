@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 from makers import (
-    MAKERS,
     SHAPES,
+    WITH_STATE,
     assert_same,
     assert_same_run,
     copies,
@@ -21,9 +21,10 @@ from makers import (
     recommended,
     run,
     states,
+    sweep_of_dtypes,
+    sweep_of_optimizers_with_state,
     unchanged,
 )
-from sweeps import sweep
 
 from fusedbun import ChainOptimizer, Fusedbun
 from fusedbun.transforms import Momentum
@@ -51,13 +52,8 @@ def untrained(make, optimizer, **options):
 # Continuing
 
 
-@sweep(
-    ("name", "dtype"),
-    [(name, dtype) for name in MAKERS for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)],
-    short=lambda name, dtype: name != "fusedbun-clipped-lagged" or dtype == torch.float32,
-)
-def test_a_saved_run_continues_to_the_last_bit(name, dtype):
-    make = MAKERS[name]
+@sweep_of_dtypes((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+def test_a_saved_run_continues_to_the_last_bit(make, dtype):
     whole = trained(make, dtype)
     resumed = untrained(make, whole)
     resumed.load_state_dict(through_file(whole.state_dict()))
@@ -84,8 +80,7 @@ def test_a_copied_optimizer_continues_to_the_last_bit(make, clone):
         other.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_optimizer_with_state
+@sweep_of_dtypes((torch.bfloat16, torch.float16), WITH_STATE)
 def test_the_float32_state_of_smaller_parameters_is_not_rounded(make, dtype):
     whole = trained(make, dtype)
     resumed = untrained(make, whole)
@@ -182,7 +177,7 @@ def test_state_follows_the_loaded_hyper_parameters(make, beta, kept):
 # Hooks
 
 
-@every_optimizer_with_state
+@sweep_of_optimizers_with_state
 def test_load_hooks_of_the_users_run(make):
     """A pre-hook's dict is the one that is loaded; a post-hook sees the state as it stays."""
     whole = trained(make, torch.bfloat16)

@@ -99,7 +99,12 @@ def test_a_network_trains_under_fsdp_as_it_does_alone(sizes, tmp_path):
             assert each[name].keys() == wanted.keys()
             for key, x in wanted.items():
                 if x.is_floating_point():
-                    torch.testing.assert_close(each[name][key], x, rtol=1e-3, atol=1e-4, msg=f"{name}, {key}")
+                    apart = ~torch.isclose(each[name][key], x, rtol=1e-3, atol=1e-4)
+                    # A mean that is added up in two parts may differ in its last bit, and a number that this takes to
+                    # the other side of its noise is rounded to the next code: that depends on the processor.
+                    rounded_apart = 1 + x.numel() // 1000 if name == "int8" else 0
+                    assert apart.sum() <= rounded_apart, f"{name}, {key}"
+                    torch.testing.assert_close(each[name][key], x, rtol=1e-3, atol=1e-3, msg=f"{name}, {key}")
 
 
 # Checkpoints

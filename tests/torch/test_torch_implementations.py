@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from cases import CASES, SHAPES, problem
+from cases import CASES, FEW, SHAPES, problem
 from makers import MAKERS, SM3_CHAIN, assert_same, assert_same_run, parameters, run, set_gradients, unchanged
 from sweeps import only, sweep
 from torch._dynamo.utils import counters
@@ -34,7 +34,7 @@ from fusedbun.torch import IMPLEMENTATIONS, dispatch, openmp
 from fusedbun.torch.overlap import Written, check_overlap
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@sweep("case", CASES, short=lambda case: case.name in FEW, ids=str)
 def test_is_the_definition(case):
     """To the last bit where every operation is rounded alike."""
     dtype = "float64" if case.cancels else "float32"

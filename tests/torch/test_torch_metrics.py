@@ -7,7 +7,19 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from makers import MAKERS, assert_same, assert_same_run, copies, every_optimizer, gradient, parameters, run
+from makers import (
+    FEW,
+    MAKERS,
+    assert_same,
+    assert_same_run,
+    copies,
+    every_optimizer,
+    gradient,
+    parameters,
+    run,
+    sweep_of_dtypes,
+)
+from sweeps import sweep
 from test_torch_ternary_vote import ternary
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -53,8 +65,11 @@ def assert_metrics(found, wanted, rtol):
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", [*MAKERS, "ternary-vote"])
+@sweep(
+    ("name", "dtype"),
+    [(name, dtype) for name in (*MAKERS, "ternary-vote") for dtype in TOLERANCE],
+    short=lambda name, dtype: dtype == torch.float32 or MAKERS.get(name) in FEW,
+)
 def test_are_what_plain_torch_finds_in_the_parameters_own_group(name, dtype):
     """Two groups of different learning rates; of bfloat16 parameters the update is the one that was rounded."""
     params = (ternary if name == "ternary-vote" else parameters)(*SHAPES, dtype=dtype)
@@ -221,8 +236,7 @@ def test_mosaicmls_take_the_first_groups_learning_rate_for_all():
 # Over processes
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@every_optimizer
+@sweep_of_dtypes(TOLERANCE)
 def test_reducing_in_one_process_is_the_identity_up_to_rounding(make, dtype):
     optimizer = make(parameters(*SHAPES, dtype=dtype), lr=0.1)
     optimizer.record_metrics = True

@@ -1,12 +1,14 @@
 """DTensors: stepped part by part, a parameter becomes what it becomes in one process, and only vectors are sent."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from makers import MAKERS, gradient, parameters
 from processes import placed, run_in_processes
+from sweeps import sweep
 from test_torch_ternary_vote import ternary
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -17,7 +19,6 @@ from fusedbun.torch.sharding import placement
 # Some leave a process with less than another, or with nothing; of those for codes every block stays whole.
 SHAPES = ((), (5,), (7, 6), (1, 33), (6, 4, 3, 3))
 IN_BLOCKS = ((), (9,), (7, 128), (2, 256), (5, 4, 32))
-STEPS = 20
 ELEMENTWISE = {"scaled-optum", "mup-adam", "mup-adamw", "mup-sgd", "decoupled-lionw"}
 EXACT = ELEMENTWISE | {"ternary-vote", "sm3", "sm3-momentum", "chain"}
 
@@ -51,7 +52,7 @@ def cut_up(mesh, placements, x):
     return placed(x, mesh, [p if not p.is_shard() or p.dim < x.ndim else Replicate() for p in placements])
 
 
-def stepped(make, shapes, dtype, split, steps=STEPS):
+def stepped(make, shapes, dtype, split, steps):
     is_ternary = make.keywords.get("threshold") if isinstance(make, partial) else None
     values = (ternary if is_ternary else parameters)(*shapes, dtype=dtype)
     params = [split(p.detach()).requires_grad_() for p in values]
@@ -80,7 +81,7 @@ def compare(found, wanted, is_exact, message):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, msg=lambda text: f"{message}: {text}")
 
 
-def everything(rank, count, cases):
+def everything(rank, count, cases, steps):
     failures = []
     for title, (sizes, placements) in CUTS[count].items():
         mesh = init_device_mesh("cpu", sizes)
@@ -88,8 +89,8 @@ def everything(rank, count, cases):
         for name, make, shapes, dtype, is_exact in cases():
             message = f"{name}, {dtype}, {title}"
             try:
-                params, optimizer = stepped(make, shapes, dtype, split)
-                whole, reference = stepped(make, shapes, dtype, torch.clone)
+                params, optimizer = stepped(make, shapes, dtype, split, steps)
+                whole, reference = stepped(make, shapes, dtype, torch.clone, steps)
                 for i, (p, q) in enumerate(zip(params, whole, strict=True)):
                     compare(p.detach(), q.detach(), is_exact, f"{message}, {shapes[i]}")
                     ours, theirs = optimizer.state[p], reference.state[q]
@@ -137,20 +138,14 @@ def every_kernel():
         yield name, make, IN_BLOCKS, torch.bfloat16, name in EXACT_IN_FEWER_BITS
 
 
-@pytest.mark.parametrize(
-    ("count", "cases"),
-    [
-        (2, few),
-        *(
-            pytest.param(count, cases, marks=pytest.mark.long)
-            for count in CUTS
-            for cases in (in_blocks, in_fewer_bits_in_blocks, in_kernels, every_kernel)
-        ),
-    ],
+@sweep(
+    ("count", "cases", "steps"),
+    [(2, few, 3), *product(CUTS, (in_blocks, in_fewer_bits_in_blocks, in_kernels, every_kernel), (20,))],
+    short=lambda count, cases, steps: cases is few,
 )
-def test_several_processes_do_what_one_does(count, cases, tmp_path):
+def test_several_processes_do_what_one_does(count, cases, steps, tmp_path):
     """Maxima to the bit, means to rounding; noise and codes are those of the whole."""
-    for failures in run_in_processes(count, everything, tmp_path, count, cases):
+    for failures in run_in_processes(count, everything, tmp_path, count, cases, steps):
         assert not failures, "\n".join(failures[:20])
 
 

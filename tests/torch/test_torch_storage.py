@@ -3,11 +3,12 @@
 import copy
 import io
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from sweeps import CODED, NOISY, only, sweep
+from sweeps import CODED, NOISY, long, only, sweep
 
 import fusedbun
 from fusedbun import ChainOptimizer
@@ -113,7 +114,8 @@ def test_gives_numpys_bits(name, implementation, momentum_dtype):
             np.testing.assert_array_equal(x.float().numpy(), np.float32(state[key]), err_msg=key)
 
 
-@sweep("momentum_dtype", NOISY, short=only("int4"))
+@long
+@pytest.mark.parametrize("momentum_dtype", NOISY)
 def test_compiled_it_is_the_same_but_for_multiplying_and_adding_at_once(momentum_dtype):
     """A compiler may round `a*b + c` once: then a moment's last bit differs, and now and then a rounding."""
     cls, given = EXACT["SM3"]
@@ -128,7 +130,7 @@ def test_compiled_it_is_the_same_but_for_multiplying_and_adding_at_once(momentum
 @sweep(
     ("name", "momentum_dtype"),
     [(name, dtype) for name in EVERY for dtype in (None, *MOMENTS)],
-    short=lambda name, dtype: dtype == {"SM3": "int8", "Fusedbun": "int4", "MupAdamW": None}.get(name, "param"),
+    short=only(("SM3", "int8"), ("Fusedbun", "int4"), ("MupAdamW", None)),
 )
 def test_a_resumed_run_goes_on_to_the_bit(name, momentum_dtype):
     cls, given = EVERY[name]
@@ -148,14 +150,13 @@ def test_a_resumed_run_goes_on_to_the_bit(name, momentum_dtype):
 
 
 def test_torch_save_and_pickle_keep_every_dtype():
-    optimizer = fusedbun.Fusedbun(parameters(), 1e-2, momentum_dtype="int4", **ROUNDED)
+    given = {**OTHERS["Fusedbun"][1], "momentum_dtype": "int4", **ROUNDED}
+    optimizer = fusedbun.Fusedbun(parameters(), **given)
     run(optimizer, 2)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    loaded = fusedbun.Fusedbun(
-        copy.deepcopy(optimizer.param_groups[0]["params"]), 1e-2, momentum_dtype="int4", **ROUNDED
-    )
+    loaded = fusedbun.Fusedbun(copy.deepcopy(optimizer.param_groups[0]["params"]), **given)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     assert_same(loaded, optimizer)
     assert_same(pickle.loads(pickle.dumps(optimizer)), optimizer)
@@ -163,7 +164,7 @@ def test_torch_save_and_pickle_keep_every_dtype():
 
 def test_what_is_stored():
     (_, vector, matrix, convolution) = params = parameters()
-    optimizer = fusedbun.Fusedbun(params, 1e-2, momentum_dtype="int4", **ROUNDED)
+    optimizer = fusedbun.Fusedbun(params, **OTHERS["Fusedbun"][1], momentum_dtype="int4", **ROUNDED)
     run(optimizer, 1)
     kept = {key: (x.dtype, tuple(x.shape)) for key, x in optimizer.state[matrix].items()}
     assert kept == {
@@ -244,13 +245,9 @@ def test_int8_is_too_coarse_for_a_second_moment():
         fusedbun.MupAdamW(parameters(), **TYPED, second_moment_dtype="int8")
 
 
-@sweep(
-    "dtype",
-    [torch.bfloat16, np.dtype("float32"), "bfloat16", torch.int8],
-    short=lambda dtype: dtype in (torch.bfloat16, "bfloat16"),
-)
+@sweep("dtype", [torch.bfloat16, np.dtype("float32"), "bfloat16", torch.int8], short=only(torch.int8))
 def test_dtypes_as_frameworks_write_them(dtype):
-    optimizer = fusedbun.DecoupledLionW(parameters(), momentum_dtype=dtype)
+    optimizer = fusedbun.DecoupledLionW(parameters(), momentum_dtype=dtype, **ROUNDED)
     run(optimizer, 1)
     name = str(dtype).removeprefix("torch.")
     assert optimizer.state[optimizer.param_groups[0]["params"][2]]["scale_by_lion.moment"].dtype == getattr(torch, name)
@@ -312,8 +309,11 @@ class TestLoading:
             other.load_state_dict(saved)
         assert not other.state
 
-    @pytest.mark.parametrize("before", [None, *NOISY])
-    @sweep("now", [None, *NOISY], short=only("int8"))
+    @sweep(
+        ("before", "now"),
+        [*product((None, *NOISY), repeat=2)],
+        short=only((None, "int8"), ("int8", None), ("int8", "int8")),
+    )
     def test_is_converted_when_asked_for(self, before, now):
         saved = self.saved(momentum_dtype=before)
         other = fusedbun.Fusedbun(copy.deepcopy(saved.param_groups[0]["params"]), 0.5, momentum_dtype=now)

@@ -18,6 +18,8 @@ from makers import (
     parameters,
     run,
     set_gradients,
+    sweep_of_dtypes,
+    sweep_of_optimizers,
 )
 from sweeps import only, sweep
 
@@ -67,7 +69,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("of", ["parameter", "gradient", "both"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@every_optimizer
+@sweep_of_optimizers
 def test_strides_change_nothing(make, layout, of):
     """Equal numbers in any layout give equal numbers, and the full-size state has the parameter's own."""
     arrange, (plain,) = LAYOUTS[layout], parameters((2, 3, 4, 5))
@@ -103,7 +105,7 @@ def test_an_expanded_gradient(make):
 # Precisions
 
 
-@every_optimizer
+@sweep_of_optimizers
 def test_precisions_mix_in_one_group(make):
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     params = [p for dtype in dtypes for p in parameters((4, 3), dtype=dtype)]
@@ -122,8 +124,7 @@ def test_precisions_mix_in_one_group(make):
         assert all(value.dtype == wanted for value in floating(together.state[p]))
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@every_optimizer
+@sweep_of_dtypes(LOW)
 def test_smaller_precisions_are_computed_in_float32_and_rounded_once(make, dtype):
     """Step by step as a float32 optimizer whose parameters are rounded after each step, in its full-size state too."""
     params = parameters(*SHAPES, dtype=dtype)
@@ -211,8 +212,7 @@ def declared_bytes(optimizer):
     return sum(math.prod(slot.shape(p.shape)) * each[slot.code](p) for p, slot in slots)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@every_optimizer
+@sweep_of_dtypes((torch.float64, torch.float32, torch.bfloat16))
 def test_state_takes_the_bytes_that_its_slots_declare(make, dtype):
     optimizer = make(parameters((40, 30), (6, 5, 4), (7,), (), dtype=dtype), lr=0.1)
     assert bytes_of(optimizer) == 0

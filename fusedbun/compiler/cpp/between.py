@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fusedbun.compiler.cpp.text import REDUCE, Cpp
+from fusedbun.compiler.cpp.dialect import REDUCE, Cpp
 from fusedbun.compiler.graph import REDUCTIONS, Value
 
 

@@ -24,7 +24,7 @@ TAKEN = "a{0}[r] = lanes.only({1}::of(a{0}[r], {2}), a{0}[r]);"
 
 
 class CodedRows(Rows):
-    """Blocks of rows, some of whose sweeps read or make codes."""
+    """Tiles of rows, some of whose sweeps read or make codes."""
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(schedule)
@@ -35,7 +35,7 @@ class CodedRows(Rows):
             super().go_over(asks)
             return
         full, stage = self.sweep.full, _stages(self.sweep.full)
-        crossing = self.across_blocks([self.sweep])
+        crossing = self.across_tiles([self.sweep])
         self._held = {a for v in full for a in v.args if stage.get(a, stage[v]) < stage[v]}
         self._held |= {v for _, v in self.stores()}
         with self.within(f"blocks<T>(n, [&](auto lanes_of, Index b) {INLINED} {{", "});"):

@@ -1,6 +1,6 @@
 """Prints a program as C++: one translation unit with the code that `runtime/kernel.h` describes.
 
-It has a plan for every way of going over memory that suits the program (`ways.py`, on the skeleton in `passes.py`),
+It has a schedule for every way of going over memory that suits the program (`ways.py`, on the skeleton in `passes.py`),
 each made from a schedule, with the small values in between (`between.py`).
 """
 
@@ -11,10 +11,10 @@ from contextlib import suppress
 
 from fusedbun.compiler.cpp.between import Between
 from fusedbun.compiler.cpp.blocks import CodedRows
+from fusedbun.compiler.cpp.dialect import REDUCE, Places
 from fusedbun.compiler.cpp.passes import Way
-from fusedbun.compiler.cpp.text import REDUCE, Places
 from fusedbun.compiler.cpp.ways import Columns, Flat, PackedRows, Rows
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import Schedule, schedule
 from fusedbun.compiler.trace import Program
@@ -32,7 +32,7 @@ def emit(program: Program) -> str:
     """The C++ of a program.
 
     Raises:
-        UnplannableError: the program cannot be written so.
+        UnschedulableError: the program cannot be written so.
     """
     computed, stored = TYPES[program.dtype]
     rows = schedule(program)
@@ -44,15 +44,15 @@ def emit(program: Program) -> str:
         found["flat"] = rows, [Flat]
     else:
         found["rows"] = rows, [Rows] if program.graph.ndim == 1 else [Rows, PackedRows]
-        with suppress(UnplannableError):
+        with suppress(UnschedulableError):
             found["columns"] = schedule(program, "columns"), [Columns]
     lines = ['#include "vectors.h"', "", *(f"// {line}" for line in str(program).splitlines()), ""]
     lines += ["namespace {", f"using T = {computed};", f"using P = {stored};", ""]
-    plans = dict.fromkeys(("flat", "rows", "packed", "columns"), "nullptr")
+    schedules = dict.fromkeys(("flat", "rows", "packed", "columns"), "nullptr")
     for name, (scheduled, ways) in found.items():
         lines += _plans(name, scheduled, ways)
-        plans |= {way.name: f"&{name}::{way.name}_plan" for way in ways}
-    lines += [f"const Kernel kernel = {{sizeof(T), LANES<T>, {', '.join(plans.values())}}};", "}  // namespace", ""]
+        schedules |= {way.name: f"&{name}::{way.name}_schedule" for way in ways}
+    lines += [f"const Kernel kernel = {{sizeof(T), LANES<T>, {', '.join(schedules.values())}}};", "}  // namespace", ""]
     return "\n".join([*lines, "EXPORT const Kernel* fusedbun_kernel() { return &kernel; }", ""])
 
 
@@ -62,11 +62,13 @@ def _check_order(program: Program) -> None:
     for key, array in program.arrays.items():
         axes = [axis for axis in order if axis in array.axes]
         if 1 < len(axes) < program.graph.ndim and axes != sorted(axes):
-            raise UnplannableError(f"the state {key} has the axes {sorted(axes)}, but in memory they follow as {axes}")
+            raise UnschedulableError(
+                f"the state {key} has the axes {sorted(axes)}, but in memory they follow as {axes}"
+            )
 
 
 def _plans(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
-    """A namespace with the functions of one schedule, and a `Plan` for every way of going over memory."""
+    """A namespace with the functions of one schedule, and a `Schedule` for every way of going over memory."""
     places, passes = Places(schedule), range(len(schedule.passes))
     functions = [Between(schedule).function(t) for t in (*passes, len(passes))]
     functions += [_begin(schedule, places, t) for t in passes]
@@ -82,7 +84,7 @@ def _plans(name: str, schedule: Schedule, ways: list[type[Way]]) -> list[str]:
         lines += [
             _table(f"{way.name}_passes", ", Index, Index", (f"{way.name}{t}" for t in passes)),
             f"Index {way.name}_buffer(const Leaf& leaf) {{ {way(schedule).buffer_size()} }}",
-            f"const Plan {way.name}_plan = {{{sizes}, between, begin, {way.name}_passes, {way.name}_buffer}};",
+            f"const Schedule {way.name}_schedule = {{{sizes}, between, begin, {way.name}_passes, {way.name}_buffer}};",
         ]
     return [*lines, f"}}  // namespace {name}", ""]
 

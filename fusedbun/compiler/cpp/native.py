@@ -15,7 +15,7 @@ import numpy as np
 from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.build import DRIVER, BuildError, digest, entry, loaded
 from fusedbun.compiler.cpp.module import TYPES, emit
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.trace import Program, is_input, trace
 from fusedbun.storage.codes import Stored
 
@@ -74,12 +74,12 @@ def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize
     """
     try:
         key = (structure(chain), ndim, order, dtype, maximize)
-    except UnplannableError as error:
+    except UnschedulableError as error:
         raise KernelError(str(error)) from error
     if key not in _KERNELS:
         try:
             _KERNELS[key] = compiled(trace(chain, ndim, order or None, maximize, dtype))
-        except (UnplannableError, KernelError) as error:
+        except (UnschedulableError, KernelError) as error:
             _KERNELS[key] = str(error)
     found = _KERNELS[key]
     if isinstance(found, str):
@@ -94,7 +94,7 @@ def compiled(program: Program) -> Kernel:
     try:
         source = emit(program)
         function = entry(source, registers())
-    except (UnplannableError, BuildError) as error:
+    except (UnschedulableError, BuildError) as error:
         raise KernelError(str(error)) from error
     function.restype = ctypes.c_void_p
     return Kernel(program, function(), digest(source, registers()))
@@ -103,7 +103,7 @@ def compiled(program: Program) -> Kernel:
 def structure(chain: Chain) -> tuple[Any, ...]:
     """What of a chain decides its code: everything but the values of the numbers that are given with each step.
 
-    Raises an UnplannableError where a hyper-parameter cannot be a key.
+    Raises an UnschedulableError where a hyper-parameter cannot be a key.
     """
     known = vars(chain)
     if "structure" not in known:  # kept with the chain, as a cached property is
@@ -112,7 +112,7 @@ def structure(chain: Chain) -> tuple[Any, ...]:
         try:
             hash(found)
         except TypeError as error:
-            raise UnplannableError(f"a hyper-parameter that chooses code must be hashable: {error}") from error
+            raise UnschedulableError(f"a hyper-parameter that chooses code must be hashable: {error}") from error
         known["structure"] = found
     structure: tuple[Any, ...] = known["structure"]
     return structure

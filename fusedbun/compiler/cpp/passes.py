@@ -1,11 +1,11 @@
 """The C++ that goes over memory: a function for each pass of a schedule, in a way that suits some shape of leaf.
 
-All ways (`ways.py`) share one skeleton, and this is it. A block of rows is taken at a time (of columns, where the
+All ways (`ways.py`) share one skeleton, and this is it. A tile of rows is taken at a time (of columns, where the
 schedule says so). Within a sweep along it the arrays' elements are loaded, computed with, reduced and stored, a
-register of lanes at a time. The ways differ in what the lanes run along, and so in how the values of a block, of a
+register of lanes at a time. The ways differ in what the lanes run along, and so in how the values of a tile, of a
 sweep and of a chunk are held, which their tables say.
 
-In the code p0, p1, … are the leaf's arrays, o0, o1, … what is stored in them; k is the row of the block, or its
+In the code p0, p1, … are the leaf's arrays, o0, o1, … what is stored in them; k is the row of the tile, or its
 register of columns; r7_ and c7_ point to small vectors, and a7 is %7 while it is reduced over a chunk.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
-from fusedbun.compiler.cpp.text import REDUCE, Cpp
+from fusedbun.compiler.cpp.dialect import REDUCE, Cpp
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
 from fusedbun.compiler.printer import arrays_of, is_single, name_of
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
@@ -26,7 +26,7 @@ EACH_K = f"each<K>([&](auto k) {INLINED} {{"
 
 
 def each(text: str) -> str:
-    """A line for every k of a block."""
+    """A line for every k of a tile."""
     return f"{EACH_K} {text} }});"
 
 
@@ -43,16 +43,16 @@ class Way(Cpp):
     opening: ClassVar[tuple[str, ...]] = ()  # a function's first lines
     vector: ClassVar[str] = "const auto* const {}_ = {};"  # declares a small vector: its name, place and type
     rows_of: ClassVar[str]  # declares p0: its number, type and array
-    loop: ClassVar[tuple[str, str]]  # what a sweep along a block begins and ends with
+    loop: ClassVar[tuple[str, str]]  # what a sweep along a tile begins and ends with
     ask_ahead: ClassVar[str]  # asks for what is loaded from an array soon after this element, by its number
-    ask_next: ClassVar[str] = ""  # for this element of the next block; nothing where memory need not be asked
-    saved: ClassVar[str] = ""  # where a value lies in the block's buffer, by its number there
+    ask_next: ClassVar[str] = ""  # for this element of the next tile; nothing where memory need not be asked
+    saved: ClassVar[str] = ""  # where a value lies in the tile's buffer, by its number there
     buffer: ClassVar[str] = "(void)leaf; return 0;"  # the bytes of a chunk's buffer, by what `buffer_size` counts
     # a reduction over the chunk: declared, where it lies, and with an element taken up
     crossing: ClassVar[str] = ""
     chunk: ClassVar[str] = " + j"
     crossing_taken: ClassVar[str] = "a{0} = {1}::of(a{0}, {2});"
-    # one along a block: declared, with an element taken up, its result, and this as one number
+    # one along a tile: declared, with an element taken up, its result, and this as one number
     along: ClassVar[str] = ""
     along_taken: ClassVar[str] = "q{0}[k] = lanes.only({1}::of(q{0}[k], {2}), q{0}[k]);"
     along_ended: ClassVar[str] = "q{0}[k]"
@@ -61,24 +61,24 @@ class Way(Cpp):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(schedule)
         spans = (Span.ROW, Span.COLUMN)
-        self.of_block, self.small = spans if schedule.blocks == "rows" else spans[::-1]
+        self.of_tile, self.small = spans if schedule.tiles == "rows" else spans[::-1]
         self.work, self.sweep = Pass([]), Sweep()
 
     @abstractmethod
-    def blocks(self, t: int) -> AbstractContextManager[None]:
-        """The loops over the blocks."""
+    def tiles(self, t: int) -> AbstractContextManager[None]:
+        """The loops over the tiles."""
 
     def function(self, t: int) -> list[str]:
         work = self.schedule.passes[t]
-        self.hoist([v for sweep in work.sweeps for v in (*sweep.block, *sweep.full)] + work.after, is_single)
+        self.hoist([v for sweep in work.sweeps for v in (*sweep.tile, *sweep.full)] + work.after, is_single)
         self.work = work
         self.line(*self.opening)
         for v in self.small_vectors(work.sweeps):
             self.line(self.vector.format(name_of(v), self.pointer(v), "Word" if v.is_word else "T"))
-        for v in self.across_blocks(work.sweeps):
+        for v in self.across_tiles(work.sweeps):
             self.line(reduced(self.crossing, v, self.places.partial[v]))
-        with self.blocks(t):
-            self._block()
+        with self.tiles(t):
+            self._tile()
         return [f"void {self.name}{t}(const Work& w, Index begin, Index end) {{", *self.lines, "}"]
 
     def buffer_size(self) -> str:
@@ -86,17 +86,17 @@ class Way(Cpp):
         return self.buffer.format(len(self.schedule.partials), self.places.buffered, self.repeated())
 
     def repeated(self) -> int:
-        """How many values are as long as a block of packed rows."""
+        """How many values are as long as a tile of packed rows."""
         sweeps = [sweep for work in self.schedule.passes for sweep in work.sweeps]
         reductions = sum(len(sweep.reductions) for sweep in sweeps)
         return 1 + len(self.small_vectors(sweeps)) + reductions + self.places.buffered
 
-    def _block(self) -> None:
+    def _tile(self) -> None:
         work = self.work
         for sweep, asks in zip(work.sweeps, self._asks(), strict=True):
             along = [v for v in sweep.reductions if v not in self.places.partial]
             self.sweep = sweep
-            self._read(sweep.block)
+            self._read(sweep.tile)
             self.line(*(reduced(self.along, v) for v in along))
             self.go_over(asks)
             for v in along:
@@ -115,7 +115,7 @@ class Way(Cpp):
             self.read(v)
 
     def _store(self, v: Value, array: str) -> None:
-        """Stores a block's value."""
+        """Stores a tile's value."""
         store = "lanes.store" if self.is_register(v) else "put"
         self.line(each(f"{store}({array}{self.spots[v.span]}, {self.read(v)});"))
 
@@ -123,7 +123,7 @@ class Way(Cpp):
         """The lines with which each sweep asks memory for what is needed soon.
 
         An array is asked for a little ahead of where it is first loaded. One that the first of several sweeps loads is
-        asked for a block ahead in the last of them, which does the most with each element and so waits the least.
+        asked for a tile ahead in the last of them, which does the most with each element and so waits the least.
         """
         sweeps = self.work.sweeps
         asks: list[list[str]] = [[] for _ in sweeps]
@@ -139,7 +139,7 @@ class Way(Cpp):
 
     def go_over(self, asks: list[str]) -> None:
         """The loop of the sweep, with what it asks memory for."""
-        sweep, crossing, stores = self.sweep, self.across_blocks([self.sweep]), self.stores()
+        sweep, crossing, stores = self.sweep, self.across_tiles([self.sweep]), self.stores()
         with self.within(*self.loop):
             self.enter()
             for v in crossing:
@@ -191,7 +191,7 @@ class Way(Cpp):
             return self.load(v, self.element(v.detail))
         if v.span == self.small:
             return self.load(v, f"{name_of(v)}_{self.spots[v.span]}")
-        if v.span == self.of_block:
+        if v.span == self.of_tile:
             array = self._kept(v) if v in self.places.kept else self.pointer(v)
             return self.load(v, f"{array}{self.spots[v.span]}")
         return super().loaded(v)
@@ -201,10 +201,10 @@ class Way(Cpp):
         return f"p{self.numbers[name]}{self.spots[Span.FULL]}"
 
     def _kept(self, v: Value) -> str:
-        return f"kept<T>(w, {self.places.kept[v]}, w.leaf->{self.schedule.blocks})"
+        return f"kept<T>(w, {self.places.kept[v]}, w.leaf->{self.schedule.tiles})"
 
     def declare(self, v: Value, text: str) -> None:
-        if v.span == self.of_block:
+        if v.span == self.of_tile:
             self.names[v] = f"{name_of(v)}[k]"
             self.line(f"{self.type(v)} {name_of(v)}[K]; {each(f'{self.names[v]} = {text};')}")
         else:
@@ -222,7 +222,7 @@ class Way(Cpp):
         low = [name for name, _ in self.sweep.stores if self.arrays[name].dtype == "bfloat16"]
         return [(name, v.args[0] if name in low and v.op == "from_bits" else v) for name, v in self.sweep.stores]
 
-    def across_blocks(self, sweeps: list[Sweep]) -> list[Value]:
+    def across_tiles(self, sweeps: list[Sweep]) -> list[Value]:
         """The reductions over the chunk that sweeps add to."""
         return [v for sweep in sweeps for v in sweep.reductions if v in self.places.partial]
 

@@ -15,7 +15,7 @@ ROOM_OF_ROWS = "{1} * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T))"
 
 
 class Rows(Way):
-    """Blocks of four rows, the lanes along the columns."""
+    """Tiles of four rows, the lanes along the columns."""
 
     name = "rows"
     registers = (Span.FULL, Span.BLOCK, Span.COLUMN)
@@ -33,23 +33,23 @@ class Rows(Way):
     along_ended = "fold<{1}>(q{0}[k])"
 
     @contextmanager
-    def blocks(self, t: int) -> Iterator[None]:
+    def tiles(self, t: int) -> Iterator[None]:
         if self.work.buffer:
             self.line("T* const saved = (T*)w.buffer;", "const Index width = up(n, LANES<T>);")
-        with self.within(f"const auto block = [&](auto count, Index i) {INLINED} {{", "};"):
+        with self.within(f"const auto tile = [&](auto count, Index i) {INLINED} {{", "};"):
             self.line("constexpr int K = count;")
             self.point(self.work.sweeps)
             yield
         self.line("Index i = begin;")
-        self.line("for (; i + ROWS <= end; i += ROWS) block(Count<ROWS>{}, i);")
-        self.line("for (; i < end; i++) block(Count<1>{}, i);")
+        self.line("for (; i + ROWS <= end; i += ROWS) tile(Count<ROWS>{}, i);")
+        self.line("for (; i < end; i++) tile(Count<1>{}, i);")
 
 
 class PackedRows(Way):
-    """Blocks of as many rows as a register has lanes, for rows shorter than two registers; the lanes along memory.
+    """Tiles of as many rows as a register has lanes, for rows shorter than two registers; the lanes along memory.
 
-    Small vectors and the reductions over a chunk are repeated for every row of a block, so that a register meets the
-    columns that its elements belong to. A block's values fill one register, a lane for each row. What is reduced along
+    Small vectors and the reductions over a chunk are repeated for every row of a tile, so that a register meets the
+    columns that its elements belong to. A tile's values fill one register, a lane for each row. What is reduced along
     a row is kept for all rows, and reduced behind the sweep.
     """
 
@@ -71,8 +71,8 @@ class PackedRows(Way):
     total = "fold<{1}>({2})"
 
     @contextmanager
-    def blocks(self, t: int) -> Iterator[None]:
-        crossing = self.across_blocks(self.work.sweeps)
+    def tiles(self, t: int) -> Iterator[None]:
+        crossing = self.across_tiles(self.work.sweeps)
         for v in (v for sweep in self.work.sweeps for v in sweep.reductions if v not in crossing):
             self.line(f"T* const q{v.number}_ = room.take<T>(n * LANES<T>);")
         if self.work.buffer:
@@ -90,7 +90,7 @@ class PackedRows(Way):
 
 
 class Columns(Way):
-    """Blocks of four registers of columns with all their rows, for few and very long rows."""
+    """Tiles of four registers of columns with all their rows, for few and very long rows."""
 
     name = "columns"
     registers = (Span.FULL, Span.COLUMN)
@@ -108,18 +108,18 @@ class Columns(Way):
     along = BEGUN
 
     @contextmanager
-    def blocks(self, t: int) -> Iterator[None]:
+    def tiles(self, t: int) -> Iterator[None]:
         if self.work.buffer:
             self.line(f"T* const saved = room.take<T>({len(self.work.buffer)} * m * ROWS * LANES<T>);")
-        with self.within(f"const auto block = [&](auto count, auto lanes, Index j) {INLINED} {{", "};"):
+        with self.within(f"const auto tile = [&](auto count, auto lanes, Index j) {INLINED} {{", "};"):
             self.line("constexpr int K = count;")
             yield
         self.line("Index j = begin;")
-        self.line("for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) block(Count<ROWS>{}, Whole{}, j);")
-        self.line("for (; j + LANES<T> <= end; j += LANES<T>) block(Count<1>{}, Whole{}, j);")
-        self.line("if (j < end) block(Count<1>{}, First{int(end - j)}, j);")
+        self.line("for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) tile(Count<ROWS>{}, Whole{}, j);")
+        self.line("for (; j + LANES<T> <= end; j += LANES<T>) tile(Count<1>{}, Whole{}, j);")
+        self.line("if (j < end) tile(Count<1>{}, First{int(end - j)}, j);")
         ended = "for (Index i = 0; i < m; i++) {2} = {1}::of({2}, fold<{1}>(Whole::load<T>(a{0}_ + i * LANES<T>)));"
-        for v in self.across_blocks(self.work.sweeps):
+        for v in self.across_tiles(self.work.sweeps):
             self.line(reduced(ended, v, f"{self.places.partial[v]}[i]"))
 
     def enter(self) -> None:
@@ -139,7 +139,7 @@ class Flat(Way):
     ask_ahead = "ask(p{} + j + LONG_AHEAD);"
 
     @contextmanager
-    def blocks(self, t: int) -> Iterator[None]:
+    def tiles(self, t: int) -> Iterator[None]:
         self.point(self.work.sweeps)
         self.line("constexpr int K = 1;")
         yield

@@ -8,16 +8,16 @@ from itertools import groupby
 
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
 from fusedbun.compiler.printer import behind, is_single
+from fusedbun.compiler.triton.dialect import Writer
 from fusedbun.compiler.triton.text import WORD, Kernel, Table, ordered
-from fusedbun.compiler.triton.writer import Writer
 
 TILE = "tl.arange(0, BR * BC)"
 
 
 def combine(name: str, table: Table, values: list[Value]) -> Kernel:
-    """The kernel that reduces, for each column, what the blocks of rows have reduced."""
+    """The kernel that reduces, for each column, what the stretches of rows have reduced."""
     k = Writer(name, table, {Span.COLUMN: (" + j", ", columns")}, {})
-    k.line("j = block * BC + tl.arange(0, BC)[None, :]")
+    k.line("j = stretch * BC + tl.arange(0, BC)[None, :]")
     k.line(f"columns = j < {k.size('C')}")
     for v in values:
         k.start(v, "(BR, BC)")
@@ -60,7 +60,7 @@ class Between(Writer):
         return self.finish("leaf")
 
     def _number(self, v: Value, x: Value) -> None:
-        """A reduction to one number: of what each block of rows has reduced, or of all columns or rows."""
+        """A reduction to one number: of what each stretch of rows has reduced, or of all columns or rows."""
         if v in self.table.parts:
             self.start(v, "(BR * BC,)")
             with self.within(f"for b0 in range(0, {self.size('B')}, BR * BC):"):

@@ -1,10 +1,10 @@
 """Prints a schedule as Triton, for GPUs: few kernels, each for all leaves that share the program.
 
-    pass_0      a pass over memory; a program has a block of rows and loops over its columns, once for each sweep
-    combine_1   what the blocks of pass 0 reduced, put together in their order, so that the same bits come every time
+    pass_0      a pass over memory; a program has a stretch of rows and loops over its columns, once for each sweep
+    combine_1   what the stretches of pass 0 reduced, put together in their order, so that the same bits come every time
     between_1   the small values that pass 1 needs, or that are written at the end; a program has a leaf
 
-What there is nothing to do in is not printed. A program finds its leaf and its block in `work`, and everything about
+What there is nothing to do in is not printed. A program finds its leaf and its stretch in `work`, and everything about
 the leaf, addresses and sizes, in a row of `leaves` (`Table`). Nothing of full size is kept between two sweeps: on a GPU
 a division costs less than memory. Words are int32, whose products and sums wrap.
 """
@@ -22,7 +22,7 @@ def emit(schedule: Schedule) -> str:
     """The source of a module with every kernel of a schedule.
 
     Args:
-        schedule: with blocks of rows.
+        schedule: with tiles of rows.
     """
     printed = kernels(schedule)
     used = frozenset[str]().union(*(kernel.helpers for kernel in printed))
@@ -35,8 +35,8 @@ def emit(schedule: Schedule) -> str:
 
 def kernels(schedule: Schedule) -> list[Kernel]:
     """The kernels of a schedule, in the order in which they are launched."""
-    if schedule.blocks != "rows":
-        raise ValueError(f"Triton is printed for blocks of rows, but these are of {schedule.blocks}")
+    if schedule.tiles != "rows":
+        raise ValueError(f"Triton is printed for tiles of rows, but these are of {schedule.tiles}")
     table, found = Table(schedule), []
     for t in range(len(schedule.passes) + 1):
         sums = [v for v in schedule.between[t] if v in schedule.partials and v.span == Span.COLUMN]

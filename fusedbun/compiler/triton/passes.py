@@ -1,6 +1,6 @@
 """The Triton that goes over memory: a kernel for each pass of a schedule.
 
-A program has a block of rows. In it i are the rows, j the columns of a tile, and m says which of its elements there
+A program has a stretch of rows. In it i are the rows, j the columns of a tile, and m says which of its elements there
 are. Where codes share an exponent, b are the blocks of 32 columns; a tile then holds whole blocks.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.printer import has_blocks, is_single
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
+from fusedbun.compiler.triton.dialect import START, Writer
 from fusedbun.compiler.triton.text import Kernel, Table
-from fusedbun.compiler.triton.writer import START, Writer
 from fusedbun.storage.codes import BLOCK
 
 SPOTS = {
@@ -27,7 +27,7 @@ def flat(schedule: Schedule, table: Table) -> Kernel:
     """The kernel of a pass in which no element depends on another."""
     k = Writer("pass_0", table, {Span.FULL: SPOTS[Span.FULL]}, dict.fromkeys(table.graph.every, "at"))
     stores = schedule.passes[0].sweeps[0].stores
-    k.line("at = block.to(tl.int64) * (BR * BC) + tl.arange(0, BR * BC)")
+    k.line("at = stretch.to(tl.int64) * (BR * BC) + tl.arange(0, BR * BC)")
     k.line(f"m = at < {k.size('R', 'C')}")
     k.hoist((v for _, v in stores), is_single)
     for _, v in stores:
@@ -38,14 +38,14 @@ def flat(schedule: Schedule, table: Table) -> Kernel:
 
 
 class OfRows(Writer):
-    """The kernel of a pass over memory, by blocks of rows."""
+    """The kernel of a pass over memory, by stretches of rows."""
 
     def __init__(self, name: str, table: Table) -> None:
         along = {axis: "i" if axis in table.graph.row else "j" for axis in table.graph.every}
         super().__init__(name, table, SPOTS, along)
 
     def kernel(self, work: Pass) -> Kernel:
-        self.line("i = block * BR + tl.arange(0, BR)[:, None]")
+        self.line("i = stretch * BR + tl.arange(0, BR)[:, None]")
         self.line(f"rows = i < {self.size('R')}")
         is_coded = has_blocks(self.table.program, work.sweeps)
         if is_coded:
@@ -58,7 +58,7 @@ class OfRows(Writer):
             self.read(v)
         for v in work.totals:
             x = f"tl.where(rows, {self.read(v.args[0])}, {START[v.detail]})"
-            self.line(f"tl.store({self.pointer(self.table.parts[v])} + block, {self.reduced(v, x, None)})")
+            self.line(f"tl.store({self.pointer(self.table.parts[v])} + stretch, {self.reduced(v, x, None)})")
         if work.stores:
             self.line(WAIT)
         for name, v in work.stores:
@@ -92,7 +92,7 @@ class OfRows(Writer):
     def _down(self, v: Value) -> None:
         q, parts = f"q{v.number}", self.pointer(self.table.parts[v])
         self.line(f"{q} = tl.where(m, {self.read(v.args[0])}, {START[v.detail]})")
-        self.line(f"tl.store({parts} + block * C + j, {self.reduced(v, q, 0)}, columns)")
+        self.line(f"tl.store({parts} + stretch * C + j, {self.reduced(v, q, 0)}, columns)")
 
     def load(self, v: Value, name: str) -> str:
         if name not in self.table.bits:

@@ -71,7 +71,7 @@ def to_packed(x, j, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
 class Kernel(NamedTuple):
     """One kernel of a schedule: its name, what a program of it has, its source, and the helpers that this calls.
 
-    A program has a "leaf", a block of a leaf's "rows", of its "columns", or of its "elements" in memory's order.
+    A program has a "leaf", a stretch of a leaf's "rows", of its "columns", or of its "elements" in memory's order.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Table:
     """What a kernel is told of a leaf: the names of the integers in its row of `leaves`.
 
     First come addresses, of the leaf's own arrays, of its scalars, and of what is kept while a step runs; then the
-    words that are given; then sizes: of each axis, the numbers of rows and columns, and the number of blocks of rows.
+    words that are given; then sizes: of each axis, the numbers of rows and columns, and that of stretches of rows.
 
     Args:
         schedule: what is to be run.

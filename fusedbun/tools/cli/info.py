@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusedbun.compiler import UnplannableError, trace
+from fusedbun.compiler import UnschedulableError, trace
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.cpp.family import chain_of
 from fusedbun.compiler.cpp.module import emit
@@ -22,7 +22,7 @@ _DESCRIPTION = """\
 Show what steps an optimizer on this machine, and why: the versions, the devices, the
 compiler, and for each optimizer at its defaults whether the code that steps a float32
 parameter came with the package, was compiled before, or would be compiled at the first
-step. Where there is none, torch goes over blocks of rows itself and JAX runs the
+step. Where there is none, torch goes over tiles of rows itself and JAX runs the
 definition: the same numbers, more slowly. Needs neither torch nor JAX, and compiles
 nothing.
 """
@@ -45,7 +45,7 @@ _MEANING = {
     "package": "came with the package",
     "cache": "was compiled before",
     "compile": "is compiled at the first step",
-    "definition": "no code: blocks of rows in torch, the definition in JAX",
+    "definition": "no code: tiles of rows in torch, the definition in JAX",
 }
 
 
@@ -76,7 +76,7 @@ def _kernel(name: str, shape: str, registers: int | None) -> dict[str, str]:
     order = _SHAPES[shape]
     try:
         code = emit(trace(chain_of(name, {}, len(order)), len(order), order))
-    except UnplannableError as error:
+    except UnschedulableError as error:
         return {"from": "definition", "reason": str(error)}
     # where not even the driver is compiled, this machine's registers are not known, and nor are a kernel's flags
     found = "compile" if registers is None and build.find_compiler() else _origin(code, registers or 1)

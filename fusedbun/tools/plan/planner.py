@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import temporaries
 from fusedbun.tools.plan.estimates import TOKENS, Estimate, Plan, Refusal
@@ -179,7 +179,7 @@ class _Planner:
             return _Needs(0, state)
         try:
             return _Needs(size, state, temporaries.room(chain, shape, dtype))
-        except UnplannableError:
+        except UnschedulableError:
             return _Needs(size, state, definition=temporaries.definition(chain, shape, dtype))
 
     def _temporaries(self, needs: Mapping[_Kind, _Needs]) -> int:

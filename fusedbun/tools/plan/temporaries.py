@@ -11,10 +11,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fusedbun.chain import Chain
+from fusedbun.compiler.cpp.dialect import Places
 from fusedbun.compiler.cpp.native import structure
-from fusedbun.compiler.cpp.text import Places
 from fusedbun.compiler.cpp.ways import PackedRows
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.printer import is_coded
 from fusedbun.compiler.schedule import WIDE, Schedule, schedule
 from fusedbun.compiler.trace import trace, used
@@ -70,7 +70,7 @@ def room(chain: Chain, shape: Shape, dtype: str) -> Room:
     """The bytes that a parameter takes while a kernel steps it: at most so many on any machine.
 
     Raises:
-        UnplannableError: there is no kernel.
+        UnschedulableError: there is no kernel.
     """
     key = structure(chain), len(shape), dtype
     if key not in _PROGRAMS:
@@ -85,7 +85,7 @@ def definition(chain: Chain, shape: Shape, dtype: str) -> int:
     is_noisy, width = bool(chain.noisy(shape)), BITS[computed_in(dtype)] // 8
     arrays = _MOST_ARRAYS
     if not is_noisy:
-        with suppress(UnplannableError):  # the values of the parameter's size that its rules compute
+        with suppress(UnschedulableError):  # the values of the parameter's size that its rules compute
             values = used(trace(chain, len(shape), dtype=dtype).outputs.values())
             arrays = min(arrays, sum(value.span in WIDE for value in values))
     rows, columns = _matrix(shape)
@@ -99,7 +99,7 @@ def _program(chain: Chain, ndim: int, dtype: str) -> Program:
         return Program(True, False, _sizes(by_row), None)
     try:
         columns = _sizes(schedule(by_row.program, "columns"))
-    except UnplannableError:
+    except UnschedulableError:
         columns = None
     return Program(False, not is_coded(by_row), _sizes(by_row), columns)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fusedbun.compiler import tiles
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.cpp.native import KernelError
-from fusedbun.compiler.graph import UnplannableError
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.shards import START, Crossing, Phase, phases
 from fusedbun.compiler.trace import FIRST, GRAD, SIZE, evaluate, hyperparameters, trace
 from fusedbun.storage.rounding import PARAM
@@ -107,7 +107,7 @@ def _phases(leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_ke
         try:
             steps = phases(trace(leaf.chain, param.ndim, order, maximize, dtype), cut_along)
             return steps, [native.compiled(phase.program) for phase in steps]
-        except (KernelError, UnplannableError):
+        except (KernelError, UnschedulableError):
             if leaf.asked:
                 raise
     whole = tiles.schedule_for(leaf.chain, tuple(param.shape), param.stride(), maximize, dtype)

@@ -29,7 +29,7 @@ using T = float;
 using P = bfloat16;
 
 namespace flat {
-// blocks of rows
+// tiles of rows
 // before pass 0
 // pass 0, sweep 0
 //   elements   %0 %2 %7 %1 %10 %11 %12 %17 %18 %19 %20 %13 %15 %16
@@ -93,10 +93,10 @@ void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
 void (*const flat_passes[])(const Work&, Index, Index) = {flat0};
 Index flat_buffer(const Leaf& leaf) { (void)leaf; return 0; }
-const Plan flat_plan = {1, 0, 0, 0, 0, 0, between, begin, flat_passes, flat_buffer};
+const Schedule flat_schedule = {1, 0, 0, 0, 0, 0, between, begin, flat_passes, flat_buffer};
 }  // namespace flat
 
-const Kernel kernel = {sizeof(T), LANES<T>, &flat::flat_plan, nullptr, nullptr, nullptr};
+const Kernel kernel = {sizeof(T), LANES<T>, &flat::flat_schedule, nullptr, nullptr, nullptr};
 }  // namespace
 
 EXPORT const Kernel* fusedbun_kernel() { return &kernel; }

@@ -33,14 +33,14 @@ using T = float;
 using P = float;
 
 namespace rows {
-// blocks of rows
+// tiles of rows
 // before pass 0
 // pass 0, sweep 0
 //   each row   %2
 //   elements   %7 %1 %6 %9 %0 %14 %15 %17 %18 %19 %20 %21 %22 %23
 //   reduce     %10 %12
 //   store      param <- %23
-// pass 0, after each block
+// pass 0, after each tile
 //   each row   %10 %11
 //   store      sm3_accumulate.axis0 <- %11
 // at the end
@@ -76,7 +76,7 @@ void rows0(const Work& w, Index begin, Index end) {
   const Index n = w.leaf->columns;
   const auto* const c3_ = ((float*)w.arrays[3]);
   T* const a12_ = vector<T>(w.partial, w.leaf->columns, 0);
-  const auto block = [&](auto count, Index i) __attribute__((always_inline)) {
+  const auto tile = [&](auto count, Index i) __attribute__((always_inline)) {
     constexpr int K = count;
     const RowsOf<P, K> p0(w, 0, i);
     const RowsOf<P, K> p1(w, 1, i);
@@ -115,8 +115,8 @@ void rows0(const Work& w, Index begin, Index end) {
     each<K>([&](auto k) __attribute__((always_inline)) { put(((float*)w.arrays[2]) + i + k, r11[k]); });
   };
   Index i = begin;
-  for (; i + ROWS <= end; i += ROWS) block(Count<ROWS>{}, i);
-  for (; i < end; i++) block(Count<1>{}, i);
+  for (; i + ROWS <= end; i += ROWS) tile(Count<ROWS>{}, i);
+  for (; i < end; i++) tile(Count<1>{}, i);
 }
 
 void packed0(const Work& w, Index begin, Index end) {
@@ -175,21 +175,21 @@ void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
 void (*const rows_passes[])(const Work&, Index, Index) = {rows0};
 Index rows_buffer(const Leaf& leaf) { return 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan rows_plan = {1, 2, 0, 1, 0, 0, between, begin, rows_passes, rows_buffer};
+const Schedule rows_schedule = {1, 2, 0, 1, 0, 0, between, begin, rows_passes, rows_buffer};
 void (*const packed_passes[])(const Work&, Index, Index) = {packed0};
 Index packed_buffer(const Leaf& leaf) { return 4 * up(leaf.columns * LANES<T> * Index(sizeof(T)), ALIGNMENT) + 0 * ROWS * up(leaf.columns, LANES<T>) * Index(sizeof(T)); }
-const Plan packed_plan = {1, 2, 0, 1, 0, 0, between, begin, packed_passes, packed_buffer};
+const Schedule packed_schedule = {1, 2, 0, 1, 0, 0, between, begin, packed_passes, packed_buffer};
 }  // namespace rows
 
 namespace columns {
-// blocks of columns
+// tiles of columns
 // before pass 0
 // pass 0, sweep 0
 //   each column%3
 //   elements   %7 %1 %6 %9 %0 %14 %15 %17 %18 %19 %20 %21 %22 %23
 //   reduce     %10 %12
 //   store      param <- %23
-// pass 0, after each block
+// pass 0, after each tile
 //   each column%12 %13
 //   store      sm3_accumulate.axis1 <- %13
 // at the end
@@ -226,7 +226,7 @@ void columns0(const Work& w, Index begin, Index end) {
   Room room(w.buffer);
   const auto* const r2_ = ((float*)w.arrays[2]);
   T* const a10_ = start<Max, T>(room, m * LANES<T>);
-  const auto block = [&](auto count, auto lanes, Index j) __attribute__((always_inline)) {
+  const auto tile = [&](auto count, auto lanes, Index j) __attribute__((always_inline)) {
     constexpr int K = count;
     Vector<T> c3[K]; each<K>([&](auto k) __attribute__((always_inline)) { c3[k] = lanes.template load<T>(((float*)w.arrays[3]) + j + k * LANES<T>); });
     Vector<T> q12[K]; each<K>([&](auto k) __attribute__((always_inline)) { q12[k] = wide<Vector<T>>(Max::start<T>); });
@@ -265,9 +265,9 @@ void columns0(const Work& w, Index begin, Index end) {
     each<K>([&](auto k) __attribute__((always_inline)) { lanes.store(((float*)w.arrays[3]) + j + k * LANES<T>, c13[k]); });
   };
   Index j = begin;
-  for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) block(Count<ROWS>{}, Whole{}, j);
-  for (; j + LANES<T> <= end; j += LANES<T>) block(Count<1>{}, Whole{}, j);
-  if (j < end) block(Count<1>{}, First{int(end - j)}, j);
+  for (; j + ROWS * LANES<T> <= end; j += ROWS * LANES<T>) tile(Count<ROWS>{}, Whole{}, j);
+  for (; j + LANES<T> <= end; j += LANES<T>) tile(Count<1>{}, Whole{}, j);
+  if (j < end) tile(Count<1>{}, First{int(end - j)}, j);
   for (Index i = 0; i < m; i++) vector<T>(w.partial, w.leaf->rows, 0)[i] = Max::of(vector<T>(w.partial, w.leaf->rows, 0)[i], fold<Max>(Whole::load<T>(a10_ + i * LANES<T>)));
 }
 
@@ -275,10 +275,10 @@ void (*const between[])(const Work&) = {between0, between1};
 void (*const begin[])(const Work&) = {begin0};
 void (*const columns_passes[])(const Work&, Index, Index) = {columns0};
 Index columns_buffer(const Leaf& leaf) { return (1 + 0 * ROWS) * up(leaf.rows * BYTES, ALIGNMENT); }
-const Plan columns_plan = {1, 2, 0, 1, 0, 0, between, begin, columns_passes, columns_buffer};
+const Schedule columns_schedule = {1, 2, 0, 1, 0, 0, between, begin, columns_passes, columns_buffer};
 }  // namespace columns
 
-const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::rows_plan, &rows::packed_plan, &columns::columns_plan};
+const Kernel kernel = {sizeof(T), LANES<T>, nullptr, &rows::rows_schedule, &rows::packed_schedule, &columns::columns_schedule};
 }  // namespace
 
 EXPORT const Kernel* fusedbun_kernel() { return &kernel; }

@@ -20,7 +20,7 @@ constexpr Index MOST_CHUNKS = 64;
 constexpr Index CHUNK_ELEMENTS = 1 << 15;  // enough that taking an item costs nothing beside it
 constexpr Index CHUNK_ROWS = 128;          // a chunk's reductions take a vector of the columns: under 1% of its rows
 constexpr Index COPIED_ELEMENTS = 1 << 14; // of a leaf whose elements do not follow one another, at a time
-constexpr Index FEW_ROWS = 32;             // at most as many, and as long: blocks of columns
+constexpr Index FEW_ROWS = 32;             // at most as many, and as long: tiles of columns
 constexpr Index LONG_ROW = 1 << 15;
 constexpr Index ALIGNMENT = 64;
 constexpr Index GRADIENT = 1;              // its place among a leaf's arrays
@@ -67,8 +67,8 @@ void transfer(const Leaf& leaf, Index array, char* buffer, Index begin, Index en
 struct Task {
   const Leaf* leaf;
   const Kernel* kernel;
-  const Plan* plan;
-  bool flat, columns;            // what is gone over: elements, blocks of columns, or else blocks of rows
+  const Schedule* schedule;
+  bool flat, columns;            // what is gone over: elements, tiles of columns, or else tiles of rows
   Index extent, chunk, chunks;   // how many of them, how many in a chunk, and chunks
   std::vector<Index> scattered;  // the arrays whose elements have to be copied to where they follow one another
   Work work{};
@@ -79,7 +79,7 @@ struct Task {
     flat = k.flat;
     columns = !flat && k.columns && l.rows <= FEW_ROWS && l.columns >= LONG_ROW && in_order(l);
     const bool packed = k.packed && l.columns < 2 * k.lanes && l.rows >= k.lanes && in_order(l);
-    plan = flat ? k.flat : columns ? k.columns : packed ? k.packed : k.rows;
+    schedule = flat ? k.flat : columns ? k.columns : packed ? k.packed : k.rows;
     extent = flat ? l.rows * l.columns : columns ? l.columns : l.rows;
     const Index least = columns ? CHUNK_ELEMENTS / l.rows : std::max(CHUNK_ROWS, quotient(CHUNK_ELEMENTS, l.columns));
     chunk = flat ? CHUNK_ELEMENTS : up(std::max(least, quotient(extent, MOST_CHUNKS)), columns ? 64 : 16);
@@ -91,13 +91,13 @@ struct Task {
   void start() {
     const auto bytes = [&](Index numbers) { return up(numbers * kernel->element, ALIGNMENT); };
     const Index vector = bytes(columns ? leaf->rows : leaf->columns);
-    const Index small = plan->vectors * vector + bytes(plan->scalars);
-    const Index kept = bytes(plan->kept * (columns ? leaf->columns : leaf->rows));
-    const Index partial = plan->partial_vectors * vector + bytes(plan->partial_scalars);
+    const Index small = schedule->vectors * vector + bytes(schedule->scalars);
+    const Index kept = bytes(schedule->kept * (columns ? leaf->columns : leaf->rows));
+    const Index partial = schedule->partial_vectors * vector + bytes(schedule->partial_scalars);
     held = memory(small + kept + partial * chunks);
     char* const at = held.get();
     work = {leaf, leaf->arrays, leaf->strides, at, at + small, at + small + kept, nullptr, chunks, partial};
-    plan->between[0](work);
+    schedule->between[0](work);
     ready.store(0, std::memory_order_release);
   }
 
@@ -110,8 +110,8 @@ struct Task {
       if (++spins > 1000) std::this_thread::yield();
     run_chunk(pass, c);
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == (pass + 1) * chunks) {
-      plan->between[pass + 1](work);
-      if (pass + 1 == plan->passes) held.reset();
+      schedule->between[pass + 1](work);
+      if (pass + 1 == schedule->passes) held.reset();
       ready.store(pass + 1, std::memory_order_release);
     }
   }
@@ -120,10 +120,10 @@ struct Task {
     Work w = work;
     w.partial = (char*)work.partial + c * work.partial_bytes;
     const Index begin = c * chunk, end = std::min(extent, begin + chunk);
-    const Memory buffer = memory(plan->buffer(*leaf));
+    const Memory buffer = memory(schedule->buffer(*leaf));
     w.buffer = buffer.get();
-    plan->begin[pass](w);
-    if (scattered.empty()) plan->pass[pass](w, begin, end);
+    schedule->begin[pass](w);
+    if (scattered.empty()) schedule->pass[pass](w, begin, end);
     else run_copies(w, pass, begin, end);
   }
 
@@ -146,7 +146,7 @@ struct Task {
         transfer(*leaf, a, copied[a].get(), i * unit, stop * unit, false);
         arrays[a] = copied[a].get() - i * strides[a];
       }
-      plan->pass[pass](w, i, stop);
+      schedule->pass[pass](w, i, stop);
       for (const Index a : scattered)
         if (a != GRADIENT) transfer(*leaf, a, copied[a].get(), i * unit, stop * unit, true);
     }
@@ -182,7 +182,7 @@ EXPORT void* fusedbun_job(const Leaf* leaves, const Kernel* const* kernels, Inde
     if (!leaf.rows || !leaf.columns || !leaf.arrays[GRADIENT]) continue;  // empty, or left out of this step
     job->tasks.push_back(std::make_unique<Task>(leaf, *kernels[n]));
     job->first.push_back(job->items);
-    job->items += job->tasks.back()->chunks * job->tasks.back()->plan->passes;
+    job->items += job->tasks.back()->chunks * job->tasks.back()->schedule->passes;
   }
   return job;
 }

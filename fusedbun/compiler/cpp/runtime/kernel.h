@@ -28,12 +28,12 @@ struct Work {
   void* small;            // small values
   void* kept;             // one number for each row, kept from one pass to the next
   void* partial;          // the reductions of one chunk (in `between`: of all of them)
-  void* buffer;           // what sweeps along a block hand on, and what lanes are gathered in
+  void* buffer;           // what sweeps along a tile hand on, and what lanes are gathered in
   Index chunks, partial_bytes;
 };
 
-// A schedule as code. A vector has as many numbers as the leaf has columns (rows, where blocks are columns).
-struct Plan {
+// A schedule as code. A vector has as many numbers as the leaf has columns (rows, where tiles are columns).
+struct Schedule {
   Index passes;
   Index vectors, scalars;                  // small values
   Index partial_vectors, partial_scalars;  // reductions that every chunk adds to
@@ -48,8 +48,8 @@ struct Plan {
 struct Kernel {
   Index element;          // bytes of a number that is computed with
   Index lanes;            // numbers in a vector register
-  const Plan* flat;       // every element for itself, begin and end count elements; null where elements depend on others
-  const Plan* rows;       // blocks of rows, lanes along the columns
-  const Plan* packed;     // blocks of rows that are shorter than a register; may be null
-  const Plan* columns;    // blocks of columns, for few and very long rows; may be null
+  const Schedule* flat;       // every element for itself, begin and end count elements; null where elements depend on others
+  const Schedule* rows;       // tiles of rows, lanes along the columns
+  const Schedule* packed;     // tiles of rows that are shorter than a register; may be null
+  const Schedule* columns;    // tiles of columns, for few and very long rows; may be null
 };

@@ -462,7 +462,7 @@ FORCE void to_packed(uint8_t* p, Index b, const Words<T>* codes, F lanes_of) {  
 
 // ---------------------------------------------------------------- what passes are made of
 
-constexpr int ROWS = 4;          // in a block: enough loads under way at once, and few enough to stay in registers
+constexpr int ROWS = 4;          // in a tile: enough loads under way at once, and few enough to stay in registers
 constexpr int AHEAD = 192;       // elements of a row to ask for ahead: far enough for memory to answer in time
 constexpr int LONG_AHEAD = 512;  // and in a leaf that is one long row
 
@@ -484,7 +484,7 @@ FORCE T* kept(const Work& w, Index number, Index n) { return (T*)w.kept + number
 template <class S>
 FORCE S* row(const Work& w, Index array, Index i) { return (S*)((char*)w.arrays[array] + i * w.strides[array]); }
 
-// Some rows of an array, and the rows of the next block.
+// Some rows of an array, and the rows of the next tile.
 template <class S, int K>
 struct RowsOf {
   S* at[K];
@@ -494,7 +494,7 @@ struct RowsOf {
   }
   INLINE S* operator[](int k) const { return at[k]; }
   static constexpr Index LINE = 64 / sizeof(S);  // of the cache, in elements
-  INLINE void ask_ahead(int k, Index j, Index n) const {  // past the row's end: in the row of the next block
+  INLINE void ask_ahead(int k, Index j, Index n) const {  // past the row's end: in the row of the next tile
     if (sizeof(S) < 4 && j % LINE >= LINE / 2) return;  // a register is half a line or less: one asks for both
     j += AHEAD;
     ask(j < n ? at[k] + j : next(k) + (j - n));
@@ -545,7 +545,7 @@ template <class T>
 using LaneNumber = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 template <class T>
-const LaneNumber<T>* rows_of_lanes(Room& room, Index n) {  // which of the block's rows each of its elements is in
+const LaneNumber<T>* rows_of_lanes(Room& room, Index n) {  // which of the tile's rows each of its elements is in
   auto* p = room.take<LaneNumber<T>>(n * LANES<T>);
   for (Index j = 0; j < n * LANES<T>; j++) p[j] = j / n;
   return p;
@@ -587,12 +587,12 @@ FORCE Vector<T> every(const T* p, Index n) {  // elements 0, n, 2*n, …
   }
 }
 template <class F, class T>
-FORCE Vector<T> fold_rows(const T* block, Index n) {
-  Vector<T> x = every(block, n);
-  for (Index j = 1; j < n; j++) x = F::of(x, every(block + j, n));
+FORCE Vector<T> fold_rows(const T* tile, Index n) {
+  Vector<T> x = every(tile, n);
+  for (Index j = 1; j < n; j++) x = F::of(x, every(tile + j, n));
   return x;
 }
 template <class F, class T>
-void collapse(T* into, const T* block, Index n) {  // the reductions of a block's columns, over its rows
-  for (Index j = 0; j < n * LANES<T>; j++) into[j % n] = F::of(into[j % n], block[j]);
+void collapse(T* into, const T* tile, Index n) {  // the reductions of a tile's columns, over its rows
+  for (Index j = 0; j < n * LANES<T>; j++) into[j % n] = F::of(into[j % n], tile[j]);
 }

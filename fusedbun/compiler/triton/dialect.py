@@ -42,7 +42,7 @@ class Writer(Printer):
     def finish(self, work: str) -> Kernel:
         """The kernel, of which a program has this much."""
         head = [f"    leaf = leaves + tl.load(work + 2 * tl.program_id(0)) * {len(self.table.names)}"]
-        head += ["    block = tl.load(work + 2 * tl.program_id(0) + 1)"] if work != "leaf" else []
+        head += ["    stretch = tl.load(work + 2 * tl.program_id(0) + 1)"] if work != "leaf" else []
         head += [self._head[column] for column in sorted(self._head)]
         signature = "leaves, work, P: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr"
         lines = ["@triton.jit", f"def {self.name}({signature}):", *head, "", *self.lines]
@@ -92,7 +92,7 @@ class Writer(Printer):
         self.line(f"tl.store({self.pointer(name)}{index}, {self.read(v)}{cast}{mask})")
 
     def start(self, v: Value, shape: str) -> None:
-        """Starts a reduction, element by element of a block."""
+        """Starts a reduction, element by element of a tile."""
         self.line(f"q{v.number} = tl.full({shape}, {START[v.detail]}, T)")
 
     def accumulate(self, v: Value, x: str, mask: str) -> None:

@@ -30,7 +30,7 @@ class Places:
     """Where a schedule's small values, and the reductions of a chunk, lie in memory."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.row = "rows" if schedule.blocks == "columns" else "columns"  # what a vector has a number for
+        self.row = "rows" if schedule.tiles == "columns" else "columns"  # what a vector has a number for
         self.small = self._placed("w.small", schedule.small)
         self.partial = self._placed("w.partial", schedule.partials)
         self.kept = {v: n for n, v in enumerate(schedule.kept)}

@@ -78,11 +78,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     make.__signature__ = signature  # type: ignore[attr-defined]
     make.__name__ = make.__qualname__ = recipe.name
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
-    structural = (
-        *(n for n in recipe.structural if n in signature.parameters),
-        *(["mask"] if recipe.like_optax else []),
-    )
-    static = (*structural, *_KEYWORDS)
+    static = tuple(name for name in signature.parameters if name in (*recipe.structural, "mask", *_KEYWORDS))
     remarks = _ROUNDING + _STATIC.format(static=static) + ("" if recipe.fixed_lr else _INJECTED)
     instead = {"betas": _BETAS, "weight_decay": ("weight_decay", "mask")} if recipe.like_optax else {}
     make.__doc__ = recipe.documentation(arguments, remarks, instead)

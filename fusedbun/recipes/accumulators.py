@@ -130,7 +130,7 @@ _PLAIN = {"nesterov": False, "lagged": False, "clip": None}
 def fusedbunw(
     betas: Betas = (0.9, 0.999),
     eps: NonNegative = 1e-8,
-    weight_decay: PerParam[NonNegative] = 1e-2,
+    weight_decay: NonNegative = 1e-2,
     *,
     nesterov: bool = True,
     lagged: bool = True,

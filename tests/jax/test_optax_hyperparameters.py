@@ -168,7 +168,7 @@ def traceable(factory, name, value):
 def test_the_documentation_names_exactly_the_structural_arguments(factory):
     known = {"clip_rms": 1.0, "initial_learning_rate": 0.1, "seed": 0}  # the default, None, cannot be traced
     # a tuple, a tree and names are no arrays
-    never_traced = {"betas", "mup", "readout_constraint", "statistic", "momentum_dtype", "second_moment_dtype"}
+    never_traced = {"betas", "mask", "mup", "readout_constraint", "statistic", "momentum_dtype", "second_moment_dtype"}
     structural = []
     for name, parameter in inspect.signature(factory.make).parameters.items():
         value = known.get(name, 0.1 if name == "learning_rate" else parameter.default)

@@ -28,6 +28,7 @@ EXACT = {
     "MupSGD": (fusedbun.MupSGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True, **TYPED}),
 }
 OTHERS = {
+    "FusedbunW": (fusedbun.FusedbunW, {"lr": 1e-2}),
     "Fusedbun": (fusedbun.Fusedbun, {"lr": 1e-2, "centralize": True, "use_rms": True}),
     "MupAdamW": (fusedbun.MupAdamW, {"lr": 1e-2, **TYPED}),
     "ScaledOptum": (fusedbun.ScaledOptum, {"lr": 1e-2}),

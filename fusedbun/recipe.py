@@ -67,7 +67,7 @@ class Recipe:
         training_lr: the learning rate of `fusedbun train`, with the recommended settings; None: it is not among the
             command's optimizers. It is, of a grid in factors of two, that of the lowest validation loss with the
             command's defaults, on half of the digits, with 15% to validate, mean of 3 seeds; no test image is looked
-            at. (Fusedbun's is older and was kept: half of it has a loss 0.004 lower.)
+            at. (Fusedbun's is older and was kept: half of it has a loss 0.004 lower. FusedbunW's is AdamW's.)
         listed: settings that change its state, which `fusedbun list` shows beside the defaults.
         planned: the settings that `fusedbun plan` counts, by what it calls them.
         tested: the settings that change what is computed, by what a test calls them.

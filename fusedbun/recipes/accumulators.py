@@ -114,7 +114,7 @@ _PLAIN = {"nesterov": False, "lagged": False, "clip": None}
     "FusedbunW",
     lr=1e-3,
     like_optax=True,
-    training_lr=1e-3,
+    training_lr=3e-3,
     listed=[{"momentum_dtype": "int4"}],
     planned=momentum_in("int8", "int4", "bfloat16", "float32"),
     tested={

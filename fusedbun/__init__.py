@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fusedbun.torch import param_groups as param_groups
     from fusedbun.torch import release_gradients as release_gradients
     from fusedbun.torch import save_state as save_state
-    from fusedbun.torch.optimizers import *  # noqa: F403
+    from fusedbun.torch.optimizers import *  # noqa: F403 - its names are the recipes'
 
 _OF_TORCH = {"ChainOptimizer", "load_state", "param_groups", "release_gradients", "save_state"}
 _OF_TORCH |= {name for recipe in recipes.RECIPES.values() for name in recipe.torch_names}

@@ -59,6 +59,7 @@ def lifted(transform: Callable[P, Transform]) -> Callable[P, optax.GradientTrans
         return lift(transform(*args, **kwargs))
 
     signature = inspect.signature(transform)
+    # to mypy a function has no signature of its own to set
     make.__signature__ = signature.replace(return_annotation=optax.GradientTransformationExtraArgs)  # type: ignore[attr-defined]
     return make
 

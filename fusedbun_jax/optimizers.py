@@ -68,7 +68,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     after = [initial_rate] if recipe.wants_initial_lr else []
     after += [inspect.Parameter(name, KEYWORD, default=value) for name, value in _KEYWORDS.items()]
     spelled_out = recipe.signature(before, after)
-    make.__signature__ = spelled_out  # type: ignore[attr-defined]
+    make.__signature__ = spelled_out  # type: ignore[attr-defined]  # to mypy a function has none to set
     make.__name__ = make.__qualname__ = recipe.name
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
     static = (*recipe.structural, *_KEYWORDS)

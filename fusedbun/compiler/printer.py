@@ -7,13 +7,13 @@ it is one number; it is q7 while it is reduced.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
 from fusedbun.compiler.graph import Span, Value
 from fusedbun.compiler.schedule import Schedule, Sweep
-from fusedbun.compiler.trace import Program
+from fusedbun.compiler.trace import Program, used
 
 LETTER = {Span.HOST: "s", Span.SCALAR: "s", Span.COLUMN: "c", Span.ROW: "r", Span.BLOCK: "b", Span.FULL: "x"}
 
@@ -28,10 +28,9 @@ def is_single(v: Value) -> bool:
     return v.span in (Span.HOST, Span.SCALAR)
 
 
-def has_blocks(program: Program, sweeps: Iterable[Sweep]) -> bool:
+def has_blocks(program: Program, sweeps: Sequence[Sweep]) -> bool:
     """Whether some sweeps read or write arrays that are laid out by blocks of a row."""
-    used = {name for sweep in sweeps for name in arrays_of(sweep)}
-    return any(x.is_by_blocks for name, x in program.arrays.items() if name in used)
+    return any(program.arrays[name].is_by_blocks for name in full_arrays(sweeps) & program.arrays.keys())
 
 
 def is_coded(schedule: Schedule) -> bool:
@@ -39,24 +38,10 @@ def is_coded(schedule: Schedule) -> bool:
     return any(has_blocks(schedule.program, work.sweeps) for work in schedule.passes)
 
 
-def arrays_of(sweep: Sweep) -> set[str]:
-    """The arrays of full size that it reads or writes."""
-    return {v.detail for v in sweep.full if v.op == "input"} | {name for name, _ in sweep.stores}
-
-
-def behind(goals: Iterable[Value], stop: Callable[[Value], bool]) -> list[Value]:
-    """The values that these are made of, each after its operands; those that `stop` names stand for themselves."""
-    found: dict[Value, None] = {}
-
-    def visit(v: Value) -> None:
-        if v not in found:
-            for a in () if stop(v) else v.args:
-                visit(a)
-            found[v] = None
-
-    for v in goals:
-        visit(v)
-    return list(found)
+def full_arrays(sweeps: Sequence[Sweep]) -> set[str]:
+    """The arrays of full size that they read or write."""
+    read = {v.detail for sweep in sweeps for v in sweep.full if v.op == "input"}
+    return read | {name for sweep in sweeps for name, _ in sweep.stores}
 
 
 class Printer(ABC):
@@ -138,7 +123,7 @@ class Printer(ABC):
 
     def hoist(self, goals: Iterable[Value], is_steady: Callable[[Value], bool]) -> None:
         """Reads, before a loop, what does not change in it among the values that these are made of."""
-        found = behind(goals, lambda v: v in self.names or self.is_loaded(v))
+        found = used(goals, is_end=lambda v: v in self.names or self.is_loaded(v))
         for v in self.hoisted([v for v in found if is_steady(v)]):
             self.read(v)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from fusedbun.torch.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from fusedbun.torch.driver import TransformOptimizer as TransformOptimizer
 from fusedbun.torch.groups import param_groups as param_groups
-from fusedbun.torch.optimizers import *  # noqa: F403
+from fusedbun.torch.optimizers import *  # noqa: F403 - its names are the recipes'
 from fusedbun.torch.portable import load_state as load_state
 from fusedbun.torch.portable import save_state as save_state
 from fusedbun.torch.release import GradientRelease as GradientRelease

@@ -210,7 +210,7 @@ class TransformOptimizer(torch.optim.Optimizer):
             self._stepper.step(self, read_groups(self, self._stepper.groups))
         self._products = products
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def _step_uncompiled(self) -> list[Arguments]:
         """Steps what is not for code that the user compiles, and returns what is, as the definition takes it."""
         if self.record_metrics:

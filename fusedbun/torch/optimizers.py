@@ -99,6 +99,7 @@ def class_of(recipe: Recipe) -> type[TransformOptimizer]:
         TransformOptimizer.__init__(self, params, lr, recipe, arguments, **options)
 
     itself = inspect.Parameter("self", POSITIONAL)
+    # to mypy a function has no signature of its own to set
     __init__.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
     __init__.__doc__ = recipe.documentation(_ARGUMENTS if recipe.fixed_lr else _ARGUMENTS + _RATE, _REMARK)
     body = {

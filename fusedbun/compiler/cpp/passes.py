@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from fusedbun.compiler.cpp.dialect import REDUCE, Cpp
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
-from fusedbun.compiler.printer import arrays_of, is_single, name_of
+from fusedbun.compiler.printer import full_arrays, is_single, name_of
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
 
 INLINED = "__attribute__((always_inline))"
@@ -212,9 +212,9 @@ class Way(Cpp):
 
     def point(self, sweeps: list[Sweep]) -> None:
         """Declares pointers to the arrays of full size that sweeps read or write."""
-        used = {name for sweep in sweeps for name in arrays_of(sweep)}
+        full = full_arrays(sweeps)
         for name, number in self.numbers.items():
-            if name in used:
+            if name in full:
                 self.line(self.rows_of.format(number, self.stored(name), self.array(name)))
 
     def stores(self) -> list[tuple[str, Value]]:

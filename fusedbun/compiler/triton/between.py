@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from itertools import groupby
 
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
-from fusedbun.compiler.printer import behind, is_single
+from fusedbun.compiler.printer import is_single
+from fusedbun.compiler.trace import used
 from fusedbun.compiler.triton.dialect import Writer
 from fusedbun.compiler.triton.text import WORD, Kernel, Table, ordered
 
@@ -111,7 +112,7 @@ class Between(Writer):
         """Reads the single numbers that the loop needs, and waits for the columns that it reads."""
         goals = list(goals)
         self.hoist(goals, is_single)
-        if self._unseen.intersection(behind(goals, self.is_loaded)):
+        if self._unseen.intersection(used(goals, is_end=self.is_loaded)):
             self.line("tl.debug_barrier()")
             self._unseen = set()
 

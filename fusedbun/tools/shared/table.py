@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
+Heads = Literal["top", "bottom"]
 
-def new_table(title: str, texts: Iterable[str], numbers: Iterable[str], heads: str = "bottom") -> Table:
+
+def new_table(title: str, texts: Iterable[str], numbers: Iterable[str], heads: Heads = "bottom") -> Table:
     """A table without rows: heads of the columns of text, and then of those of numbers, at the "top" or "bottom"."""
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for head in texts:
         table.add_column(head, vertical="bottom", no_wrap=True)
     for head in numbers:
-        table.add_column(head, justify="right", vertical=heads, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(head, justify="right", vertical=heads, no_wrap=True)
     return table
 
 

@@ -38,7 +38,7 @@ def local(x: Tensor) -> Tensor:
     """This process's part of a tensor, which shares its memory, once what it waits for has come; of a plain one all."""
     if not is_sharded(x):
         return x
-    part: Tensor = x.to_local()  # type: ignore[attr-defined]
+    part: Tensor = x.to_local()  # type: ignore[attr-defined]  # a DTensor's
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     if collectives and isinstance(part, collectives.AsyncCollectiveTensor):
         part = part.wait()

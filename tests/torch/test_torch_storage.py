@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import torch
 from sweeps import CODED, NOISY, long, only, sweep
 
 import fusedbun
-from fusedbun import ChainOptimizer
+from fusedbun import ChainOptimizer, Slot, Transform
 from fusedbun import namespace as in_numpy
 from fusedbun.chain import step
+from fusedbun.storage import codes
 from fusedbun.storage.codes import MOMENTS
 from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
@@ -296,6 +299,20 @@ def test_rows_of_a_sparse_gradient_are_rounded_as_in_the_whole():
     assert torch.equal(noise[2][[0, 2, 3, 5]], before[[0, 2, 3, 5]])
 
 
+@dataclass(frozen=True)
+class Kept(Transform):
+    """Keeps the update in a code."""
+
+    name: ClassVar[str] = "kept"
+    code_dtype: Literal["block4", "block5"] = "block4"
+
+    def slots(self, shape):
+        return {"moment": Slot.full(len(shape), self.code_dtype)}
+
+    def update(self, xp, signal, state, param):
+        return signal, {"moment": signal.update}
+
+
 class TestLoading:
     def saved(self, **given):
         optimizer = fusedbun.Fusedbun(parameters(), 1e-2, use_rms=True, **given)
@@ -336,6 +353,17 @@ class TestLoading:
             apart, largest = (decoded[0] - decoded[1]).abs().max(), decoded[1].abs().max()
             assert apart <= coarse * largest
         run(other, range(3, 5))
+
+    def test_is_converted_to_fewer_arrays(self, monkeypatch):
+        """All arrays of the new code are among those of the old one, so the one that is left over has to tell."""
+        monkeypatch.setitem(codes.CODES, "block5", codes.Blocks("block5", bits=5))
+        param = torch.nn.Parameter(torch.zeros(4, 70))
+        param.grad = gradients(0)[2][:4].float()
+        saved, other = (ChainOptimizer([param], [Kept(code)], 0.1) for code in ("block5", "block4"))
+        saved.step()
+        with pytest.warns(UserWarning, match=r"is converted .* kept.moment of 1 parameters"):
+            other.load_state_dict(saved.state_dict(), convert=True)
+        assert set(saved.state[param]) - set(other.state[param]) == {"kept.moment.plane1"}
 
     def test_of_parameters_of_another_dtype(self):
         """In the parameter's dtype, that was float32: there was no noise, and so no count of steps."""

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from fusedbun.storage import codes
-from fusedbun.storage.codes import Stored
-from fusedbun.storage.rounding import COUNTER, PARAM, TO_NEAREST, Rounding
+from fusedbun.storage.codes import STEP, Stored
+from fusedbun.storage.rounding import PARAM, TO_NEAREST, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Array, Shape, Signal, Slot, State, Transform
 
@@ -57,6 +57,8 @@ class Chain:
     def arrays(self, shape: Shape, dtype: str) -> dict[str, Stored]:
         """The arrays that the state of such a parameter is stored in, by `<transformation>.<slot>` and what follows.
 
+        Where its steps are counted, the counter is the last of them (`codes.STEP`).
+
         Args:
             shape: the parameter's shape.
             dtype: its dtype's name.
@@ -64,15 +66,16 @@ class Chain:
         Raises:
             ValueError: a parameter of this dtype cannot be rounded so.
         """
-        arrays = arrays_of(self.slots(shape), dtype)
-        if self.rounding.stochastic:
-            if dtype != "bfloat16":
-                raise ValueError(
-                    f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
-                    f"with an optimizer, that has stochastic_rounding=False"
-                )
-            arrays[COUNTER] = codes.COUNT
-        return arrays
+        if self.rounding.stochastic and dtype != "bfloat16":
+            raise ValueError(
+                f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
+                f"with an optimizer, that has stochastic_rounding=False"
+            )
+        return arrays_of(self.slots(shape), dtype, self.rounding.stochastic or any(t.counts for t in self))
+
+    def counts(self, shape: Shape, dtype: str) -> bool:
+        """Whether the steps of such a parameter are counted."""
+        return STEP in self.arrays(shape, dtype)
 
     def at(self, path: tuple[str, ...], param: Any, name: str | None = None) -> Chain:
         """The chain for one parameter; see `Transform.at`.
@@ -125,9 +128,14 @@ def chain(*transforms: Transform | None) -> Chain:
     return Chain(tuple(t for t in transforms if t is not None))
 
 
-def arrays_of(slots: Mapping[str, Slot], dtype: str) -> dict[str, Stored]:
-    """The arrays of slots of a parameter of this dtype, by the slot's name and what its code appends."""
-    return {key + part: x for key, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
+def arrays_of(slots: Mapping[str, Slot], dtype: str, counts: bool = False) -> dict[str, Stored]:
+    """The arrays of slots of a parameter of this dtype, by the slot's name and what its code appends.
+
+    The counter of steps is the last of them, where it is asked for or where codes have noise.
+    """
+    counts = counts or any(codes.code_of(slot, dtype).is_noisy for slot in slots.values())
+    arrays = {key + part: x for key, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
+    return arrays | ({STEP: codes.COUNT} if counts else {})
 
 
 def entries_of(transform: Transform, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,8 +160,10 @@ def advance(
         What it hands on, and the state's arrays after it.
     """
     slots = {f"{transform.name}.{name}": slot for name, slot in transform.slots(tuple(storage.like.shape)).items()}
-    before = {key: storage.decode(key, slot, stored) for key, slot in slots.items()}
-    signal, after = transform.update(storage.xp, signal, entries_of(transform, before), param)
+    before = entries_of(transform, {key: storage.decode(key, slot, stored) for key, slot in slots.items()})
+    if transform.counts:
+        before[STEP] = storage.number(stored)
+    signal, after = transform.update(storage.xp, signal, before, param)
     for key, slot in slots.items():
         value = after[key.removeprefix(f"{transform.name}.")]
         stored = storage.commit(stored, storage.encode(key, slot, value, stored))
@@ -178,5 +188,10 @@ def step(transforms: Chain, storage: Storage, lr: Any, param: Array, grad: Array
     del grad  # what the driver made of it is free after the first transformation
     for transform in transforms:
         signal, stored = advance(transform, storage, signal, stored, param)
-    param, changed = storage.round(storage.subtract(param, lr * signal.update), stored)
-    return param, storage.commit(stored, changed)
+    param = storage.round(storage.subtract(param, lr * signal.update), stored)
+    return param, storage.commit(stored, counted(stored))
+
+
+def counted(stored: State) -> dict[str, Array]:
+    """The counter among a state's arrays after the step; nothing where there is none."""
+    return {STEP: stored[STEP] + 1} if STEP in stored else {}

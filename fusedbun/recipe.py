@@ -7,8 +7,9 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
+from types import MappingProxyType
 from typing import Any, ParamSpec
 
 from fusedbun.chain import Chain
@@ -30,6 +31,10 @@ ARGUMENTS = {
     "second_moment_dtype": "what the mean of squares is stored in, among the same; int8 and int4 are too coarse for "
     "it.",
     "betas": "the shares of the past that the mean and the mean of squares keep, in [0, 1).",
+    "b1": "the share of the past that the momentum keeps, in [0, 1).",
+    "b2": "the share of the past that the accumulators keep, in [0, 1).",
+    "mask": "the parameters that decay: a tree of booleans like the parameters', or a prefix of it, or a function from "
+    "the parameters to one; None: all.",
     "eps": "added to the root, in [0, inf).",
     "amsgrad": "divide by the largest mean of squares so far.",
     "weight_decay": "added to the gradient as `weight_decay*p` (an L2 penalty), in [0, inf).",
@@ -55,13 +60,14 @@ class Recipe:
         aliases: other names of the torch class.
         lr: the learning rate's default; None where it has to be given.
         fixed_lr: the learning rate is `lr` and cannot be changed.
+        like_optax: the optax factory spells `betas` as b1 and b2 and takes a `mask` of the decay, as optax.adamw does.
         notice: a warning that some hyper-parameters deserve, or None.
         densifies_sparse_gradients: the torch class takes sparse gradients, and makes them dense.
         recommended: the settings to train with.
         training_lr: the learning rate of `fusedbun train`, with the recommended settings; None: it is not among the
             command's optimizers. It is, of a grid in factors of two, that of the lowest validation loss with the
             command's defaults, on half of the digits, with 15% to validate, mean of 3 seeds; no test image is looked
-            at. (Fusedbun's is older and was kept: half of it has a loss 0.004 lower.)
+            at. (Fusedbun's is older and was kept: half of it has a loss 0.004 lower. FusedbunW's is AdamW's.)
         listed: settings that change its state, which `fusedbun list` shows beside the defaults.
         planned: the settings that `fusedbun plan` counts, by what it calls them.
         tested: the settings that change what is computed, by what a test calls them.
@@ -76,6 +82,7 @@ class Recipe:
     aliases: tuple[str, ...] = ()
     lr: float | None = None
     fixed_lr: bool = False
+    like_optax: bool = False
     notice: Callable[[Settings], str | None] = no_notice
     densifies_sparse_gradients: bool = False
     recommended: Settings = field(default_factory=dict)
@@ -129,9 +136,22 @@ class Recipe:
         """The hyper-parameters between a driver's own arguments."""
         return inspect.Signature([*before, *self.parameters.values(), *after])
 
-    def documentation(self, before: str, after: str) -> str:
-        """The function's docstring, with a driver's arguments at the head of its `Args:` and its remarks at the end."""
+    def documentation(
+        self, before: str, after: str, instead: Mapping[str, Sequence[str]] = MappingProxyType({})
+    ) -> str:
+        """The function's docstring, with a driver's arguments at the head of its `Args:` and its remarks at the end.
+
+        Args:
+            before: the text of the driver's arguments.
+            after: its remarks.
+            instead: the arguments that a driver has in the place of some; `ARGUMENTS` says what they are.
+        """
         head, args, rest = (self.make.__doc__ or "").partition("Args:\n")
+        for name, others in instead.items():
+            own = re.search(rf"    {name}: .*?\n(?! {{5}})", rest, re.DOTALL)
+            assert own, name
+            texts = [own[0] if other == name else f"{_described(other)}\n" for other in others]
+            rest = rest[: own.start()] + "".join(texts) + rest[own.end() :]
         return f"{head}{args}{before}{rest}\n{after}"
 
 
@@ -174,9 +194,12 @@ def described(function: Callable[..., Any]) -> str:
     head, args, rest = (inspect.getdoc(function) or "").partition("Args:\n")
     paragraphs, end, tail = rest.partition("\n\n")
     said = {text.split(":")[0].strip(): text for text in re.split(r"\n(?= {4}\S)", paragraphs)}
-    fill = partial(textwrap.fill, width=116, initial_indent=" " * 4, subsequent_indent=" " * 8)
     names = [name for name in inspect.signature(function).parameters if name != INITIAL_LR]
-    return f"{head}{args}" + "\n".join(said.get(n) or fill(f"{n}: {ARGUMENTS[n]}") for n in names) + end + tail
+    return f"{head}{args}" + "\n".join(said.get(n) or _described(n) for n in names) + end + tail
+
+
+def _described(name: str) -> str:
+    return textwrap.fill(f"{name}: {ARGUMENTS[name]}", 116, initial_indent=" " * 4, subsequent_indent=" " * 8)
 
 
 def every(**values: Sequence[Any]) -> list[Settings]:

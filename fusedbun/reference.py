@@ -9,9 +9,10 @@ import numpy as np
 
 from fusedbun import namespace
 from fusedbun.chain import Chain, step
+from fusedbun.storage.codes import STEP
 from fusedbun.storage.rounding import TO_NEAREST
 from fusedbun.storage.storage import Storage
-from fusedbun.transform import Array, Slot, State
+from fusedbun.transform import Array, Shape, Slot, State
 
 Tree = dict[str, np.ndarray[Any, Any]]
 
@@ -35,9 +36,14 @@ def exact_step(xp: Any, chain: Chain, lr: Any, param: Array, grad: Array, state:
         lr: the learning rate.
         param: the parameter.
         grad: its gradient.
-        state: what `Chain.slots` declares, by the same names.
+        state: what `Chain.slots` declares, by the same names, and the step counter.
     """
     return step(chain, Exact(xp, TO_NEAREST, param, "float64"), lr, param, grad, state)
+
+
+def start(chain: Chain, shape: Shape) -> State:
+    """The state of a parameter before its first step, and the counter."""
+    return {key: np.zeros(slot.shape(shape)) for key, slot in chain.slots(shape).items()} | {STEP: np.zeros(())}
 
 
 class Reference:
@@ -53,10 +59,7 @@ class Reference:
         self.params = {name: np.array(p, np.float64) for name, p in params.items()}
         self.chains = {name: chain.at(tuple(name.split(".")), p) for name, p in self.params.items()}
         self.lr = lr
-        self.state: dict[str, State] = {
-            name: {key: np.zeros(slot.shape(p.shape)) for key, slot in self.chains[name].slots(p.shape).items()}
-            for name, p in self.params.items()
-        }
+        self.state: dict[str, State] = {name: start(self.chains[name], p.shape) for name, p in self.params.items()}
 
     def step(self, grads: Tree) -> Tree:
         """One step of every parameter that has a gradient in `grads`; returns the parameters."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from fusedbun.hyper import check, hints, plain
+from fusedbun.hyper import Scalar, check, hints, log, plain
 from fusedbun.operations import Functions
 
 Array = Any  # numpy.ndarray, jax.Array, torch.Tensor, or a node of a traced expression
@@ -82,6 +82,14 @@ class Transform(ABC):
     reads_second_moment: ClassVar[bool] = False
     reads_param: ClassVar[bool] = False
 
+    @property
+    def counts(self) -> bool:
+        """Whether the rule needs the number of the step: it finds it in the state as `state["step"]`, from 1 on.
+
+        The driver counts it, once for all that count.
+        """
+        return False
+
     def __post_init__(self) -> None:
         kind: Any = type(self)
         check(self.name, hints(kind), vars(self))
@@ -119,11 +127,25 @@ class Transform(ABC):
         Args:
             xp: the array functions.
             signal: the running update, of `param`'s shape, and perhaps the second moment.
-            state: this transformation's slots by name, decoded.
+            state: this transformation's slots by name, decoded, and where it counts the number of the step.
             param: the parameter before the step, in the precision that is computed in.
         """
+
+
+def check_channel_axis(name: str, axis: int, shape: Shape) -> None:
+    """Raises a ValueError where a parameter of more than one axis does not have this one."""
+    k = len(shape)
+    if k > 1 and not -k <= axis < k:
+        raise ValueError(
+            f"{name}: channel_axis must lie in [{-k}, {k}) for a parameter of shape {tuple(shape)}, but it is {axis}"
+        )
 
 
 def others(x: Array, axis: int) -> Shape:
     """Every axis of `x` but this one."""
     return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+
+
+def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:
+    """`1 - beta**n`, the weight of n steps in a running mean, without float32's cancellation."""
+    return -xp.expm1(n * log(xp, beta))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, ClassVar, ParamSpec
@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import advance, arrays_of, entries_of
+from fusedbun.chain import advance, arrays_of, counted, entries_of
 from fusedbun.hyper import NonNegative, check
+from fusedbun.storage.codes import STEP, Stored
 from fusedbun.storage.rounding import Rounding
-from fusedbun.transform import Array, Namespace, Signal, Slot, State, Transform
+from fusedbun.transform import Array, Namespace, Signal, State, Transform
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.rounding import SEED
@@ -46,7 +47,7 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, TransformState]:
-        return over_leaves(partial(_update, transform, seed), updates, state, params)
+        return over_leaves(partial(update_leaf, transform, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -77,13 +78,23 @@ class Descend(Transform):
 
 def _start(transform: Transform, path: leaf.KeyPath, param: Any) -> Arrays:
     param, dtype = leaf.floating(path, "parameter", param)
-    _, slots = _at_leaf(transform, path, param, dtype)
-    return {name: zeros(stored, param) for name, stored in arrays_of(slots, param.dtype.name).items()}
+    _, needed = _at_leaf(transform, path, param, dtype)
+    return {name: zeros(stored, param) for name, stored in needed.items()}
 
 
-def _update(
+def update_leaf(
     transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays
 ) -> tuple[Any, Arrays]:
+    """One leaf's update, and its state after it: the arrays of the transformation and the counter of the steps.
+
+    Args:
+        transform: the transformation, with its rules.
+        seed: of the noise.
+        path: the leaf's.
+        update: what the transformation before it hands on.
+        param: the parameter, or None.
+        stored: the arrays; a counter among them need not be the transformation's own.
+    """
     if param is None and transform.reads_param:
         raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
     signal = update.signal if isinstance(update, WithSecondMoment) else Signal(update)
@@ -95,28 +106,29 @@ def _update(
     u = u.astype(dtype)
     if not u.size:
         return u, stored
-    transform, slots = _at_leaf(transform, path, like, dtype)
-    if param is None and any(slot.code == "param" for slot in slots.values()):
+    transform, needed = _at_leaf(transform, path, like, dtype)
+    if param is None and any(slot.code == "param" for slot in transform.slots(like.shape).values()):
         raise ValueError(
             f"{transform.name} keeps state in the parameters' dtype: call update(updates, state, params) with them"
         )
-    needed = arrays_of(slots, like.dtype.name)
-    check_state(transform.name, path, needed, like, stored, by_dtype=param is not None)
+    own = {name: x for name, x in stored.items() if name in needed or name != STEP}
+    check_state(transform.name, path, needed, like, own, by_dtype=param is not None)
     storage = Differentiable(xp, Rounding(seed=seed, name=leaf.name(path)), u, like.dtype.name)
-    before = {f"{transform.name}.{name}": jnp.asarray(x) for name, x in stored.items()}
+    arrays = {name: jnp.asarray(x) for name, x in stored.items()}
+    before = {name if name == STEP else f"{transform.name}.{name}": x for name, x in arrays.items()}
     p = None if param is None else like.astype(dtype)
     signal, after = advance(transform, storage, Signal(u, signal.second_moment), before, p)
     u = signal.update if signal.second_moment is None else WithSecondMoment(signal)
-    return u, entries_of(transform, after)
+    return u, {**entries_of(transform, after), **counted(arrays)}
 
 
-def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, Mapping[str, Slot]]:
-    """The transformation for one leaf, its arrays among the hyper-parameters in the leaf's dtype, and its slots."""
+def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, dict[str, Stored]]:
+    """The transformation for one leaf, its arrays among the hyper-parameters in the leaf's dtype, and its state's."""
     try:
         transform = transform.at(leaf.names(path), param)
         arrays = {name: jnp.asarray(x, dtype) for name, x in vars(transform).items() if isinstance(x, jax.Array)}
         transform = replace(transform, **arrays) if arrays else transform
-        return transform, transform.slots(param.shape)
+        return transform, arrays_of(transform.slots(param.shape), param.dtype.name, transform.counts)
     except (TypeError, ValueError) as error:
         error.add_note(f"This is at {leaf.title(path)}.")
         raise

@@ -16,7 +16,7 @@ from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe, bind
 from fusedbun.recipes import RECIPES
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
-from fusedbun_jax.step import ROUNDING, Driver, SteppingTransformation
+from fusedbun_jax.step import ROUNDING, Driver, Masked, SteppingTransformation
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
@@ -33,6 +33,7 @@ paths of the parameters and number of steps, it is the same on any device and in
 _STATIC = """
 Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.
 """
+_BETAS = ("b1", "b2")  # as optax.adamw calls them
 # The driver's keyword arguments. The seed's default is no number, or inject_hyperparams would make an array of it.
 _KEYWORDS = {"stochastic_rounding": False, "seed": None}
 _DECLARED = {**ROUNDING, "seed": Annotated[int, Whole()] | None}
@@ -46,12 +47,15 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     """The optax factory of a recipe: its arguments behind a learning rate, spelled out in the signature."""
 
     def make(*args: Any, **kwargs: Any) -> SteppingTransformation:
-        settings = {"learning_rate": recipe.lr, **bind(f"{make.__name__}()", spelled_out, *args, **kwargs)}
+        settings = {"learning_rate": recipe.lr, **bind(f"{make.__name__}()", signature, *args, **kwargs)}
         learning_rate = settings.pop("learning_rate")
         if recipe.wants_initial_lr:
             initial = settings.pop("initial_learning_rate")
             is_number = isinstance(learning_rate, Real) and initial is None
             settings[INITIAL_LR] = learning_rate if is_number else initial
+        mask = settings.pop("mask", None)
+        if recipe.like_optax:
+            settings["betas"] = tuple(settings.pop(name) for name in _BETAS)
         keywords = {name: settings.pop(name) for name in _KEYWORDS}
         check(make.__name__, _DECLARED, keywords)
         if "mup" in settings:
@@ -60,7 +64,10 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
         rounding = Rounding(bool(keywords["stochastic_rounding"]), int(keywords["seed"] or 0))
         chain = replace(recipe.make(**settings), rounding=rounding)
-        return Driver(chain, learning_rate, (recipe.name, settings)).optimizer()
+        made_by = (recipe.name, settings)
+        return (
+            Driver(chain, learning_rate, made_by) if mask is None else Masked(chain, learning_rate, made_by, mask)
+        ).optimizer()
 
     default = inspect.Parameter.empty if recipe.lr is None else recipe.lr
     before = [] if recipe.fixed_lr else [inspect.Parameter("learning_rate", POSITIONAL, default=default)]
@@ -68,13 +75,31 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     after = [initial_rate] if recipe.wants_initial_lr else []
     after += [inspect.Parameter(name, KEYWORD, default=value) for name, value in _KEYWORDS.items()]
     spelled_out = recipe.signature(before, after)
-    make.__signature__ = spelled_out  # type: ignore[attr-defined]  # to mypy a function has none to set
+    signature = _like_optax(spelled_out) if recipe.like_optax else spelled_out
+    make.__signature__ = signature  # type: ignore[attr-defined]  # to mypy a function has none to set
     make.__name__ = make.__qualname__ = recipe.name
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
-    static = (*recipe.structural, *_KEYWORDS)
+    static = tuple(name for name in signature.parameters if name in (*recipe.structural, "mask", *_KEYWORDS))
     remarks = _ROUNDING + _STATIC.format(static=static) + ("" if recipe.fixed_lr else _INJECTED)
-    make.__doc__ = recipe.documentation(arguments, remarks)
+    instead = {"betas": _BETAS, "weight_decay": ("weight_decay", "mask")} if recipe.like_optax else {}
+    make.__doc__ = recipe.documentation(arguments, remarks, instead)
     return make
+
+
+def _like_optax(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with the names that optax.adamw has."""
+    parameters: list[inspect.Parameter] = []
+    for p in signature.parameters.values():
+        if p.name == "betas":
+            parameters += [
+                p.replace(name=n, default=beta, annotation="UnitInterval")
+                for n, beta in zip(_BETAS, p.default, strict=True)
+            ]
+        else:
+            parameters.append(p)
+        if p.name == "weight_decay":
+            parameters.append(inspect.Parameter("mask", POSITIONAL, default=None))
+    return inspect.Signature(parameters)
 
 
 def _types_by_name(types: Any) -> Any:

@@ -17,6 +17,7 @@ from fusedbun.portable.entries import Group, Parameter
 from fusedbun.portable.file import Numbers
 from fusedbun.portable.match import Loading, Names
 from fusedbun.recipe import INITIAL_LR
+from fusedbun.storage.codes import STEP
 from fusedbun_jax import leaf
 from fusedbun_jax.definition import arrays_by_state, split_state
 from fusedbun_jax.groups import Groups, only_group
@@ -175,7 +176,7 @@ class Located:
             if check_arrays:
                 stored = {key: self.arrays[address] for key, address in addresses.items()}
                 check_state(title, path, needed, param, stored, by_dtype=True)
-            self.addresses[name] |= {f"{title}.{key}": address for key, address in addresses.items()}
+            self.addresses[name] |= {STEP if key == STEP else f"{title}.{key}": x for key, x in addresses.items()}
         of_chain = entries.slots_of(chain, shape, dtype)
         self.parameters.append(Parameter(name, shape, dtype, len(self.groups), of_chain))
 

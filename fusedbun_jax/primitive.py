@@ -65,7 +65,7 @@ def _updated(leaf: Leaf) -> list[Any]:
     name = chain.rounding.name  # decides the noise
     tx = transformation(chain, lift(Descend(leaf.lr)))
     states = [TransformState({name: slots}) for slots in leaf.slots(stored)]
-    before = join_state(chain, states, TransformState({name: {}}))
+    before = join_state(states, TransformState({name: {}}))
     updates, after = tx.update({name: grad}, before, {name: param})
     arrays = [x for state in split_state(chain, after)[0] for x in state.slots[name].values()]
     return [optax.apply_updates({name: param}, updates)[name], *arrays]

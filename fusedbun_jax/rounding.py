@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fusedbun.chain import counted
 from fusedbun.hyper import Whole, check
-from fusedbun.storage.codes import COUNT
-from fusedbun.storage.rounding import COUNTER, Rounding
+from fusedbun.storage.codes import COUNT, STEP
+from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.state import Arrays, TransformState, check_state, over_leaves, with_derivative_of, zeros
 
 SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
-NAME, STEP = COUNTER.split(".")
+NAME = "round_stochastically"
 
 
 def round_to_params() -> optax.GradientTransformationExtraArgs:
@@ -36,6 +37,13 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
         return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def to_nearest(path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
+    """One leaf's update as `round_to_params` makes it, and its counter one further."""
+    if not update.size:
+        return update, stored
+    return update if param is None else _round_to_nearest(update, jnp.asarray(param)), counted(stored)
 
 
 def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -59,25 +67,23 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     def init(params: optax.Params) -> TransformState:
         return TransformState(
-            jax.tree_util.tree_map_with_path(lambda path, p: {STEP: zeros(COUNT, _bfloat16(path, p))}, params)
+            jax.tree_util.tree_map_with_path(lambda path, p: {STEP: zeros(COUNT, as_bfloat16(path, p))}, params)
         )
 
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, TransformState]:
-        if params is None:
-            raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")
         if not isinstance(state, TransformState):
             raise ValueError(
                 f"stochastic rounding counts the steps of each parameter in its state, but that is {state!r}; "
                 f"it belongs to an optimizer without it, so make one with init"
             )
-        return over_leaves(partial(_round_stochastically, seed), updates, state, params)
+        return over_leaves(partial(to_either, seed), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _bfloat16(path: leaf.KeyPath, param: Any) -> Any:
+def as_bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     """The parameter as an array; one that is not bfloat16 is a ValueError."""
     param, _ = leaf.floating(path, "parameter", param)
     if param.dtype != jnp.bfloat16:
@@ -88,8 +94,11 @@ def _bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     return param
 
 
-def _round_stochastically(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
-    param, update = _bfloat16(path, param), leaf.as_array(path, "update", update)
+def to_either(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
+    """One leaf's update as `round_stochastically` makes it."""
+    if param is None:
+        raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")
+    param, update = as_bfloat16(path, param), leaf.as_array(path, "update", update)
     leaf.check_shape(path, update, param)
     update = update.astype(jnp.float32)
     if not update.size:
@@ -100,9 +109,10 @@ def _round_stochastically(seed: int, path: leaf.KeyPath, update: Any, param: Any
     # The choice keeps the sum apart from a product before it: contracted the two would have bits that the difference
     # below has no place for.
     exact = p + jnp.where(update == update, update, jnp.nan)
-    q, after = storage.round(exact, {COUNTER: jnp.asarray(stored[STEP])})
+    before = {STEP: jnp.asarray(stored[STEP])}
+    q = storage.round(exact, before)
     stepped = jnp.where(q == p, -0.0, q - p)  # an infinite parameter stays what it is, and so does -0
-    return with_derivative_of(update, stepped), {STEP: after[COUNTER]}
+    return with_derivative_of(update, stepped), counted(before)
 
 
 def _round_to_nearest(update: Any, param: Any) -> Any:

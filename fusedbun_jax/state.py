@@ -23,8 +23,9 @@ Arrays = dict[str, jax.Array]  # of one leaf's state, by name
 class TransformState(NamedTuple):
     """A transformation's state: the tree of the parameters, at every leaf with the arrays that its slots are stored in.
 
-    A slot has one array under its own name, or codes there beside `<slot>.exponents`, and where what is stored is
-    rounded with noise `<slot>.step` (`fusedbun.storage.codes`).
+    A slot has one array under its own name, or codes there beside `<slot>.exponents` (`fusedbun.storage.codes`). Of a
+    transformation by itself `step` counts the steps, where that is needed; a whole chain has one counter, in a state of
+    its own behind the others.
     """
 
     slots: Any
@@ -35,13 +36,22 @@ def over_leaves(
     updates: optax.Updates,
     state: TransformState,
     params: optax.Params | None,
+    counter: TransformState | None = None,
 ) -> tuple[optax.Updates, TransformState]:
-    """The updates and the state that `step(path, update, parameter or None, arrays)` gives leaf by leaf."""
+    """The updates and the state that `step(path, update, parameter or None, arrays)` gives leaf by leaf.
+
+    A counter apart from the state is among the arrays that `step` is given, but not among those that it gives.
+    """
     leaves, tree = leaf.flatten(updates)
     owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
     stored = tree.flatten_up_to(state.slots)
-    stepped = [step(path, u, p, arrays) for (path, u), p, arrays in zip(leaves, owners, stored, strict=True)]
-    return tree.unflatten([u for u, _ in stepped]), TransformState(tree.unflatten([arrays for _, arrays in stepped]))
+    counts: list[Arrays] = [{}] * len(leaves) if counter is None else tree.flatten_up_to(counter.slots)
+    stepped = [
+        step(path, u, p, {**arrays, **count})
+        for (path, u), p, arrays, count in zip(leaves, owners, stored, counts, strict=True)
+    ]
+    after = [{name: new[name] for name in arrays} for (_, new), arrays in zip(stepped, stored, strict=True)]
+    return tree.unflatten([u for u, _ in stepped]), TransformState(tree.unflatten(after))
 
 
 def zeros(stored: Stored, param: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from fusedbun.hyper import check, plain
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import primitive
 from fusedbun_jax.definition import IrregularError, join_state, split_state, transformation
-from fusedbun_jax.leaf import flatten
+from fusedbun_jax.leaf import flatten, names
 from fusedbun_jax.lift import Descend, lift
 from fusedbun_jax.operands import make_leaf
 from fusedbun_jax.rounding import SEED
@@ -149,7 +149,7 @@ class Driver:
         stepped = primitive.step(leaves, needs_kernels)
         by_leaf = [leaf.slots(stored) for leaf, (_, *stored) in zip(leaves, stepped, strict=True)]
         after = [TransformState(tree.unflatten([slots[i] for slots in by_leaf])) for i in range(len(states))]
-        return tree.unflatten([param for param, *_ in stepped]), join_state(self.chain, after, rate_state)
+        return tree.unflatten([param for param, *_ in stepped]), join_state(after, rate_state)
 
     def _rate(self, state: Any) -> tuple[Any, Any]:
         """The learning rate of this step, and its state after it."""
@@ -158,3 +158,37 @@ class Driver:
         descend, counted = state
         _, after = optax.scale_by_schedule(lambda _: 1.0).update((), counted)
         return jnp.asarray(self.learning_rate(counted.count)), (descend, after)
+
+
+class Masked(Driver):
+    """A chain whose decay leaves out some parameters; its state is the chain's.
+
+    Args:
+        mask: the parameters that decay, as optax.adamw has it: a tree of booleans like theirs or a prefix of it, or a
+            function from the parameters to one.
+    """
+
+    def __init__(self, chain: Chain, learning_rate: Any, made_by: tuple[str, Mapping[str, Any]], mask: Any) -> None:
+        super().__init__(chain, learning_rate, made_by)
+        self.mask = mask
+
+    def update(self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any) -> Any:
+        return self._of(updates).update(updates, state, params, **extra)
+
+    def step(self, grads: Any, state: Any, params: Any, needs_kernels: bool) -> tuple[Any, Any]:
+        return self._of(grads).step(grads, state, params, needs_kernels)
+
+    def _of(self, tree: Any) -> Driver:
+        """The driver with a decay that is a rule, for such a tree."""
+        decays = {names(path): bool(x) for path, x in flatten(self.mask(tree) if callable(self.mask) else self.mask)[0]}
+
+        def share(path: tuple[str, ...], param: Any) -> Any:
+            prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in decays), None)
+            if prefix is None:
+                raise ValueError(f"the mask says nothing of {'.'.join(path)!r}; it must be a tree like the parameters'")
+            return weight_decay if decays[prefix] else 0.0
+
+        weight_decay = self.chain.hyperparameters()["decay.weight_decay"]
+        return Driver(
+            self.chain.with_hyperparameters(**{"decay.weight_decay": share}), self.learning_rate, self.made_by
+        )

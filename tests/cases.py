@@ -58,14 +58,22 @@ def of_recipe(name: str, title: str, settings: Settings) -> Case:
     rate = {} if recipe.fixed_lr else {"lr": LR}
     given = {**settings, **({"mup": by_size} if "mup" in recipe.defaults else {})}
     return Case(
-        name := f"{name} {title}".strip(),
+        case := f"{name} {title}".strip(),
         recipe.chain(given, LR),
         LR,
         lambda params, **own: getattr(fusedbun, recipe.torch_class)(params, **rate, **given, **own),
-        lambda: getattr(fusedbun_jax, recipe.name)(*rate.values(), **given),
+        lambda: getattr(fusedbun_jax, recipe.name)(*rate.values(), **for_optax(name, given)),
         ternary=recipe.fixed_lr,
-        cancels=name in CANCELLING,
+        cancels=case in CANCELLING,
     )
+
+
+def for_optax(name: str, settings: Settings) -> Settings:
+    """The settings of a recipe as its optax factory spells them."""
+    if not RECIPES[name].like_optax or "betas" not in settings:
+        return settings
+    others = {name: value for name, value in settings.items() if name != "betas"}
+    return {"b1": settings["betas"][0], "b2": settings["betas"][1], **others}
 
 
 def of_chain(title: str, *transforms: fusedbun.Transform) -> Case:

@@ -126,6 +126,7 @@ class TestChain:
         assert chain.hyperparameters() == {
             "momentum.beta": 0.5,
             "momentum.dampening": 0.0,
+            "momentum.bias_correction": False,
             "momentum.nesterov": False,
             "momentum.undampened_start": False,
             "momentum.dtype": None,

@@ -9,6 +9,7 @@ from fusedbun import namespace as in_numpy
 from fusedbun.compiler.tiles import Tiles, schedule_for
 from fusedbun.compiler.trace import evaluate, hyperparameters
 from fusedbun.reference import exact_step
+from fusedbun.storage.codes import STEP
 from fusedbun.transform import Signal
 
 SMALL = [name for name in SHAPES if name != "tall"]
@@ -19,7 +20,9 @@ def leaf(case, name):
     chain = case.chain.at((), params[name])
     rng = np.random.default_rng(3)
     state = {key: rng.uniform(0.5, 1.5, slot.shape(SHAPES[name])) for key, slot in chain.slots(SHAPES[name]).items()}
-    state |= {key: np.rint(state[key]) for key, x in chain.arrays(SHAPES[name], "float64").items() if "int" in x.dtype}
+    arrays = chain.arrays(SHAPES[name], "float64")
+    state |= {STEP: np.full(arrays[STEP].shape(SHAPES[name]), 2.0)} if STEP in arrays else {}
+    state |= {key: np.rint(state[key]) for key, x in arrays.items() if "int" in x.dtype}
     return chain, params[name], steps[0][name], state
 
 
@@ -74,6 +77,7 @@ def test_keeps_exactly_the_state_it_declares(case):
         for transform in chain:
             slots = transform.slots(param.shape)
             own = {key: state[f"{transform.name}.{key}"] for key in slots}
+            own |= {STEP: state[STEP] + 1} if transform.counts else {}
             _, new = transform.update(np, Signal(grad, np.abs(grad)), own, param)
             assert {key: value.shape for key, value in new.items()} == {
                 key: slot.shape(param.shape) for key, slot in slots.items()

@@ -62,9 +62,9 @@ def test_the_mathematics_cites_what_the_module_cites(transform):
 
 def variants(transform):
     """The transformation at its defaults, and with every flag set."""
-    flags = {field.name: True for field in fields(transform) if field.default is False and field.name != "lagged"}
-    more = {"dampening": 0.5} if transform.name == "momentum" else {}
-    return [transform(), transform(**flags, **more)]
+    not_alone = {"sm3_accumulate": {"statistic": "mean"}, "momentum": {"dampening": 0.9}}.get(transform.name, {})
+    flags = [field.name for field in fields(transform) if field.default is False]
+    return [transform(), *(transform(**{flag: True}, **not_alone) for flag in flags)]
 
 
 def test_the_mathematics_has_the_chains_of_the_recipes():

@@ -250,7 +250,7 @@ def test_what_is_stored_otherwise_is_named(kind, tmp_path):
     rounded = partial(KINDS[kind][1], momentum=0.9, momentum_dtype="int8", stochastic_rounding=True)
     saved_rounded = KINDS[kind][0](rounded, start(), "bfloat16").run(range(1))
     saved_rounded.save(tmp_path / "b")
-    assert "'rounding.step' of 'bias' is in the file, but not kept here" in unchanged(half, tmp_path / "b")
+    assert "'step' of 'bias' is in the file, but not kept here" in unchanged(half, tmp_path / "b")
 
 
 def test_other_transformations_are_named(tmp_path):

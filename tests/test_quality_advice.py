@@ -41,7 +41,7 @@ FUSEDBUN, SM3, LION = contenders.FUSEDBUN, contenders.SM3, "DecoupledLionW"
     ],
 )
 def test_where_a_vector_per_axis_is_behind_adamw(found, who, behind):
-    here = {name: found[name][who] for name in document.DRAWN}
+    here = {name: found[name][who] for name in document.DRAWN if who in found[name]}
     assert {name for name, row in here.items() if document._behind(row, row.adamw) > 0} == behind
     assert max(row.of["state_bytes_per_parameter"] for row in here.values()) < 0.5
 
@@ -78,7 +78,7 @@ def test_which_one_is_advised_for_what(found, loss):
     assert loss["insteval_ablation"]["Fusedbun without centralize"] < ratings["AdamW"] < ratings[FUSEDBUN]
     assert loss["digits"]["AdamW"] < loss["digits"][FUSEDBUN]
     assert loss["fashion"][FUSEDBUN] < loss["fashion"]["AdamW"]
-    for name in document.DRAWN:
+    for name in (name for name in document.DRAWN if SM3 in loss[name]):
         assert loss[name]["SM3"] < loss[name][SM3]
     for name in ("digits_jax", "mnist_jax"):
         assert not found[name]["Fusedbun, lagged"].is_stable

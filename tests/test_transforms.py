@@ -107,10 +107,11 @@ class TestSM3Accumulate:
         transform = SM3Accumulate(0.5, "mean", "product", lagged=True)
         u, v = array([1, 2], [3, 0]), array([2, 1], [1, 5])
         signal, state = run(transform, u)
-        assert_allclose(signal.second_moment, 0.5 * np.broadcast_to([[2.5], [4.5]], (2, 2)))  # ratios are 1 at first
+        first = np.maximum([[2.5], [4.5]], u * u)  # ratios are 1 at first, and no square is above what is divided by
+        assert_allclose(signal.second_moment, 0.5 * first)
         signal, new = run(transform, v, state)
         c = state["axis0"].mean()
-        assert_allclose(signal.second_moment, new["axis0"] * (state["axis1"] / c))
+        assert_allclose(signal.second_moment, np.maximum(new["axis0"] * (state["axis1"] / c), 0.5 * v * v))
         plain = run(SM3Accumulate(0.5, "mean", "product"), v, state)[1]
         assert_allclose(new["axis1"], plain["axis1"])
 
@@ -135,7 +136,7 @@ class TestSM3Accumulate:
         signal, _ = run(SM3Accumulate(0.9, statistic, combine), u)
         assert np.isnan(signal.second_moment[1, 2])
 
-    @pytest.mark.parametrize("kwargs", [{"combine": "product"}, {"lagged": True}])
+    @pytest.mark.parametrize("kwargs", [{"combine": "product"}, {"lagged": True}, {"bias_correction": True}])
     def test_maxima_take_the_minimum_only(self, kwargs):
         with pytest.raises(ValueError, match='is for statistic="mean"'):
             SM3Accumulate(0.9, "max", **kwargs)

@@ -12,6 +12,8 @@ Without names all workloads are run. The protocol; what of it was changed after 
 - All learning rates follow one schedule, the other settings are the optimizer's own defaults or those of its name, and
   nothing decays the weights. In `as_reported` the learning rates, the schedule and the decay are those that were
   published.
+- In `…_in_place` nobody is tuned: everybody is given AdamW's best learning rate, half of it and twice of it, as someone
+  would who puts an optimizer where AdamW stood.
 - The loss on the test data is also taken during these runs, twenty times: from this is known after how many steps an
   optimizer has, in the mean, the loss with which AdamW ends. Time is the processor's, on one thread, for whole steps.
 
@@ -48,8 +50,8 @@ def main(names: list[str]) -> int:
         for name in names:
             workload = WORKLOADS[name]
             tried = len(workload.rates or range(FIRST)) * len(workload.tuning_seeds)
-            runs = len(workload.contenders) * (tried + len(workload.seeds))
-            task = progress.add_task(workload.title, total=runs * workload.steps)
+            runs = len(workload.shares) * len(workload.seeds) if workload.shares else tried + len(workload.seeds)
+            task = progress.add_task(workload.title, total=len(workload.contenders) * runs * workload.steps)
 
             def report(title: str, steps: int, task: object = task) -> None:
                 found = progress.tasks[progress.task_ids.index(task)]

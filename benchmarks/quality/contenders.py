@@ -39,6 +39,7 @@ class Contender:
         ours: whether it is of this package.
         sparse: whether embeddings give it sparse gradients.
         schedule: its own share of the learning rate, from a step and the number of all; None: the workload's.
+        dtype: what the network is trained in.
     """
 
     title: str
@@ -47,12 +48,14 @@ class Contender:
     ours: bool = True
     sparse: bool = False
     schedule: Callable[[int, int], float] | None = None
+    dtype: str = "float32"
 
     @property
     def settings(self) -> str:
         """What it is, for the file."""
         schedule = f" under {self.schedule.__name__}" if self.schedule else ""
-        return f"{self.make.text}{' of sparse gradients' if self.sparse else ''}{schedule}"
+        dtype = "" if self.dtype == "float32" else f" in {self.dtype}"
+        return f"{self.make.text}{' of sparse gradients' if self.sparse else ''}{schedule}{dtype}"
 
 
 def _adagrad(params: Named, lr: float) -> torch.optim.Optimizer:
@@ -146,6 +149,25 @@ LONGER = _of_titles(
     *(FUSEDBUN, "Fusedbun, lagged", INT4, WITHOUT_MOMENTUM),
     *(SM3, "SM3", OF_MEANS, "SM3, mean and minimum, beta 0.95", "SM3, mean and product, beta 0.95"),
     *(ADAMW, "NAdamW", "Adafactor"),
+)
+TO_ADAPT = tuple(replace(x, rate=x.rate / 2) for x in _of_titles(FUSEDBUN, INT4, ADAMW))
+
+
+def _fusedbunw(title: str, dtype: str = "float32", **given: Any) -> Contender:
+    return Contender(title, 4e-3, own("FusedbunW", weight_decay=0.0, **given), dtype=dtype)
+
+
+FUSEDBUNW, ADAMW8BIT = "FusedbunW", "AdamW in 8 bits (bitsandbytes)"
+# At AdamW's learning rate, in its place: nobody is tuned.
+IN_PLACE = (
+    _fusedbunw(FUSEDBUNW),
+    _fusedbunw("FusedbunW, momentum float32", momentum_dtype=None),
+    _fusedbunw("FusedbunW, momentum int4", momentum_dtype="int4"),
+    _fusedbunw("FusedbunW in bfloat16", "bfloat16", stochastic_rounding=True),
+    _fusedbunw("FusedbunW, not lagged", lagged=False),
+    _fusedbunw("FusedbunW without clip", clip=None),
+    *_of_titles(ADAMW, "NAdamW", "Adafactor"),
+    Contender(ADAMW8BIT, 4e-3, of("bitsandbytes.optim", "AdamW8bit", weight_decay=0.0), ours=False),
 )
 AS_REPORTED = (
     Contender("AdamW", 0, of("torch.optim", "AdamW", weight_decay=0.01), ours=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,9 @@ class Task:
 
 
 def score(task: Task, network: nn.Module, part: list[Batch]) -> dict[str, float | None]:
-    """The mean loss and accuracy; a loss that is not finite is None."""
+    """The mean loss and accuracy, in float32; a loss that is not finite is None."""
+    if next(network.parameters()).dtype != torch.float32:
+        network = copy.deepcopy(network).float()
     with torch.no_grad():
         found = [task.loss(network, batch) for batch in part]
     loss = float(np.mean([x.item() for x, _ in found]))
@@ -73,8 +76,9 @@ def run(task: Task, contender: Contender, lr: float, seed: int, part: str, advan
     Seconds are those in which the processor worked on the steps, whole ones: other processes do not count.
     """
     torch.manual_seed(seed)
-    network = task.network(seed, contender.sparse)
-    optimizer = contender.make(list(network.named_parameters()), lr)
+    network = task.network(seed, contender.sparse).to(getattr(torch, contender.dtype))
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    optimizer = contender.make(trained, lr)
     shares = contender.schedule or task.share
     batches, held_out = task.batches(seed), task.parts(part)
     seconds, curve = 0.0, []
@@ -92,19 +96,21 @@ def run(task: Task, contender: Contender, lr: float, seed: int, part: str, advan
         if part == "test" and (step + 1) * task.points // task.steps != step * task.points // task.steps:
             curve.append([step + 1, score(task, network, held_out)["loss"]])
     held = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    about: dict[str, Any] = {"curve": curve} if part == "test" else {}
+    about: dict[str, Any] = {}
+    if part == "test":
+        about = {"curve": curve, "validation_loss": score(task, network, task.parts("validation"))["loss"]}
     return {
         **score(task, network, held_out),
         **about,
         "seconds": seconds,
         "state_bytes": sum(x.nbytes for x in held),
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": sum(p.numel() for _, p in trained),
     }
 
 
 def classified(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The cross-entropy of images and the share that is right."""
-    logits = network(batch[0])
+    logits = network(batch[0].to(next(network.parameters()).dtype)).float()
     return functional.cross_entropy(logits, batch[1]), (logits.argmax(1) == batch[1]).float().mean()
 
 
@@ -178,7 +184,8 @@ class Characters(nn.Module):
     def forward(self, texts: Tensor) -> Tensor:
         """The mean loss of some texts, one character longer than the context."""
         x = self.characters(texts[:, :-1]) + self.places.weight
-        return functional.cross_entropy(self.output(self.norm(self.blocks(x))).flatten(0, 1), texts[:, 1:].flatten())
+        scores = self.output(self.norm(self.blocks(x))).float()
+        return functional.cross_entropy(scores.flatten(0, 1), texts[:, 1:].flatten())
 
 
 def shakespeare(width: int, layers: int, context: int, size: int, steps: int) -> Task:
@@ -233,6 +240,6 @@ def ratings(width: int, size: int, steps: int) -> Task:
         return (tuple(x[k] for x in whole) for k in image_order(len(whole[0]), size, seed))
 
     def loss(network: nn.Module, batch: Batch) -> tuple[Tensor, None]:
-        return functional.mse_loss(network(*batch[:2]), batch[2]), None
+        return functional.mse_loss(network(*batch[:2]).float(), batch[2]), None
 
     return Task(network, batches, lambda part: [tensors(part)], loss, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
@@ -39,7 +39,7 @@ def own(name: str, **given: Any) -> Make:
 
 def own_chain(*parts: Transform) -> Make:
     """A chain of transformations, in torch."""
-    text = f"fusedbun.chain({', '.join(map(repr, parts))})"
+    text = f"fusedbun.chain({', '.join(map(_described, parts))})"
     return Make(text, lambda params, lr: fusedbun.ChainOptimizer(params, fusedbun.chain(*parts), lr=lr))
 
 
@@ -72,6 +72,11 @@ def in_jax(name: str, **given: Any) -> Make:
 def in_optax(name: str, **given: Any) -> Make:
     """A factory of optax."""
     return Make(_call("optax", name, given), lambda schedule: getattr(import_module("optax"), name)(schedule, **given))
+
+
+def _described(part: Transform) -> str:
+    given = {f.name: x for f in fields(part) if (x := getattr(part, f.name)) != f.default}
+    return f"{type(part).__name__}({_spelled(given)})"
 
 
 def _call(module: str, name: str, given: Mapping[str, Any]) -> str:

@@ -88,8 +88,18 @@ class Classifier(nn.Module):
         return self.output((x * mask).sum(1) / mask.sum(1))
 
 
-def task(size: int, steps: int) -> in_torch.Task:
-    """Spam or not."""
+def adapted(seed: int, rank: int) -> nn.Module:
+    """The classifier, its pretrained weights frozen beside LoRA's adapters."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = Classifier(seed)
+    network.bert.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"]), network.bert)
+    return network
+
+
+def task(size: int, steps: int, rank: int | None = None) -> in_torch.Task:
+    """Spam or not; with a rank, what is trained are LoRA's adapters of that rank and the output."""
 
     def batches(seed: int) -> Iterator[in_torch.Batch]:
         whole = mails()["train"]
@@ -99,7 +109,10 @@ def task(size: int, steps: int) -> in_torch.Task:
         return list(zip(*(x.split(50) for x in mails()[part]), strict=True))
 
     def loss(network: nn.Module, batch: in_torch.Batch) -> tuple[Tensor, Tensor]:
-        logits = network(*batch[:2])
+        logits = network(*batch[:2]).float()
         return nn.functional.cross_entropy(logits, batch[2]), (logits.argmax(1) == batch[2]).float().mean()
 
-    return in_torch.Task(lambda seed, sparse: Classifier(seed), batches, parts, loss, steps, points=4)
+    def network(seed: int, sparse: bool) -> nn.Module:
+        return Classifier(seed) if rank is None else adapted(seed, rank)
+
+    return in_torch.Task(network, batches, parts, loss, steps, points=4)

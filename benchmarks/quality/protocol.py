@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.contenders import Contender
+from benchmarks.quality.contenders import ADAMW, Contender
 from benchmarks.quality.workloads import Workload
 from fusedbun.tools.shared.files import write_json
 from fusedbun.tools.shared.machine import versions
@@ -37,11 +37,14 @@ class Study:
         runs = before.get("runs", {}) if same else {}
         titles = {title for title, now in self.settings.items() if known.get(title) == now}
         self.runs: dict[str, Any] = {key: run for key, run in runs.items() if key.split("|")[0] in titles}
-        rule = {"factor": FACTOR, "first": FIRST, "most": MOST}
-        self.protocol: dict[str, Any] = {**workload.protocol, **workload.choices, **({} if workload.rates else rule)}
+        tuned = not (workload.rates or workload.shares)
+        rule = {"factor": FACTOR, "first": FIRST, "most": MOST} if tuned else {}
+        self.protocol: dict[str, Any] = {**workload.protocol, **workload.choices, **rule}
 
     def complete(self) -> dict[str, Any]:
         """Makes every run that is missing, and writes the file with its summary."""
+        if self.workload.shares:
+            return self.write({x.title: self.in_place(x) for x in self.workload.contenders})
         found = {}
         for contender in self.workload.contenders:
             rates = self.tune(contender)
@@ -54,6 +57,19 @@ class Study:
                 **summary([self.run(contender, best, seed, "test") for seed in self.workload.seeds]),
             }
         return self.write(found)
+
+    def in_place(self, contender: Contender) -> dict[str, Any]:
+        """The results at the shares of AdamW's learning rate, by the share."""
+        tuned = json.loads((RESULTS / f"quality_{self.workload.beside}.json").read_text())
+        rate = tuned["results"][ADAMW]["learning_rate"]
+        return {
+            "ours": contender.ours,
+            "learning_rate": rate,
+            "at": {
+                f"{share:g}": summary([self.run(contender, share * rate, seed, "test") for seed in self.workload.seeds])
+                for share in self.workload.shares
+            },
+        }
 
     def tune(self, contender: Contender) -> dict[float, float]:
         """The validation loss at every learning rate: the first ones, and more beyond an edge while it is the best."""
@@ -103,6 +119,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         known = None not in values
         found[name] = statistics.fmean(values) if known else None
         found[f"{name}_deviation"] = statistics.stdev(values) if known else None
+    if "validation_loss" in runs[0]:
+        found["validation_losses"] = [run["validation_loss"] for run in runs]
     found["losses"] = [run["loss"] for run in runs]
     points = zip(*(run["curve"] for run in runs), strict=True)
     curve = [

@@ -33,7 +33,8 @@ class Workload:
         seeds: those that are tested.
         tuning_seeds: those that choose the learning rate.
         rates: the learning rates, if they are given and the same for all.
-        beside: the workload whose results those of an ablation stand beside.
+        beside: the workload whose results those of an ablation stand beside, or which gives AdamW's learning rate.
+        shares: of AdamW's learning rate there: those that everybody is tested with, where nobody is tuned.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Workload:
     tuning_seeds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] = ()
     beside: str | None = None
+    shares: tuple[float, ...] = ()
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class Workload:
     @property
     def choices(self) -> dict[str, Any]:
         """Which runs are made, for the file: with other choices the runs that are done are still good."""
-        names = ("title", "seeds", "tuning_seeds", "rates", "beside")
+        names = ("title", "seeds", "tuning_seeds", "rates", "beside", "shares")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
@@ -90,6 +92,19 @@ def _ablation(of: Workload) -> Workload:
         title=f"{of.title}, settings",
         contenders=contenders.VARIANTS,
         beside=of.name,
+    )
+
+
+def _in_place_of_adamw(of: Workload) -> Workload:
+    return replace(
+        of,
+        name=f"{of.name}_in_place",
+        title=f"{of.title}, at AdamW's learning rate",
+        contenders=contenders.IN_PLACE,
+        seeds=tuple(range(1, 21 if of.tuning_seeds == OF_FEW else 6)),
+        tuning_seeds=(),
+        beside=of.name,
+        shares=(0.5, 1.0, 2.0),
     )
 
 
@@ -145,7 +160,17 @@ LEARNT = (
         contenders.TO_FINE_TUNE,
         seeds=THREE,
     ),
+    _torch(
+        "mails_lora",
+        "SpamAssassin, LoRA",
+        "the same with adapters of rank 8 on queries and values, 148,226 weights",
+        minilm.task(size=16, steps=40, rank=8),
+        16,
+        contenders.TO_ADAPT,
+        seeds=THREE,
+    ),
 )
+IN_PLACE = ("digits", "mnist", "fashion", "shakespeare", "shakespeare_longer", "insteval", "mails", "mails_lora")
 TAKEN_APART = ("digits", "fashion", "shakespeare", "insteval")
 AS_REPORTED = Workload(
     "as_reported",
@@ -161,5 +186,10 @@ AS_REPORTED = Workload(
 )
 WORKLOADS = {
     workload.name: workload
-    for workload in (*LEARNT, *(_ablation(x) for x in LEARNT if x.name in TAKEN_APART), AS_REPORTED)
+    for workload in (
+        *LEARNT,
+        *(_ablation(x) for x in LEARNT if x.name in TAKEN_APART),
+        *(_in_place_of_adamw(x) for x in LEARNT if x.name in IN_PLACE),
+        AS_REPORTED,
+    )
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 
 from benchmarks.tables import memory, speed
 from benchmarks.tables.results import SHAPES, SPEED
@@ -19,15 +20,18 @@ DOCUMENTS = ("README.md", "docs/performance.md", "docs/memory.md", "docs/quality
 _BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w ]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
-def quality(part: str) -> Callable[[], str]:
-    """A table of quality, which `benchmarks.quality.document` makes."""
+def quality(part: str, module: str = "document") -> Callable[[], str]:
+    """A table of quality, which a module of `benchmarks.quality` makes."""
 
     def make() -> str:
-        from benchmarks.quality import document
-
-        return str(getattr(document, part)())
+        return str(getattr(import_module(f"benchmarks.quality.{module}"), part)())
 
     return make
+
+
+def stress() -> str:
+    """The table of what goes wrong, which `benchmarks.stress` makes."""
+    return str(import_module("benchmarks.stress").in_markdown())
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -55,6 +59,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality as reported": quality("as_reported"),
     "quality measured": quality("measured"),
     "quality whole": quality("whole"),
+    "quality in place": quality("in_short", "in_place"),
+    "quality in place whole": quality("whole", "in_place"),
+    "stress": stress,
 }
 
 

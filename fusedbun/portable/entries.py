@@ -22,8 +22,7 @@ from fusedbun.hyper import hints, is_structural, plain
 from fusedbun.portable import file
 from fusedbun.portable.file import DTYPES, Entry, Numbers, Opened
 from fusedbun.storage import codes
-from fusedbun.storage.codes import Stored
-from fusedbun.storage.rounding import COUNTER
+from fusedbun.storage.codes import STEP, Stored
 from fusedbun.transform import Shape, Slot, Transform
 
 FORMAT, VERSION = "fusedbun optimizer state", "1"
@@ -65,7 +64,7 @@ class Parameter:
         dtype: its dtype's name.
         group: the place of its group among the groups.
         slots: by `<transformation>.<slot>`, in the order of the chain, with their codes resolved, and with the counter
-            that stochastic rounding keeps; None where it has not been stepped, so that all would be at the start.
+            of its steps where there is one; None where it has not been stepped, so that all would be at the start.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Parameter:
 def slots_of(chain: Chain, shape: Shape, dtype: str) -> dict[str, Slot]:
     """All that a chain keeps for such a parameter, as `Parameter` has it."""
     slots = {key: Slot(slot.axes, codes.code_of(slot, dtype).name) for key, slot in chain.slots(shape).items()}
-    return slots | ({COUNTER: Slot((), "int32")} if chain.rounding.stochastic else {})
+    return slots | ({STEP: Slot((), "int32")} if chain.counts(shape, dtype) else {})
 
 
 def group_of(

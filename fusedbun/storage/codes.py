@@ -6,7 +6,7 @@
     block8 block4    whole numbers of 8 or 4 bits with an exponent for every block of 32 along a row of the leading axis
 
 What has fewer bits than it is computed in is rounded without a bias (`fusedbun.storage.noise`), float16 to the nearest.
-The arrays of a slot are named after it: `moment`, its `moment.exponents`, and `moment.step`, which counts the steps.
+The arrays of a slot are named after it: `moment`, and its `moment.exponents`.
 A code is a line of `CODES`: everything else asks it what it needs to know.
 """
 
@@ -27,7 +27,8 @@ from fusedbun.transform import Array, Shape, Slot
 
 BLOCK = 32  # numbers that share an exponent
 LEAST, MOST = 27, 254  # exponents that a block may have: below, its numbers count as 0; above are infinities and NaN
-EXPONENTS, STEP = ".exponents", ".step"
+EXPONENTS = ".exponents"
+STEP = "step"  # the counter of a parameter's steps; it belongs to no slot
 
 
 class Stored(NamedTuple):
@@ -127,8 +128,7 @@ class Code:
         Args:
             xp: the functions.
             value: the numbers.
-            noise: a word for each; None where the code is not noisy. A noisy one has `STEP: COUNT` among its arrays,
-                the number of steps, with which the noise changes.
+            noise: a word for each; None where the code is not noisy.
         """
         return {"": value}
 
@@ -158,7 +158,7 @@ class Bfloat16(Code):
     is_noisy = True
 
     def arrays(self, axes: Shape) -> dict[str, Stored]:
-        return {"": Stored("bfloat16", axes), STEP: COUNT}
+        return {"": Stored("bfloat16", axes)}
 
     def encode(self, xp: Storing, value: Array, noise: Array | None) -> dict[str, Array]:
         return {"": to_bfloat16(xp, xp.single(value), noise)}
@@ -187,7 +187,7 @@ class Blocks(Code):
 
     def arrays(self, axes: Shape) -> dict[str, Stored]:
         planes = {part: Stored("uint8", axes, "packed", width) for part, _, width in self.planes}
-        return {**(planes or {"": Stored("int8", axes)}), EXPONENTS: Stored("uint8", axes, "block"), STEP: COUNT}
+        return {**(planes or {"": Stored("int8", axes)}), EXPONENTS: Stored("uint8", axes, "block")}
 
     def decode(self, xp: Storing, stored: Mapping[str, Array], shape: Shape, dtype: Any) -> Array:
         fields = [xp.unpack(stored[part], width) for part, _, width in self.planes]

@@ -11,7 +11,6 @@ from fusedbun.storage import noise
 from fusedbun.transform import Array
 
 PARAM = "param"
-COUNTER = "rounding.step"  # the state that stochastic rounding keeps: how many steps came before
 SIGNLESS, QUIET = 0x7FFFFFFF, 0x00400000  # of float32: all bits but the sign, and the one that makes a NaN quiet
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from fusedbun.storage import codes, noise
 from fusedbun.storage.codes import STEP
-from fusedbun.storage.rounding import COUNTER, PARAM, to_bfloat16
+from fusedbun.storage.rounding import PARAM, to_bfloat16
 from fusedbun.transform import Array, Slot, State
 
 
@@ -41,21 +41,22 @@ class Storage:
     def decode(self, key: str, slot: Slot, stored: State) -> Array:
         """The numbers of the slot of this name, from the state's arrays by name."""
         code = codes.code_of(slot, self.dtype)
-        parts = {part: stored[key + part] for part in code.arrays(slot.axes) if part != STEP}
+        parts = {part: stored[key + part] for part in code.arrays(slot.axes)}
         return code.decode(self.xp, parts, self.like.shape, self.like.dtype)
+
+    def number(self, stored: State) -> Array:
+        """The number of the step that is made now, from 1 on."""
+        return self.xp.astype(stored[STEP], self.like.dtype) + 1
 
     def encode(self, key: str, slot: Slot, value: Array, stored: State) -> dict[str, Array]:
         """The new arrays of a slot, by name, still to be cast to their dtypes."""
         code = codes.code_of(slot, self.dtype)
-        drawn, counted = self._noise(key, key + STEP, stored) if code.is_noisy else (None, {})
-        return {key + part: array for part, array in code.encode(self.xp, value, drawn).items()} | counted
+        drawn = self._noise(key, stored) if code.is_noisy else None
+        return {key + part: array for part, array in code.encode(self.xp, value, drawn).items()}
 
-    def round(self, param: Array, stored: State) -> tuple[Array, dict[str, Array]]:
-        """The parameter after a step, ready to be cast to its dtype, and the state that rounding it keeps."""
-        if not self.rounding.stochastic:
-            return param, {}
-        drawn, counted = self._noise(PARAM, COUNTER, stored)
-        return to_bfloat16(self.xp, param, drawn), counted
+    def round(self, param: Array, stored: State) -> Array:
+        """The parameter after a step, ready to be cast to its dtype."""
+        return to_bfloat16(self.xp, param, self._noise(PARAM, stored)) if self.rounding.stochastic else param
 
     def commit(self, stored: State, changed: Mapping[str, Array]) -> State:
         """The state's arrays with the changed ones among them."""
@@ -65,7 +66,6 @@ class Storage:
         """The parameter less the change."""
         return param - change
 
-    def _noise(self, key: str, counter: str, stored: State) -> tuple[Array, dict[str, Array]]:
-        """A word for each element of an array, and the counter of its steps, one further."""
-        step = stored[counter]
-        return noise.draw(self.rounding.start(key), step, self._index), {counter: step + 1}
+    def _noise(self, key: str, stored: State) -> Array:
+        """A word for each element of an array."""
+        return noise.draw(self.rounding.start(key), stored[STEP], self._index)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedbun.chain import Chain, step
-from fusedbun.storage.rounding import COUNTER
+from fusedbun.storage.codes import STEP
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
 from fusedbun.torch.implementation import Implementation
@@ -49,7 +49,7 @@ def step_leaf(
         return
     if grad.is_sparse:
         rows, values = touched_rows(grad)
-        by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != COUNTER}
+        by_row = {key: x for key, x in state.items() if x.shape[0] == param.shape[0] and key != STEP}
         of_rows = state | {key: x[rows] for key, x in by_row.items()}
         part = param[rows]
         step_leaf(chain, lr, maximize, part, values, of_rows, rows)

@@ -19,7 +19,7 @@ from fusedbun.chain import Chain
 from fusedbun.hyper import plain
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
-from fusedbun.storage.rounding import COUNTER, Rounding
+from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
 from fusedbun.torch.leaf import Owner, chain_at
@@ -97,18 +97,18 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
         for i, (param, index) in enumerate(zip(ours[g]["params"], theirs["params"], strict=True)):
             then, now = chain_at(chain_then, ours, g, i), chain_at(chain_now, ours, g, i)
             entries = dict(state_dict["state"].get(index, {}))
-            counter = entries.pop(COUNTER, None)
             _check_entries(owner, index, then, param, entries, convert)
-            declared, arrays = arrays_of(then, param), arrays_of(now, param)
+            counter = entries.pop(codes.STEP, None)
+            declared, arrays = (_without_counter(arrays_of(chain, param)) for chain in (then, now))
             entries = {key: value for key, value in entries.items() if key in declared}
-            stored = {key: array for key, array in arrays.items() if key != COUNTER}
-            changed = [key for key in declared | stored if stored.get(key) != declared.get(key)]
-            changed += [key for key, x in stored.items() if _is_other(entries.get(key), x)]
+            changed = [key for key in declared | arrays if arrays.get(key) != declared.get(key)]
+            changed += [key for key, x in arrays.items() if _is_other(entries.get(key), x)]
             if entries and changed:
                 converted.update([*dict.fromkeys(map(codes.slot_of, changed))])
                 entries = _converted(then, now, param, entries)
-            if counter is not None and COUNTER in arrays:
-                entries[COUNTER] = counter
+            if entries and now.counts(tuple(param.shape), dtype_name(param.dtype)):
+                arrays[codes.STEP] = codes.COUNT
+                entries[codes.STEP] = zeros(codes.COUNT, param) if counter is None else counter
             if index in state_dict["state"]:
                 saved[param] = {key: (arrays[key], value) for key, value in entries.items()}
     if converted:
@@ -123,15 +123,16 @@ def _check_entries(
     owner: str, index: Any, chain: Chain, param: Tensor, entries: Mapping[str, Any], convert: bool
 ) -> None:
     """Raises a ValueError where a parameter's saved arrays are not those that the chain kept."""
-    shape, arrays, names = tuple(param.shape), arrays_of(chain, param), {t.name for t in chain}
-    for key, value in entries.items():
-        if key not in arrays:
-            if key.partition(".")[0] in names:
-                continue
+    shape, arrays, names = tuple(param.shape), arrays_of(chain, param), {t.name for t in chain} | {codes.STEP}
+    for key in entries:
+        if key not in arrays and key.partition(".")[0] not in names:
             raise ValueError(
                 f"{owner}: the saved state of parameter {index} has {key!r}, which no transformation of "
                 f"{owner} keeps ({', '.join(arrays) or 'it keeps none'}); was it saved by another optimizer?"
             )
+    for key, value in entries.items():
+        if key not in arrays:
+            continue
         found, wanted = tuple(value.shape) if isinstance(value, Tensor) else None, arrays[key].shape(shape)
         if found != wanted:
             raise ValueError(
@@ -144,11 +145,16 @@ def _check_entries(
                 f"{owner}: the saved {key!r} of parameter {index} is {dtype_name(value.dtype)}, but it is stored in "
                 f"{arrays[key].dtype}; to have it converted, load_state_dict(…, convert=True)"
             )
-    for slot in dict.fromkeys(map(codes.slot_of, arrays)):  # codes need what they stand for; a count begins anew
-        needed = [key for key in arrays if codes.slot_of(key) == slot and key != slot + codes.STEP]
+    for slot in dict.fromkeys(map(codes.slot_of, arrays)):  # codes need what they stand for
+        needed = [key for key in arrays if codes.slot_of(key) == slot]
         missing = [key for key in needed if key not in entries]
-        if 0 < len(missing) < len(needed):
+        is_uncounted = slot == codes.STEP and entries and any(t.counts for t in chain)
+        if missing and (is_uncounted or len(missing) < len(needed)):
             raise ValueError(f"{owner}: the saved state of parameter {index} lacks {missing[0]!r}; it is damaged")
+
+
+def _without_counter(arrays: dict[str, Stored]) -> dict[str, Stored]:
+    return {key: stored for key, stored in arrays.items() if key != codes.STEP}
 
 
 def _is_other(value: Tensor | None, stored: Stored) -> bool:
@@ -161,13 +167,14 @@ def _converted(then: Chain, now: Chain, param: Tensor, entries: Mapping[str, Ten
     like, places = torch.zeros((), dtype=dtype, device=param.device).expand(local(param).shape), places_of(param)
     storage_then, storage_now = (Storage(xp, chain.rounding, like, name, places) for chain in (then, now))
     slots, arrays = now.slots(shape), arrays_of(then, param)
-    state = {key: zeros(stored, param) for key, stored in arrays_of(now, param).items() if key != COUNTER}
+    state = {key: zeros(stored, param) for key, stored in _without_counter(arrays_of(now, param)).items()}
     parts = {key: local(x) for key, x in state.items()}
+    counter = {codes.STEP: torch.zeros((), dtype=torch.int32, device=param.device)}  # noise as before the first step
     as_saved = {key: arrays[key]._replace(dtype=dtype_name(x.dtype)) for key, x in entries.items()}
     old_parts = {key: local(filled(as_saved[key], param, x)) for key, x in entries.items()}
     for key, slot in then.slots(shape).items():
         if key in slots and key in entries and like.numel():
             numbers = storage_then.decode(key, slot, old_parts)
-            for part, value in storage_now.encode(key, slots[key], numbers, parts).items():
+            for part, value in storage_now.encode(key, slots[key], numbers, counter).items():
                 parts[part].copy_(value)
     return state

@@ -1,6 +1,7 @@
 """The transformations: each is one rule for one leaf, in a module of its own, named as in a chain."""
 
 from fusedbun.transforms.centralize import Centralize as Centralize
+from fusedbun.transforms.clip import Clip as Clip
 from fusedbun.transforms.clip_rms import ClipRMS as ClipRMS
 from fusedbun.transforms.decay import Decay as Decay
 from fusedbun.transforms.momentum import Momentum as Momentum

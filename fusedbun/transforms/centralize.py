@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusedbun.hyper import Axis, PerParam
-from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, others
+from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, check_channel_axis, others
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,7 @@ class Centralize(Transform):
     channel_axis: PerParam[Axis] = 0
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
-        k = len(shape)
-        if k > 1 and not -k <= self.channel_axis < k:
-            raise ValueError(
-                f"centralize: channel_axis must lie in [{-k}, {k}) for a parameter of shape {tuple(shape)}, "
-                f"but it is {self.channel_axis}"
-            )
+        check_channel_axis(self.name, self.channel_axis, shape)
         return {}
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:

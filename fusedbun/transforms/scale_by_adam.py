@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import NonNegative, Scalar, UnitInterval, log
+from fusedbun.hyper import NonNegative, UnitInterval
 from fusedbun.storage.codes import MomentDtype, SecondMomentDtype, moment
-from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform
+from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, from_start
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ScaleByAdam(Transform):
         second_dtype: what the mean of squares is stored in. Codes of 8 and 4 bits are not for it: they have no number
             between 0 and a hundredth of a block's largest, and a root of 0 is divided by.
 
-    State: two arrays of the parameter's shape (amsgrad: three) and an int32 step counter.
+    State: two arrays of the parameter's shape (amsgrad: three) and the step counter.
     """
 
     name: ClassVar[str] = "scale_by_adam"
@@ -44,19 +44,18 @@ class ScaleByAdam(Transform):
         k = len(shape)
         second = moment(k, self.second_dtype)
         largest = {"largest": second} if self.amsgrad else {}
-        return {"count": Slot((), "int32"), "moment": moment(k, self.dtype), "second_moment": second, **largest}
+        return {"moment": moment(k, self.dtype), "second_moment": second, **largest}
+
+    @property
+    def counts(self) -> bool:
+        return True
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u = signal.update
-        n = state["count"] + 1
+        n = state["step"]
         m = self.beta1 * state["moment"] + (1 - self.beta1) * u
         v = self.beta2 * state["second_moment"] + (1 - self.beta2) * u * u
         w = xp.maximum(state["largest"], v) if self.amsgrad else v
         root = xp.sqrt(w / from_start(xp, self.beta2, n)) + self.eps
-        after = {"count": n, "moment": m, "second_moment": v} | ({"largest": w} if self.amsgrad else {})
+        after = {"moment": m, "second_moment": v} | ({"largest": w} if self.amsgrad else {})
         return Signal(m / from_start(xp, self.beta1, n) / root), after
-
-
-def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:
-    """`1 - beta**n`, the weight of n steps in a running mean, without float32's cancellation."""
-    return -xp.expm1(n * log(xp, beta))

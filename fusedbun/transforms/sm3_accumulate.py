@@ -8,8 +8,19 @@ from functools import reduce
 from operator import mul
 from typing import ClassVar, Literal
 
-from fusedbun.hyper import UnitInterval, choose
-from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, others
+from fusedbun.hyper import Axis, PerParam, UnitInterval, choose
+from fusedbun.transform import (
+    Array,
+    Namespace,
+    Shape,
+    Signal,
+    Slot,
+    State,
+    Transform,
+    check_channel_axis,
+    from_start,
+    others,
+)
 
 
 @dataclass(frozen=True)
@@ -27,17 +38,24 @@ class SM3Accumulate(Transform):
             nu  = a_0 * prod_{i>0}(a_i / mean(a_0))     for combine="product"; 0 where that mean is 0
             nu  = min_i(a_i)                            for combine="min"
 
+    With `bias_correction` each `a_i` in `nu` is divided by `1 - beta**n` in step n = 1, 2, …; what is kept is not.
+
     Args:
         beta: the share of the past that is kept, in [0, 1).
         statistic: "max" or "mean", what an accumulator keeps of the squares.
         combine: "min" or "product", how the accumulators make a second moment; "product" only of means.
         lagged: for means, `nu` is formed with this step's `a_0` and the other accumulators (and their mean) as they
             were before this step, each ratio `a_i / mean` being 1 where that mean is 0. Then no statistic has to see
-            the whole parameter before it is updated: one pass over memory instead of two.
+            the whole parameter before it is updated: one pass over memory instead of two. And
+            `nu = max(nu, (1 - beta)*s)`, or an element would leap whose column was 0 so far.
+        channel_axis: the axis that is meant with `a_0` there, an integer or a rule `(path, param) -> int`. Another than
+            0 takes a second pass over memory.
+        bias_correction: for means, correct them for their start, as Adam's are.
         covers: "axes", or "rows" to keep the leading axis's accumulator only. A row then depends on no other, which
             serves gradients that touch few rows.
 
-    State: the accumulators, `sum(n_i)` numbers (`n_1` for rows); for 0 or 1 axes one of the parameter's shape.
+    State: the accumulators, `sum(n_i)` numbers (`n_1` for rows); for 0 or 1 axes one of the parameter's shape; with
+        bias_correction the step counter.
     Source: Anil, Gupta, Koren, Singer 2019, arXiv 1901.11150 (SM3-II); Shazeer, Stern 2018, arXiv 1804.04235
         (the rank-one product of means).
     """
@@ -49,6 +67,8 @@ class SM3Accumulate(Transform):
     combine: Literal["min", "product"] = "min"
     lagged: bool = False
     covers: Literal["axes", "rows"] = "axes"
+    bias_correction: bool = False
+    channel_axis: PerParam[Axis] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,9 +76,16 @@ class SM3Accumulate(Transform):
             raise ValueError('sm3_accumulate: combine="product" is for statistic="mean"; maxima take combine="min"')
         if self.statistic == "max" and self.lagged:
             raise ValueError('sm3_accumulate: lagged=True is for statistic="mean"; with "max" there is nothing to lag')
+        if self.statistic == "max" and self.bias_correction:
+            raise ValueError('sm3_accumulate: bias_correction=True is for statistic="mean"; maxima have no bias')
 
     def slots(self, shape: Shape) -> Mapping[str, Slot]:
+        check_channel_axis(self.name, self.channel_axis, shape)
         return {f"axis{i}": Slot((i,)) for i in range(len(shape) if self.covers == "axes" and shape else 1)}
+
+    @property
+    def counts(self) -> bool:
+        return self.bias_correction
 
     def for_rows(self) -> Transform:
         if self.statistic != "max":
@@ -67,8 +94,9 @@ class SM3Accumulate(Transform):
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
         u = signal.update
-        old = [state[name] for name in self.slots(u.shape)]
-        nu, new = (self._max if self.statistic == "max" else self._mean)(xp, u * u, old)
+        old = [a for name, a in state.items() if name != "step"]
+        weight = from_start(xp, self.beta, state["step"]) if self.bias_correction else None
+        nu, new = self._max(xp, u * u, old) if self.statistic == "max" else self._mean(xp, u * u, old, weight)
         return Signal(u, nu), {f"axis{i}": a for i, a in enumerate(new)}
 
     def _max(self, xp: Namespace, s: Array, old: list[Array]) -> tuple[Array, list[Array]]:
@@ -76,17 +104,22 @@ class SM3Accumulate(Transform):
         nu = keep * reduce(xp.minimum, leading_last(old)) + (1 - self.beta) * s
         return nu, [xp.maximum(a, xp.max(nu, axis=others(nu, i), keepdims=True)) for i, a in enumerate(old)]
 
-    def _mean(self, xp: Namespace, s: Array, old: list[Array]) -> tuple[Array, list[Array]]:
+    def _mean(self, xp: Namespace, s: Array, old: list[Array], weight: Array | None) -> tuple[Array, list[Array]]:
         fresh = [xp.mean(s, axis=others(s, i), keepdims=True) for i in range(len(old))]
         new = [self.beta * a + (1 - self.beta) * m for a, m in zip(old, fresh, strict=True)]
-        if len(new) == 1:
-            return new[0], new
         known = old if self.lagged else new
-        if self.combine == "min":
-            return reduce(xp.minimum, leading_last([new[0], *known[1:]])), new
-        c = xp.mean(known[0], axis=(0,), keepdims=True)  # the mean of every accumulator is this one number
-        ratios = [xp.where(c == 0, 1.0, a / xp.where(c == 0, 1.0, c)) for a in known[1:]]
-        return reduce(mul, ratios) * new[0], new
+        channel = self.channel_axis % len(old)
+        rest = [a for i, a in enumerate(known) if i != channel]
+        first = new[channel] if weight is None else new[channel] / weight
+        if not rest:
+            nu = first
+        elif self.combine == "min":
+            nu = reduce(xp.minimum, [a if weight is None else a / weight for a in rest] + [first])
+        else:
+            c = xp.mean(known[0], axis=(0,), keepdims=True)  # the mean of every accumulator is this one number
+            ratios = [xp.where(c == 0, 1.0, a / xp.where(c == 0, 1.0, c)) for a in rest]
+            nu = reduce(mul, ratios) * first
+        return xp.maximum(nu, (1 - self.beta) * s) if self.lagged and rest else nu, new
 
 
 def leading_last(accumulators: list[Array]) -> list[Array]:

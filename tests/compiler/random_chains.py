@@ -9,6 +9,7 @@ from fusedbun import Chain, Transform
 from fusedbun.transform import Shape
 from fusedbun.transforms import (
     Centralize,
+    Clip,
     ClipRMS,
     Decay,
     Momentum,
@@ -50,8 +51,16 @@ class Draw:
     def accumulator(self) -> list[Transform]:
         statistic, combine = self.one(("max", "min"), ("mean", "min"), ("mean", "product"))
         lagged = statistic == "mean" and self.switch()
-        made = SM3Accumulate(self.unit(), statistic, combine, lagged, self.one("axes", "axes", "rows"))
+        corrected = statistic == "mean" and self.switch()
+        covers, axis = self.one("axes", "axes", "rows"), self.one(0, 0, -1)
+        made = SM3Accumulate(self.unit(), statistic, combine, lagged, covers, corrected, axis)
         return [made, RMSScale(self.small(), self.small())] if self.one(True, True, False) else [made]
+
+    def momentum(self) -> Transform:
+        if self.one(True, False, False):
+            beta = self.unit()
+            return Momentum(beta, beta, self.switch(), bias_correction=True)
+        return Momentum(self.unit(), self.unit(), self.switch(), undampened_start=self.switch())
 
     def links(self) -> list[list[Transform]]:
         """One of each transformation; those in a list stay together."""
@@ -59,13 +68,14 @@ class Draw:
             [Centralize(self.one(0, -1))],
             [SparseMask(self.small())],
             self.accumulator(),
-            [Momentum(self.unit(), self.unit(), self.switch(), self.switch())],
+            [self.momentum()],
             [Decay(self.small())],
             [SignDecay(self.small())],
             [ScaleByAdam(self.unit(), self.unit(), self.one(1e-8, 1e-3), self.switch())],
             [ScaleByLion(self.unit(), self.unit())],
             [ScaleByMup(self.one(1.0, 0.25, 3.0))],
             [ClipRMS(self.one(0.1, 1.0, 10.0))],
+            [Clip(self.one(0.1, 1.0, 10.0))],
             [Sign()],
             [Vote(self.one(1, 3, 127))],
         ]

@@ -65,8 +65,8 @@ def test_chains_composed_at_random(seed):
 
 def test_the_random_chains_reach_everything():
     used = [t for seed in range(COUNT) for t in random_problem(seed)[0]]
-    assert len({type(t) for t in used}) == 13
-    for name in ("nesterov", "undampened_start", "amsgrad", "lagged"):
+    assert len({type(t) for t in used}) == 14
+    for name in ("nesterov", "undampened_start", "bias_correction", "amsgrad", "lagged"):
         assert {getattr(t, name) for t in used if hasattr(t, name)} == {False, True}
     for name in ("beta", "beta1", "beta2", "dampening", "weight_decay", "eps", "eps_root"):
         assert {0.0} < {getattr(t, name) for t in used if hasattr(t, name)}

@@ -98,6 +98,7 @@ FACTORIES = {
     "recommended": Factory(fj.fusedbun, RECOMMENDED, 0.1, WITHOUT_DECAY),
     "clipped-lagged": Factory(fj.fusedbun, {"use_rms": True, "clip_rms": 0.7, "lagged": True}, 0.1, WITHOUT_DECAY),
     "flax": Factory(fj.fusedbun, {**RECOMMENDED, "channel_axis": fj.flax_channel_axis}, 0.1, WITHOUT_DECAY),
+    "fusedbunw": Factory(fj.fusedbunw, {"momentum_dtype": None}, 0.1, UNDECAYED),  # int8 rounds with noise
     "sm3": Factory(fj.sm3, {}, 1.0),
     "sm3-momentum": Factory(fj.sm3, {"momentum": 0.9, "beta": 0.9}, 1.0),
     "scaled_optum": Factory(fj.scaled_optum, {"weight_decay": 1e-4}, 0.05, UNDECAYED, by_sign=True),

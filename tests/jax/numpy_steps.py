@@ -14,7 +14,8 @@ import optax
 
 from fusedbun import namespace as in_numpy
 from fusedbun.chain import Chain, step
-from fusedbun.storage.rounding import COUNTER, Rounding
+from fusedbun.storage.codes import STEP
+from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 
 Arrays = dict[str, Any]  # "param" and the state's arrays by name
@@ -51,8 +52,10 @@ def arrays(chain: Chain, name: str, params: Tree, state: Any) -> Arrays:
     """The arrays of one parameter in the state of an optimizer made from the chain, by the definition's names."""
     found = {"param": np.asarray(params[name])}
     for transform, part in zip(chain, state, strict=False):
-        found |= {f"{transform.name}.{key}": np.asarray(x) for key, x in part.slots[name].items()}
-    return found | ({COUNTER: np.asarray(state[-1].slots[name]["step"])} if chain.rounding.stochastic else {})
+        own = {key: np.asarray(x) for key, x in part.slots[name].items()}
+        found |= {key if key == STEP else f"{transform.name}.{key}": x for key, x in own.items()}
+    of_all = state[-1].slots[name] if len(state) > len(chain.transforms) else {}
+    return found | {key: np.asarray(x) for key, x in of_all.items()}
 
 
 @np.errstate(all="ignore")

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from cases import for_optax
 from factories import described, run
 from numpy_steps import SHAPES, arrays, assert_near, assert_same_bits, by_definition, rounding, stepper, tree
 from sweeps import CODED, NOISY, only, sweep
@@ -43,10 +44,11 @@ OPTIMIZERS = {
     "mup_adamw": ({"mup": by_rank, "weight_decay": 0.1}, EXACT, False),
     "mup_sgd": ({"mup": by_rank, "momentum": 0.9, "dampening": 0.25}, SGD, True),
     "decoupled_lionw": ({"weight_decay": 1e-4}, {"betas": (0.5, 0.25), "weight_decay": 0.0}, True),
+    "fusedbunw": ({"weight_decay": 0.1}, {"betas": (0.5, 0.25)}, False),
 }
 SETTINGS = [(name, dtype) for name in OPTIMIZERS for dtype in DTYPES if (name, dtype) != ("decoupled_lionw", "int4")]
 # Every optimizer and every dtype once
-DIAGONAL = tuple(zip(OPTIMIZERS, ("int4", "int8", "float32", "bfloat16", "param", None), strict=True))
+DIAGONAL = tuple(zip(OPTIMIZERS, ("int4", "int8", "float32", "bfloat16", "param", None, "int4"), strict=True))
 every_dtype_of_moments = sweep(("name", "dtype"), SETTINGS, short=only(*DIAGONAL))
 
 
@@ -60,7 +62,7 @@ def made(name, dtype, exact=False, stochastic=False, seed=3):
     recipe = recipes.RECIPES[name]
     initial = {"initial_lr": lr} if recipe.wants_initial_lr else {}
     chain = rounding(recipe.make(**settings, **initial), stochastic, seed)
-    return chain, lr, getattr(fj, name)(lr, **settings, stochastic_rounding=stochastic, seed=seed)
+    return chain, lr, getattr(fj, name)(lr, **for_optax(name, settings), stochastic_rounding=stochastic, seed=seed)
 
 
 def check_steps(name, dtype, how, params, stochastic, exact):
@@ -216,7 +218,7 @@ def test_the_bytes_of_the_state():
     assert {key: (x.dtype.name, x.shape) for key, x in kernel.items()} == {
         "moment": ("uint8", (30, 2, 16)),
         "moment.exponents": ("uint8", (30, 2, 1)),
-        "moment.step": ("int32", (1, 1)),
+        "step": ("int32", (1, 1)),
     }
 
 

@@ -37,6 +37,7 @@ def fusedbun_by_numpy(
             columns = beta_decay * columns + (1 - beta_decay) * (u**2).mean(axis=0)
             seen = old_columns if lagged else columns
             nu = np.outer(rows, seen) / seen.mean() if seen.any() else np.outer(rows, np.ones_like(seen))
+            nu = np.maximum(nu, (1 - beta_decay) * u**2) if lagged else nu
         else:
             rows = nu = beta_decay * rows + (1 - beta_decay) * u**2
         if use_rms:

@@ -32,6 +32,9 @@ SCHEDULES = {  # of numbers that float32 has, for optax computes schedules in it
     "Lambda": lambda count: 0.25 - count / 16,
     "eps": lambda count: (4 - count) / 1024,
     "momentum": lambda count: 0.5 + count / 8,
+    "b1": lambda count: count / 4,
+    "b2": lambda count: 0.5 + count / 8,
+    "clip": lambda count: 0.5 + count / 8,
     "beta": lambda count: count / 4,
     "dampening": lambda count: 0.5 - count / 8,
     "weight_decay": lambda count: (4 - count) / 4096,
@@ -165,7 +168,7 @@ def traceable(factory, name, value):
 def test_the_documentation_names_exactly_the_structural_arguments(factory):
     known = {"clip_rms": 1.0, "initial_learning_rate": 0.1, "seed": 0}  # the default, None, cannot be traced
     # a tuple, a tree and names are no arrays
-    never_traced = {"betas", "mup", "readout_constraint", "statistic", "momentum_dtype", "second_moment_dtype"}
+    never_traced = {"betas", "mask", "mup", "readout_constraint", "statistic", "momentum_dtype", "second_moment_dtype"}
     structural = []
     for name, parameter in inspect.signature(factory.make).parameters.items():
         value = known.get(name, 0.1 if name == "learning_rate" else parameter.default)

@@ -16,6 +16,7 @@ from fusedbun import Signal, Slot, Transform, chain, recipes
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.reference import exact_step
+from fusedbun.reference import start as first_state
 from fusedbun_jax import kernels
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}  # as in test_equivalence, of a leaf's largest update
@@ -85,7 +86,7 @@ def test_where_a_chain_adds_nothing_up_every_bit_is_the_definitions(case):
     tx, p = case.optax(), jnp.asarray(params["matrix"], jnp.float32)
     state, step = tx.init(p), by(tx, "kernel")
     want = params["matrix"].astype(np.float32)
-    slots = {k: np.zeros(s.shape(want.shape), np.float32) for k, s in transforms.slots(want.shape).items()}
+    slots = {key: x.astype(np.float32) for key, x in first_state(transforms, want.shape).items()}
     for grads in steps:
         grad = grads["matrix"].astype(np.float32)
         p, state = step(p, state, jnp.asarray(grad))

@@ -21,6 +21,7 @@ from fusedbun import (
     ChainOptimizer,
     DecoupledLionW,
     Fusedbun,
+    FusedbunW,
     MupAdam,
     MupAdamW,
     MupSGD,
@@ -49,6 +50,7 @@ MAKERS: dict[str, Maker] = {
     "fusedbun-recommended": recommended,
     "fusedbun-clipped-lagged": partial(Fusedbun, use_rms=True, clip_rms=0.5, lagged=True),
     "chain": partial(ChainOptimizer, transforms=SM3_CHAIN),
+    "fusedbunw": partial(FusedbunW, momentum_dtype=None),  # int8 rounds with noise: test_torch_storage.py has it
     "sm3": SM3,
     "sm3-momentum": partial(SM3, momentum=0.9, beta=0.9),
     "scaled-optum": partial(ScaledOptum, weight_decay=0.1),

@@ -249,7 +249,7 @@ def other_value(name, value):
 
 
 BAD_STATES = {
-    "another optimizer's": (another_optimizer, ValueError, "'step', which no transformation.*another optimizer"),
+    "another optimizer's": (another_optimizer, ValueError, "'exp_avg', which no transformation.*another optimizer"),
     "a model's": (lambda saved: torch.nn.Linear(2, 2).state_dict(), ValueError, "'state' and 'param_groups'.*'weight'"),
     "another slot": (other_slot, ValueError, "second_moment.full"),
     "negative lr": (other_value("lr", -0.25), ValueError, r"lr must lie in \[0, inf\), but it is -0.25"),

@@ -22,6 +22,7 @@ def fusedbun_step(p, g, state, lr, eps, beta, decay, momentum, centralize, use_r
     known = old if lagged and k > 1 else new
     c = known[0].mean()
     nu = new[0] * math.prod(a / c if c != 0 else 1.0 for a in known[1:])
+    nu = nu.maximum((1 - beta) * u * u) if lagged and k > 1 else nu
     u = u / (nu.sqrt() + eps) if use_rms else u
     u = u / max(1.0, (u * u).mean().sqrt().item() / clip) if clip else u
     m = momentum * m + u

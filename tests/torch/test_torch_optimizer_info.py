@@ -30,6 +30,7 @@ from fusedbun import (
     ChainOptimizer,
     DecoupledLionW,
     Fusedbun,
+    FusedbunW,
     FusionOptimizer,
     MupAdam,
     MupAdamW,
@@ -102,12 +103,13 @@ ADAM_SIGNATURE = (
     f"params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=False, *, {MUP_SIGNATURE}, "
     f"momentum_dtype=None, second_moment_dtype=None, {OWN}"
 )
-ADAM_STATE = "scale_by_adam.count scale_by_adam.moment scale_by_adam.second_moment"
+ADAM_MOMENTS = "scale_by_adam.moment scale_by_adam.second_moment"
+ADAM_STATE = f"{ADAM_MOMENTS} step"
 ADAM_INPUTS: list[tuple[dict[str, Any], str]] = [
     ({}, ADAM_STATE),
     ({"weight_decay": 0.1}, ADAM_STATE),
     ({"weight_decay": 0.1, "independent_weight_decay": False}, ADAM_STATE),
-    ({"amsgrad": True}, f"{ADAM_STATE} scale_by_adam.largest"),
+    ({"amsgrad": True}, f"{ADAM_MOMENTS} scale_by_adam.largest step"),
     ({"betas": (0.0, 0.0), "eps": 0.1}, ADAM_STATE),
 ]
 AXES = "sm3_accumulate.axis0 sm3_accumulate.axis1"
@@ -127,6 +129,25 @@ INFOS = [
         ],
         [({"beta_decay": 1.0}, ValueError, f"beta_decay {UNIT} 1.0")],  # the others: test_torch_errors.py
         options={"lr": 0.01},
+    ),
+    OptimizerInfo(
+        FusedbunW,
+        "params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, *, nesterov=True, lagged=True, clip=10.0, "
+        f"momentum_dtype='int8', channel_axis=0, {OWN}",
+        [
+            ({}, f"{AXES} {MOMENT} step"),
+            ({"weight_decay": 0.1, "lagged": False}, f"{AXES} {MOMENT} step"),
+            ({"betas": (0.0, 0.9), "clip": None}, f"{AXES} step"),
+            ({"nesterov": False, "eps": 0.1}, f"{AXES} {MOMENT} step"),
+        ],
+        [
+            *BETAS,
+            *DECAY,
+            ({"eps": -1.0}, ValueError, f"eps {NUMBER} -1.0"),
+            ({"clip": 0.0}, ValueError, r"clip must lie in \(0, inf\) or None, but it is 0.0"),
+            ({"lagged": 1}, TypeError, "lagged must be True or False"),
+        ],
+        options={"momentum_dtype": None},  # int8 rounds by noise of names and steps: test_torch_storage.py
     ),
     OptimizerInfo(
         SM3,
@@ -172,7 +193,7 @@ INFOS = [
             ({"weight_decay": 0.1, "dampening": 0.5}, ""),
             ({"momentum": 0.9}, MOMENT),
             ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, MOMENT),
-            ({"momentum": 0.9, "dampening": 0.5}, f"{MOMENT} momentum.count"),
+            ({"momentum": 0.9, "dampening": 0.5}, f"{MOMENT} step"),
             ({"readout_constraint": "to_output_scale"}, ""),
         ],
         [

@@ -47,7 +47,7 @@ def test_state_is_cut_along_the_axes_that_it_has(mesh):
         "momentum.moment.exponents": (Shard(0), Shard(1)),
     }
     assert state["momentum.moment.exponents"].to_local().shape == (32, 1, 1)
-    assert type(state["momentum.moment.step"]) is torch.Tensor
+    assert type(state["step"]) is torch.Tensor
 
 
 def test_of_frozen_parameters_there_is_none(mesh):

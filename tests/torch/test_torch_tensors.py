@@ -207,9 +207,9 @@ def bytes_of(optimizer):
 
 def declared_bytes(optimizer):
     (group,) = optimizer.param_groups
-    slots = [(p, slot) for p in group["params"] for slot in optimizer.chain(group).slots(p.shape).values()]
-    each = {"compute": lambda p: 8 if p.dtype == torch.float64 else 4, "int32": lambda p: 4}
-    return sum(math.prod(slot.shape(p.shape)) * each[slot.code](p) for p, slot in slots)
+    chain, each = optimizer.chain(group), {"float64": 8, "float32": 4, "int32": 4}
+    arrays = [(p, x) for p in group["params"] for x in chain.arrays(p.shape, str(p.dtype).split(".")[1]).values()]
+    return sum(math.prod(x.shape(p.shape)) * each[x.dtype] for p, x in arrays)
 
 
 @sweep_of_dtypes((torch.float64, torch.float32, torch.bfloat16))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.build import DRIVER, BuildError, bundle, bundle_prefix, compile_in, jax_handler
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.cpp.native import registers as registers_here
+from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.trace import trace
 from fusedbun.recipe import Settings
 from fusedbun.recipes import RECIPES
@@ -45,13 +47,13 @@ def sources(dtype: str) -> list[str]:
         fields += [("compiled", [CUBE, CONVOLUTION, CHANNELS_LAST]), ("compiled_for_networks", [VECTOR, MATRIX])]
     if dtype == "bfloat16":
         fields += [("compiled_for_bfloat16", [VECTOR, MATRIX, CONVOLUTION])]
-    codes = (
-        emit(trace(chain_of(name, settings, len(order)), len(order), order, dtype=dtype))
-        for field, orders in fields
-        for name, recipe in RECIPES.items()
-        for settings, order in product(getattr(recipe, field), orders)
-    )
-    return list(dict.fromkeys(codes))
+    codes: dict[str, None] = {}
+    for field, orders in fields:
+        for name, recipe in RECIPES.items():
+            for settings, order in product(getattr(recipe, field), orders):
+                with suppress(UnschedulableError):  # blocks of codes lie along rows: no kernel has them channels last
+                    codes[emit(trace(chain_of(name, settings, len(order)), len(order), order, dtype=dtype))] = None
+    return list(codes)
 
 
 def widths() -> list[int]:

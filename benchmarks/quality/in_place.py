@@ -1,0 +1,76 @@
+"""The tables of who stands in AdamW's place, at its learning rate: nobody is tuned."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from benchmarks.quality.contenders import ADAMW
+from benchmarks.quality.report import load
+from benchmarks.quality.workloads import WORKLOADS
+from benchmarks.tables.results import table
+
+NAMES = tuple(name for name, workload in WORKLOADS.items() if workload.shares)
+AT = {"0.5": "half of it", "1": "AdamW's rate", "2": "twice it"}
+Result = dict[str, Any]
+
+
+def against(one: Result, other: Result) -> tuple[float, float] | None:
+    """The test loss over another's, less 1, seed by seed, and the standard error of that; None where one diverged."""
+    if one["loss"] is None or other["loss"] is None:
+        return None
+    mean = statistics.fmean(other["losses"])
+    changes = [(a - b) / mean for a, b in zip(one["losses"], other["losses"], strict=True)]
+    return statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
+
+
+def changes(name: str, share: str) -> dict[str, tuple[float, float] | None]:
+    """For everybody the change of the test loss against AdamW's at the same learning rate."""
+    results = (load(name) or {})["results"]
+    adamw = results[ADAMW]["at"][share]
+    return {title: against(of["at"][share], adamw) for title, of in results.items()}
+
+
+def in_short() -> str:
+    """Everybody's test loss against AdamW's at half, once and twice AdamW's best learning rate, a workload a column."""
+    names = [name for name in NAMES if load(name)]
+    found = {name: {share: changes(name, share) for share in AT} for name in names}
+    titles = dict.fromkeys(title for of in found.values() for title in of["1"])
+    made = []
+    for title in titles:
+        cells = [" / ".join(_cell(found[name][share].get(title)) for share in AT) for name in names]
+        ours = any((load(name) or {})["results"].get(title, {}).get("ours") for name in names)
+        made.append([f"**{title}**" if ours else title, *(x if title != ADAMW else "0" for x in cells)])
+    return table(["", *(WORKLOADS[WORKLOADS[name].beside or ""].title for name in names)], made) if made else ""
+
+
+def _cell(change: tuple[float, float] | None) -> str:
+    if change is None:
+        return "diverges"
+    mean, error = change
+    return f"{mean:+.1%}" if abs(mean) > 2 * error else f"({mean:+.1%})"
+
+
+def whole() -> str:
+    """Every test loss with its standard error, and what it is against AdamW's at that rate with the error of that."""
+    parts = []
+    for name in (name for name in NAMES if load(name)):
+        file = load(name) or {}
+        rate = file["results"][ADAMW]["learning_rate"]
+        made = [
+            [f"**{title}**" if of["ours"] else title, *(_loss(name, title, of["at"][share], share) for share in AT)]
+            for title, of in file["results"].items()
+        ]
+        heads = ["", *(f"{text}: {float(share) * rate:.3g}" for share, text in AT.items())]
+        about = f"{WORKLOADS[name].title}, {len(file['protocol']['seeds'])} seeds"
+        parts.append(f"### {about}\n\n{table(heads, made)}")
+    return "\n\n".join(parts)
+
+
+def _loss(name: str, title: str, of: Result, share: str) -> str:
+    if of["loss"] is None:
+        return f"diverges in {sum(x is None for x in of['losses'])} of {len(of['losses'])}"
+    text = f"{of['loss']:.4f} ± {of['loss_deviation'] / math.sqrt(len(of['losses'])):.4f}"
+    change = changes(name, share)[title]
+    return text if title == ADAMW or change is None else f"{text} ({change[0]:+.1%} ± {change[1]:.1%})"

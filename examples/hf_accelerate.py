@@ -1,8 +1,9 @@
 """Accelerate, with accumulated and clipped gradients and a saved state: at least 95% of digits that it has not seen.
 
-python examples/hf_accelerate.py
+python examples/hf_accelerate.py --optimizer fusedbunw
 """
 
+import argparse
 import tempfile
 
 import torch
@@ -14,6 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fusedbun
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "fusedbunw": fusedbun.FusedbunW}
+parser = argparse.ArgumentParser()
+parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+make = OPTIMIZERS[parser.parse_args().optimizer]
+
 digits = load_digits()
 pixels, labels = torch.tensor(digits.data / 8 - 1, dtype=torch.float32), torch.tensor(digits.target)
 train, test = train_test_split(TensorDataset(pixels, labels), test_size=0.3, random_state=0)
@@ -21,7 +27,7 @@ train, test = train_test_split(TensorDataset(pixels, labels), test_size=0.3, ran
 set_seed(0)
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
-optimizer = fusedbun.Fusedbun(model.parameters(), lr=1e-3, centralize=True, use_rms=True, nesterov=True)
+optimizer = make(model.parameters(), lr=2e-3, weight_decay=0.1)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(train, batch_size=32, shuffle=True))
 for _ in range(20):
     for inputs, targets in loader:

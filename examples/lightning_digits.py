@@ -1,7 +1,9 @@
 """PyTorch Lightning, with a schedule and clipped gradients: at least 95% of digits that it has not seen.
 
-python examples/lightning_digits.py
+python examples/lightning_digits.py --optimizer fusedbunw
 """
+
+import argparse
 
 import pytorch_lightning as lightning
 import torch
@@ -10,6 +12,11 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedbun
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "fusedbunw": fusedbun.FusedbunW}
+parser = argparse.ArgumentParser()
+parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+make = OPTIMIZERS[parser.parse_args().optimizer]
 
 
 class Classifier(lightning.LightningModule):
@@ -23,7 +30,7 @@ class Classifier(lightning.LightningModule):
         return torch.nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        optimizer = fusedbun.Fusedbun(self.parameters(), lr=1e-3, centralize=True, use_rms=True, nesterov=True)
+        optimizer = make(self.parameters(), lr=2e-3, weight_decay=0.1)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
 
 

@@ -260,6 +260,7 @@ def test_every_optimizer_trains(tmp_path, name):
     assert run["test_accuracy"] > 0.8
 
 
+@pytest.mark.filterwarnings("ignore:FusedbunW. its steps take longer than they need to, for noise and codes")
 @sweep("optimizer", OPTIMIZERS, short=only("decoupled_lionw"))
 def test_the_table_fits_80_columns(capsys, monkeypatch, tmp_path, optimizer):
     monkeypatch.setenv("COLUMNS", "80")

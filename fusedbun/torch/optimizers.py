@@ -37,7 +37,12 @@ None takes the best there is. Sparse gradients and tensor subclasses are always 
 """
 # the driver's keyword arguments
 _OPTIONS = {"maximize": False, "stochastic_rounding": False, "seed": 0, "implementation": None}
-_TORCH_FLAGS = ("foreach", "fused", "capturable", "differentiable")  # torch's choices between its implementations
+_CHOICE = "chooses an implementation of torch's own optimizers; this one chooses by itself"
+# Arguments of torch's own optimizers that are accepted where they are not set, and what is said where they are.
+_OF_TORCH = {
+    **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), _CHOICE),
+    "amsgrad": "keeps the largest mean of squares of every element, but this one keeps none for every element",
+}
 
 
 class _WithMemory(TransformOptimizer):
@@ -87,12 +92,9 @@ def class_of(recipe: Recipe) -> type[TransformOptimizer]:
     signature = recipe.signature(before, after)
 
     def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
-        for flag in _TORCH_FLAGS:
-            if kwargs.pop(flag, None):
-                raise ValueError(
-                    f"{type(self).__name__}: {flag}=True chooses an implementation of torch's own optimizers; "
-                    f"this one chooses by itself, so leave it out"
-                )
+        for flag, said in _OF_TORCH.items():
+            if flag not in signature.parameters and kwargs.pop(flag, None):
+                raise ValueError(f"{type(self).__name__}: {flag}=True {said}, so leave it out")
         arguments = {"lr": recipe.lr, **bind(f"{type(self).__name__}()", signature, *args, **kwargs)}
         params, lr = arguments.pop("params"), arguments.pop("lr")
         options = {name: arguments.pop(name) for name in _OPTIONS}

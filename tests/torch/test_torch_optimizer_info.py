@@ -292,11 +292,19 @@ def test_error_inputs(info, options, error, message):
         optimizer.step()
 
 
-@pytest.mark.parametrize("flag", ["foreach", "fused", "capturable", "differentiable"])
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        *((flag, "chooses an implementation") for flag in ("foreach", "fused", "capturable", "differentiable")),
+        ("amsgrad", "keeps the largest mean of squares"),
+    ],
+)
 @each_named_class
-def test_torchs_flags_are_refused_by_name_or_mean_nothing(info, flag):
+def test_torchs_flags_are_refused_by_name_or_mean_nothing(info, flag, said):
     params = info.params((4, 3))
-    with pytest.raises(ValueError, match=f"{info.cls.__name__}: {flag}=True chooses an implementation"):
+    if f" {flag}=" in info.signature:
+        return
+    with pytest.raises(ValueError, match=f"{info.cls.__name__}: {flag}=True {said}"):
         info(params, **{flag: True})
     for value in (None, False):
         assert flag not in info(params, **{flag: value}).defaults
@@ -416,7 +424,10 @@ def test_sm3_without_momentum_has_nothing_of_a_parameters_size(shape):
     assert sizes == list(shape)
 
 
-MOMENTA = [(SM3, "momentum"), (MupSGD, "momentum"), (MupAdam, "betas"), (MupAdamW, "betas"), (DecoupledLionW, "betas")]
+MOMENTA = [
+    *((SM3, "momentum"), (MupSGD, "momentum")),
+    *((FusedbunW, "betas"), (MupAdam, "betas"), (MupAdamW, "betas"), (DecoupledLionW, "betas")),
+]
 
 
 @pytest.mark.parametrize(("cls", "name"), MOMENTA, ids=lambda x: getattr(x, "__name__", x))

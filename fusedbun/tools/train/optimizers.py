@@ -36,7 +36,7 @@ def mup_type(path: tuple[str, ...], param: Any) -> Type:
     return "output" if "output" in path else "weight"
 
 
-def _ours(recipe: Recipe, learning_rate: float) -> Entry:
+def of_recipe(recipe: Recipe, learning_rate: float) -> Entry:
     """One of fusedbun's, with the recommended settings; where it takes a channel axis, a Flax network gets Flax's."""
     settings, defaults = recipe.recommended, recipe.defaults
     of_network = {**settings, "mup": mup_type} if "mup" in defaults else settings
@@ -65,7 +65,7 @@ def _adamw() -> Entry:
     return Entry(3e-3, decay, given, in_torch, lambda schedule: import_module("optax").adamw(schedule, **given))
 
 
-OPTIMIZERS = {name: _ours(r, r.training_lr) for name, r in RECIPES.items() if r.training_lr is not None}
+OPTIMIZERS = {name: of_recipe(r, r.training_lr) for name, r in RECIPES.items() if r.training_lr is not None}
 # AdamW's learning rate is older than the grid of the others (`fusedbun.recipe`) and was kept: four times as much has a
 # loss 0.011 lower.
 OPTIMIZERS["adamw"] = _adamw()

@@ -10,7 +10,7 @@ import fusedbun_jax
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.train import in_flax, in_torch
 from fusedbun.tools.train.network import batches, digits, initial_weights
-from fusedbun.tools.train.optimizers import OPTIMIZERS, of_recipe
+from fusedbun.tools.train.optimizers import OPTIMIZERS, in_dtype
 
 STEPS = 50
 
@@ -22,14 +22,6 @@ def trained(framework, entry, learning_rate, dtype):
         for batch in islice(batches(images, batch_size=16, epochs=1, seed=0), STEPS):
             trainer.step(batch)
         return trainer.weights()
-
-
-def uncoded(name):
-    """The optimizer with its momentum as it is computed: codes share exponents along rows, which Flax has otherwise."""
-    recipe, entry = RECIPES.get(name), OPTIMIZERS[name]
-    if recipe is None or recipe.defaults.get("momentum_dtype") is None:
-        return entry
-    return of_recipe(replace(recipe, recommended={"momentum_dtype": None}), entry.learning_rate)
 
 
 def difference(a, b):
@@ -51,7 +43,7 @@ BOUNDS = [(name, "float64", 1e-9) for name in OPTIMIZERS] + [
     short=lambda optimizer, dtype, tolerance: (optimizer, dtype) == ("fusedbun", "float64"),
 )
 def test_torch_and_flax_train_to_the_same_weights(optimizer, dtype, tolerance):
-    entry = uncoded(optimizer)
+    entry = in_dtype(optimizer, "float64")  # codes share exponents along rows, which Flax lays out otherwise
     in_both = [trained(framework, entry, entry.learning_rate, dtype) for framework in (in_torch, in_flax)]
     moved = min(np.abs(value - initial_weights(0)[name]).max() for name, value in in_both[0].items())
     assert moved > 1e-2  # so every weight took part

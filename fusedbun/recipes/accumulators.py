@@ -1,4 +1,4 @@
-"""Second moments from a vector for each axis: Fusedbun and SM3."""
+"""Second moments from a vector for each axis: FusedbunW, Fusedbun and SM3."""
 
 from __future__ import annotations
 
@@ -11,6 +11,71 @@ from fusedbun.storage.codes import MomentDtype
 from fusedbun.transforms import Centralize, Clip, ClipRMS, Decay, Momentum, RMSScale, SM3Accumulate, SparseMask
 
 __all__ = ["fusedbun", "fusedbunw", "sm3"]
+
+_PLAIN = {"nesterov": False, "lagged": False, "clip": None}
+
+
+@recipe(
+    "FusedbunW",
+    lr=1e-3,
+    like_optax=True,
+    training_lr=3e-3,
+    listed=[{"momentum_dtype": "int4"}],
+    planned=momentum_in("int8", "int4", "bfloat16", "float32"),
+    tested={
+        "default": {"momentum_dtype": None, "weight_decay": 0.1},
+        "plain": {**_PLAIN, "momentum_dtype": None},
+        "not lagged": {"lagged": False, "momentum_dtype": None, "clip": 0.5},
+        "without momentum": {"betas": (0.0, 0.9), "momentum_dtype": None},
+        "last axis": {"channel_axis": -1, "momentum_dtype": None},
+    },
+    compiled=every(weight_decay=(0.0, 0.01), momentum_dtype=("int8", None)),
+    compiled_for_networks=every(weight_decay=(0.0, 0.01), momentum_dtype=("int4",)),
+    compiled_for_bfloat16=every(momentum_dtype=("int8", "int4"), stochastic_rounding=(False, True)),
+)
+def fusedbunw(
+    betas: Betas = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 1e-2,
+    *,
+    nesterov: bool = True,
+    lagged: bool = True,
+    clip: Positive | None = 10.0,
+    momentum_dtype: MomentDtype = "int8",
+    channel_axis: PerParam[Axis] = 0,
+) -> Chain:
+    """FusedbunW: AdamW's arguments at AdamW's learning rate, with an eighth of its state, in one pass over memory.
+
+        sm3_accumulate → rms_scale → clip → momentum → decay
+        p = p - lr*u
+
+    Args:
+        betas: the shares of the past that the momentum and the accumulators keep, in [0, 1); both are corrected for
+            their start, as AdamW's are.
+        eps: added to the root, in [0, inf).
+        weight_decay: decoupled weight decay, in [0, inf): a step multiplies by `1 - lr*weight_decay`.
+        nesterov: Nesterov's momentum.
+        lagged: let the second moment use the step before's statistics of all axes but the first (one pass over memory).
+        clip: the largest size of an element of the scaled update, in (0, inf); None: no clipping.
+        channel_axis: the axis whose statistics are this step's where `lagged`; another than 0 takes a second pass. In
+            Flax `fusedbun_jax.flax_channel_axis` does to a network what 0 does to the same one in torch.
+
+    State: for a matrix a vector for each axis and the momentum, in int8 codes 1.05 bytes a parameter; for k <= 1 axes
+        two arrays of the parameter's shape. An int32 step counter.
+    Source: Loshchilov, Hutter 2019 (arXiv 1711.05101) for AdamW; Anil, Gupta, Koren, Singer 2019 (arXiv 1901.11150)
+        for the accumulators; Shazeer, Stern 2018 (arXiv 1804.04235) for their product.
+    """
+    beta1, beta2 = betas
+    return chain(
+        SM3Accumulate(
+            beta2, statistic="mean", combine="product", lagged=lagged, channel_axis=channel_axis, bias_correction=True
+        ),
+        RMSScale(eps),
+        None if clip is None else Clip(clip),
+        Momentum(beta1, dampening=beta1, nesterov=nesterov, bias_correction=True, dtype=momentum_dtype),
+        Decay(weight_decay),
+    )
+
 
 RECOMMENDED = {"centralize": True, "use_rms": True, "nesterov": True}
 _SCALED = {"centralize": (True,), "use_rms": (True,)}
@@ -104,71 +169,6 @@ def fusedbun(
         None if clip_rms is None else ClipRMS(clip_rms),
         Momentum(momentum_beta, nesterov=nesterov, dtype=momentum_dtype),
         Decay(Lambda),
-    )
-
-
-_PLAIN = {"nesterov": False, "lagged": False, "clip": None}
-
-
-@recipe(
-    "FusedbunW",
-    lr=1e-3,
-    like_optax=True,
-    training_lr=3e-3,
-    listed=[{"momentum_dtype": "int4"}],
-    planned=momentum_in("int8", "int4", "bfloat16", "float32"),
-    tested={
-        "default": {"momentum_dtype": None, "weight_decay": 0.1},
-        "plain": {**_PLAIN, "momentum_dtype": None},
-        "not lagged": {"lagged": False, "momentum_dtype": None, "clip": 0.5},
-        "without momentum": {"betas": (0.0, 0.9), "momentum_dtype": None},
-        "last axis": {"channel_axis": -1, "momentum_dtype": None},
-    },
-    compiled=every(weight_decay=(0.0, 0.01), momentum_dtype=("int8", None)),
-    compiled_for_networks=every(weight_decay=(0.0, 0.01), momentum_dtype=("int4",)),
-    compiled_for_bfloat16=every(momentum_dtype=("int8", "int4"), stochastic_rounding=(False, True)),
-)
-def fusedbunw(
-    betas: Betas = (0.9, 0.999),
-    eps: NonNegative = 1e-8,
-    weight_decay: NonNegative = 1e-2,
-    *,
-    nesterov: bool = True,
-    lagged: bool = True,
-    clip: Positive | None = 10.0,
-    momentum_dtype: MomentDtype = "int8",
-    channel_axis: PerParam[Axis] = 0,
-) -> Chain:
-    """FusedbunW: AdamW's arguments at AdamW's learning rate, with a sixteenth of its state, in one pass over memory.
-
-        sm3_accumulate → rms_scale → clip → momentum → decay
-        p = p - lr*u
-
-    Args:
-        betas: the shares of the past that the momentum and the accumulators keep, in [0, 1); both are corrected for
-            their start, as AdamW's are.
-        eps: added to the root, in [0, inf).
-        weight_decay: decoupled weight decay, in [0, inf): a step multiplies by `1 - lr*weight_decay`.
-        nesterov: Nesterov's momentum.
-        lagged: let the second moment use the step before's statistics of all axes but the first (one pass over memory).
-        clip: the largest size of an element of the scaled update, in (0, inf); None: no clipping.
-        channel_axis: the axis whose statistics are this step's where `lagged`; another than 0 takes a second pass. In
-            Flax `fusedbun_jax.flax_channel_axis` does to a network what 0 does to the same one in torch.
-
-    State: for a matrix a vector for each axis and the momentum, in int8 codes 1.05 bytes a parameter; for k <= 1 axes
-        two arrays of the parameter's shape. Two int32 step counters.
-    Source: Loshchilov, Hutter 2019 (arXiv 1711.05101) for AdamW; Anil, Gupta, Koren, Singer 2019 (arXiv 1901.11150)
-        for the accumulators; Shazeer, Stern 2018 (arXiv 1804.04235) for their product.
-    """
-    beta1, beta2 = betas
-    return chain(
-        SM3Accumulate(
-            beta2, statistic="mean", combine="product", lagged=lagged, channel_axis=channel_axis, bias_correction=True
-        ),
-        RMSScale(eps),
-        None if clip is None else Clip(clip),
-        Momentum(beta1, dampening=beta1, nesterov=nesterov, bias_correction=True, dtype=momentum_dtype),
-        Decay(weight_decay),
     )
 
 

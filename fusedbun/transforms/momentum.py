@@ -79,7 +79,8 @@ class Momentum(Transform):
         if not self.bias_correction:
             return Signal(self.beta * m + u if self.nesterov else m), {"moment": m}
         n = state["step"]
-        now = from_start(xp, self.beta, n)
+        now = 1 / from_start(xp, self.beta, n)
         if not self.nesterov:
-            return Signal(m / now), {"moment": m}
-        return Signal(self.beta * m / from_start(xp, self.beta, n + 1) + u / now), {"moment": m}
+            return Signal(now * m), {"moment": m}
+        ahead = self.beta / from_start(xp, self.beta, n + 1)
+        return Signal(ahead * m + now * u), {"moment": m}

@@ -30,6 +30,9 @@ FUSEDBUN = {"centralize": True, "use_rms": True}
 OURS: Rows = (
     ("sm3", "", {}, 0),
     ("sm3", ", momentum", {"momentum": 0.9}, 0),
+    ("fusedbunw", "", {}, 0),
+    ("fusedbunw", ", momentum float32", {"momentum_dtype": None}, 0),
+    ("fusedbunw", ", momentum int4", {"momentum_dtype": "int4"}, 0),
     ("fusedbun", "", FUSEDBUN, 1),
     ("fusedbun", ", lagged", {**FUSEDBUN, "lagged": True}, 0),
     ("decoupled_lionw", "", {}, 0),

@@ -8,11 +8,12 @@ from fusedbun.tools.train.settings import Settings
 
 _DESCRIPTION = """\
 Train a small convolutional network on scikit-learn's handwritten digits (1,797 real
-images of 8x8 pixels, no download) with one of fusedbun's optimizers, and with another
-to compare. In torch, in Flax, or in both: from the same initial weights and with the
-same batches, so that both end with the same weights, up to rounding (which Adam's
-kind magnifies; --dtype float64 shows that no more than that is behind it). The
-learning rate falls to zero along a cosine.
+images of 8x8 pixels, no download) with one of fusedbun's optimizers, and with others to
+compare. In torch, in Flax, or in both: from the same initial weights and with the same
+batches, so that both end with the same weights, up to rounding (which Adam's kind
+magnifies, and a momentum of few bits too: --dtype float64, which keeps no momentum in
+few bits, shows that no more than that is behind it). The learning rate falls to zero
+along a cosine.
 
 Prints test accuracy and loss, the bytes of optimizer state, the time of a step, and
 how far apart the weights of the two frameworks are. Writes the same with the whole
@@ -27,9 +28,9 @@ ternary_vote is not among them: its weights are -1, 0 and +1, and this network's
 real numbers. examples/ternary.py trains a network that has such weights.
 
 examples:
-  fusedbun train                          torch and Flax, Fusedbun and AdamW
+  fusedbun train                          torch and Flax; FusedbunW, AdamW and Fusedbun
   fusedbun train --dtype float64          the same, with less rounding
-  fusedbun train --optimizer sm3 --compare fusedbun
+  fusedbun train --optimizer sm3 --compare fusedbunw
   fusedbun train --framework torch --lr 1e-3 --epochs 5
   fusedbun train --optimizer adamw --framework flax
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,14 @@ def _adamw() -> Entry:
     return Entry(3e-3, decay, given, in_torch, lambda schedule: import_module("optax").adamw(schedule, **given))
 
 
+def in_dtype(name: str, dtype: str) -> Entry:
+    """The optimizer for a network of this dtype: in float64, which is to leave no rounding, no moment is in codes."""
+    if dtype == "float64" and OPTIMIZERS[name].hyperparameters.get("momentum_dtype"):
+        return of_recipe(replace(RECIPES[name], recommended=_UNCODED), OPTIMIZERS[name].learning_rate)
+    return OPTIMIZERS[name]
+
+
+_UNCODED = {"momentum_dtype": None}
 OPTIMIZERS = {name: of_recipe(r, r.training_lr) for name, r in RECIPES.items() if r.training_lr is not None}
 # AdamW's learning rate is older than the grid of the others (`fusedbun.recipe`) and was kept: four times as much has a
 # loss 0.011 lower.

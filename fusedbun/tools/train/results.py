@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 
 from fusedbun.tools.shared.files import finite
 from fusedbun.tools.shared.machine import versions
-from fusedbun.tools.shared.picture import BLUE, VERMILION, to_png
+from fusedbun.tools.shared.picture import BLUE, GREEN, ORANGE, VERMILION, to_png
 from fusedbun.tools.shared.table import Bars, cell, new_table, print_all
 from fusedbun.tools.train.network import Score, Weights
-from fusedbun.tools.train.optimizers import OPTIMIZERS
 from fusedbun.tools.train.settings import Settings
 
 # An optimizer has a colour, and a framework a style, such that two curves that coincide are both seen.
-_COLOURS = (BLUE, VERMILION)
+_COLOURS = (BLUE, VERMILION, GREEN, ORANGE)
 _STYLES: dict[str, dict[str, Any]] = {
     "torch": {"linestyle": "-", "linewidth": 4, "alpha": 0.4, "markersize": 6},
     "flax": {"linestyle": (0, (4, 2)), "linewidth": 1.6, "markersize": 3},
@@ -35,6 +36,7 @@ class Run:
     optimizer: str
     framework: str
     learning_rate: float  # at the start
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)  # of every step
     seconds: list[float] = field(default_factory=list)  # of every step
     scores: list[tuple[int, Score]] = field(default_factory=list)  # after how many steps it was tested
@@ -61,7 +63,7 @@ class Run:
             "optimizer": self.optimizer,
             "framework": self.framework,
             "learning_rate": self.learning_rate,
-            "hyperparameters": dict(OPTIMIZERS[self.optimizer].hyperparameters),
+            "hyperparameters": dict(self.hyperparameters),
             "finished": self.weights is not None,
             "test_accuracy": self.score and self.score.accuracy,
             "test_loss": self.score and finite(self.score.loss),
@@ -160,7 +162,7 @@ def draw(results: Results) -> bytes:
     """The training loss and the test accuracy over the steps, as PNG."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colours = dict(zip(results.settings.learning_rates, _COLOURS, strict=False))
+    colours = dict(zip(results.settings.learning_rates, cycle(_COLOURS), strict=False))
     for run in results.runs:
         style = {"color": colours[run.optimizer], **_STYLES[run.framework]}
         ends = range(1, len(run.losses) + 1)
@@ -176,6 +178,8 @@ def draw(results: Results) -> bytes:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, handlelength=4, frameon=False)
+    figure.legend(
+        loc="outside lower center", ncols=max(2, len(results.settings.learning_rates)), handlelength=4, frameon=False
+    )
     figure.suptitle("A small network on handwritten digits" + (" (interrupted)" if results.interrupted else ""))
     return to_png(figure, dpi=150)

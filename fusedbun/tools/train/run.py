@@ -9,7 +9,7 @@ from typing import Any
 from fusedbun.tools.shared.command import CommandError
 from fusedbun.tools.shared.files import make_directory, save
 from fusedbun.tools.train.network import Images, batches, cosine, digits, initial_weights
-from fusedbun.tools.train.optimizers import OPTIMIZERS
+from fusedbun.tools.train.optimizers import Entry, in_dtype
 from fusedbun.tools.train.results import Display, Results, Run, draw, show
 from fusedbun.tools.train.settings import Settings
 
@@ -30,11 +30,12 @@ def train(settings: Settings) -> int:
     try:
         with Display(settings.epochs) as display:
             for optimizer, learning_rate in settings.learning_rates.items():
+                entry = in_dtype(optimizer, settings.dtype)
                 for name, framework in frameworks.items():
-                    run = Run(optimizer, name, learning_rate)
+                    run = Run(optimizer, name, learning_rate, entry.hyperparameters)
                     results.runs.append(run)
                     display.begin(run)
-                    _train_one(run, framework, settings, images, test, display)
+                    _train_one(run, entry, framework, settings, images, test, display)
     except KeyboardInterrupt:
         results.runs = [run for run in results.runs if run.losses]
         if not results.runs:
@@ -44,11 +45,13 @@ def train(settings: Settings) -> int:
     return save(results, numbers, "curves", curves, draw, show)
 
 
-def _train_one(run: Run, framework: Any, settings: Settings, images: Images, test: Images, display: Display) -> None:
+def _train_one(
+    run: Run, entry: Entry, framework: Any, settings: Settings, images: Images, test: Images, display: Display
+) -> None:
     steps_per_epoch = len(images.labels) // settings.batch_size
     rates = cosine(run.learning_rate, settings.epochs * steps_per_epoch)
     with framework.session(settings.dtype):
-        trainer = framework.Trainer(OPTIMIZERS[run.optimizer], initial_weights(settings.seed), rates, settings.dtype)
+        trainer = framework.Trainer(entry, initial_weights(settings.seed), rates, settings.dtype)
         try:
             for batch in batches(images, settings.batch_size, settings.epochs, settings.seed):
                 began = time.perf_counter()

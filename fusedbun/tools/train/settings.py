@@ -34,9 +34,13 @@ class Settings:
     """The options, as `fusedbun train --help` describes them."""
 
     framework: str = option("where to train", choices=[*_FRAMEWORKS, "both"], default="both")
-    optimizer: str = option("the optimizer, one of those below", default="fusedbun", **_NAME)
-    compare: str | None = option(
-        "a second one, at its default --lr", default="adamw", no="train with --optimizer only", **_NAME
+    optimizer: str = option("the optimizer, one of those below", default="fusedbunw", **_NAME)
+    compare: list[str] | None = option(
+        "others, each at its default --lr (default: adamw fusedbun)",
+        default=["adamw", "fusedbun"],
+        nargs="+",
+        no="train with --optimizer only",
+        **_NAME,
     )
     lr: float | None = option("its learning rate at the start (default: see below)", type=_RATE)
     epochs: int = count("passes over the training images", 20)
@@ -52,6 +56,6 @@ class Settings:
     @property
     def learning_rates(self) -> dict[str, float]:
         """The optimizers to train with, and the learning rate that each starts from."""
-        names = [self.optimizer] if self.compare is None else [self.optimizer, self.compare]
+        names = [self.optimizer, *(self.compare or ())]
         defaults = {name: OPTIMIZERS[name].learning_rate for name in names}
         return defaults if self.lr is None else {**defaults, self.optimizer: self.lr}

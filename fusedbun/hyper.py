@@ -153,6 +153,11 @@ def log(xp: Any, x: Scalar) -> Scalar:
     return xp.log(x)
 
 
+def sqrt(xp: Any, x: Scalar) -> Scalar:
+    """`xp.sqrt` for hyper-parameters: in double precision where the number is known."""
+    return math.sqrt(x) if isinstance(x, Real) else xp.sqrt(x)
+
+
 def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

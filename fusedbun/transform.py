@@ -62,11 +62,13 @@ class Signal(NamedTuple):
     """What one transformation hands to the next: the running update and, from an accumulator only, its second moment.
 
     The second moment estimates the mean square of every element. It is never stored: a transformation that returns
-    `Signal(update)` drops it, so only the one directly after an accumulator sees it.
+    `Signal(update)` drops it, so only the one directly after an accumulator sees it. What is a product of vectors is
+    handed on as its root in its place, which takes a root for each of their elements and none for each of the update's.
     """
 
     update: Array
     second_moment: Array | None = None
+    root: Array | None = None
 
 
 @dataclass(frozen=True)

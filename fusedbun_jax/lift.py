@@ -117,8 +117,8 @@ def update_leaf(
     arrays = {name: jnp.asarray(x) for name, x in stored.items()}
     before = {name if name == STEP else f"{transform.name}.{name}": x for name, x in arrays.items()}
     p = None if param is None else like.astype(dtype)
-    signal, after = advance(transform, storage, Signal(u, signal.second_moment), before, p)
-    u = signal.update if signal.second_moment is None else WithSecondMoment(signal)
+    signal, after = advance(transform, storage, signal._replace(update=u), before, p)
+    u = signal.update if signal.second_moment is signal.root is None else WithSecondMoment(signal)
     return u, {**entries_of(transform, after), **counted(arrays)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import NonNegative
+from fusedbun.hyper import NonNegative, is_concrete_zero
 from fusedbun.transform import Array, Namespace, Signal, State, Transform
 
 
@@ -32,11 +32,15 @@ class RMSScale(Transform):
         return self
 
     def update(self, xp: Namespace, signal: Signal, state: State, param: Array) -> tuple[Signal, State]:
-        u, nu = signal
-        if nu is None:
+        u, nu, root = signal
+        if nu is None and root is None:
             raise ValueError(
                 "rms_scale: there is no second moment to scale by; "
                 "put an accumulator such as sm3_accumulate directly before it"
             )
-        root = xp.sqrt(nu + self.eps_root) + self.eps
-        return Signal(u / xp.where(root + xp.abs(u) == 0, 1.0, root)), state
+        if root is None:
+            root = xp.sqrt(nu + self.eps_root)
+        elif not is_concrete_zero(self.eps_root):
+            root = xp.sqrt(root * root + self.eps_root)
+        divisor = root + self.eps
+        return Signal(u / xp.where(divisor + xp.abs(u) == 0, 1.0, divisor)), state

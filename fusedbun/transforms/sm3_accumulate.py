@@ -8,7 +8,7 @@ from functools import reduce
 from operator import mul
 from typing import ClassVar, Literal
 
-from fusedbun.hyper import Axis, PerParam, UnitInterval, choose
+from fusedbun.hyper import Axis, PerParam, UnitInterval, choose, sqrt
 from fusedbun.transform import (
     Array,
     Namespace,
@@ -96,30 +96,33 @@ class SM3Accumulate(Transform):
         u = signal.update
         old = [a for name, a in state.items() if name != "step"]
         weight = from_start(xp, self.beta, state["step"]) if self.bias_correction else None
-        nu, new = self._max(xp, u * u, old) if self.statistic == "max" else self._mean(xp, u * u, old, weight)
-        return Signal(u, nu), {f"axis{i}": a for i, a in enumerate(new)}
+        make = self._max if self.statistic == "max" else self._mean
+        signal, new = make(xp, u, old, weight)
+        return signal, {f"axis{i}": a for i, a in enumerate(new)}
 
-    def _max(self, xp: Namespace, s: Array, old: list[Array]) -> tuple[Array, list[Array]]:
+    def _max(self, xp: Namespace, u: Array, old: list[Array], weight: None) -> tuple[Signal, list[Array]]:
         keep = choose(xp, self.beta == 0, 1.0, self.beta)  # at 0 squares are summed and nothing is forgotten
-        nu = keep * reduce(xp.minimum, leading_last(old)) + (1 - self.beta) * s
-        return nu, [xp.maximum(a, xp.max(nu, axis=others(nu, i), keepdims=True)) for i, a in enumerate(old)]
+        nu = keep * reduce(xp.minimum, leading_last(old)) + (1 - self.beta) * (u * u)
+        new = [xp.maximum(a, xp.max(nu, axis=others(nu, i), keepdims=True)) for i, a in enumerate(old)]
+        return Signal(u, nu), new
 
-    def _mean(self, xp: Namespace, s: Array, old: list[Array], weight: Array | None) -> tuple[Array, list[Array]]:
+    def _mean(self, xp: Namespace, u: Array, old: list[Array], weight: Array | None) -> tuple[Signal, list[Array]]:
+        s = u * u
         fresh = [xp.mean(s, axis=others(s, i), keepdims=True) for i in range(len(old))]
         new = [self.beta * a + (1 - self.beta) * m for a, m in zip(old, fresh, strict=True)]
         known = old if self.lagged else new
         channel = self.channel_axis % len(old)
         rest = [a for i, a in enumerate(known) if i != channel]
         first = new[channel] if weight is None else new[channel] / weight
-        if not rest:
-            nu = first
-        elif self.combine == "min":
-            nu = reduce(xp.minimum, [a if weight is None else a / weight for a in rest] + [first])
-        else:
+        is_floored = self.lagged and rest
+        if rest and self.combine == "product":
             c = xp.mean(known[0], axis=(0,), keepdims=True)  # the mean of every accumulator is this one number
             ratios = [xp.where(c == 0, 1.0, a / xp.where(c == 0, 1.0, c)) for a in rest]
-            nu = reduce(mul, ratios) * first
-        return xp.maximum(nu, (1 - self.beta) * s) if self.lagged and rest else nu, new
+            root = reduce(mul, map(xp.sqrt, ratios)) * xp.sqrt(first)
+            root = xp.maximum(root, sqrt(xp, 1 - self.beta) * xp.abs(u)) if is_floored else root
+            return Signal(u, root=root), new
+        nu = reduce(xp.minimum, [*(a if weight is None else a / weight for a in rest), first])
+        return Signal(u, xp.maximum(nu, (1 - self.beta) * s) if is_floored else nu), new
 
 
 def leading_last(accumulators: list[Array]) -> list[Array]:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -115,6 +116,71 @@ def test_on_vectors_without_momentum_it_is_adamw(beta2, decay):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(*in_optax, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(in_optax[0], theirs.detach().numpy(), rtol=1e-6, atol=1e-6)
+
+
+MASKS = {
+    "tree": {"a": {"kernel": True, "bias": False}, "b": {"kernel": False}},
+    "prefix": {"a": True, "b": False},
+    "function": lambda params: jax.tree.map(lambda x: x.size > 4, params),
+    "nobody": False,
+}
+
+
+@pytest.mark.parametrize("how", ["update", "step"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_the_mask_leaves_out_what_optaxs_does(mask, how):
+    params = {"a": {"kernel": jnp.arange(6.0) + 1, "bias": jnp.ones(3)}, "b": {"kernel": jnp.arange(4.0) - 9}}
+    given = {"weight_decay": 0.5, "mask": mask}
+    ours = fj.fusedbunw(0.01, 0.0, 0.9, nesterov=False, clip=None, **given)
+    theirs = optax.adamw(0.01, 0.0, 0.9, **given)
+    p, q = params, params
+    state, other = ours.init(p), theirs.init(q)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.cos, q)
+        if how == "step":
+            p, state = jax.jit(ours.step)(grads, state, p)
+        else:
+            updates, state = jax.jit(ours.update)(grads, state, p)
+            p = optax.apply_updates(p, updates)
+        updates, other = theirs.update(grads, other, q)
+        q = optax.apply_updates(q, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), p, q)
+
+
+def test_a_mask_that_leaves_a_parameter_unsaid_is_refused():
+    tx = fj.fusedbunw(0.1, mask={"a": True})
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="the mask says nothing of 'b'"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_groups_of_others_keep_what_they_say_and_decay_by_themselves():
+    """As Hugging Face's Trainer and timm make them."""
+    decays, spared = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    groups = [
+        {"params": [decays], "weight_decay": 0.5, "lr_scale": 0.25},
+        {"params": [spared], "weight_decay": 0.0, "lr": 0.02},
+    ]
+    optimizer = FusedbunW(groups, lr=0.1)
+    for p in (decays, spared):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr_scale"] == 0.25
+    torch.testing.assert_close(decays.detach(), torch.full((4, 3), 1 - 0.1 * 0.5))
+    assert torch.equal(spared.detach(), torch.ones(4, 3))
+
+
+def test_one_counter_serves_both_corrections_and_the_noise():
+    p = torch.nn.Parameter(torch.ones(8, 64, dtype=torch.bfloat16))
+    optimizer = FusedbunW([p], stochastic_rounding=True)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert [key for key, x in optimizer.state[p].items() if x.numel() == 1] == ["step"]
+    assert optimizer.state[p]["step"].item() == 3
+    tx = fj.fusedbunw(0.1, stochastic_rounding=True)
+    state = tx.init(jnp.ones((8, 64), jnp.bfloat16))
+    assert [x.dtype.name for x in jax.tree.leaves(state) if x.size == 1] == ["int32"]
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}

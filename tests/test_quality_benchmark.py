@@ -12,7 +12,7 @@ from sweeps import only, sweep
 
 import fusedbun
 from benchmarks import fetch
-from benchmarks.quality import contenders, data, document, in_torch, protocol, report
+from benchmarks.quality import contenders, data, document, in_place, in_torch, protocol, report
 from benchmarks.quality.altered import MOMENT, Cautious, RoundedMomentum
 from benchmarks.quality.contenders import Contender
 from benchmarks.quality.making import Make
@@ -55,15 +55,17 @@ def test_a_contender_trains(contender):
     assert found["curve"][-1][1] == found["loss"]
 
 
-KINDS = (contenders.IN_TORCH, contenders.SPARSE, contenders.VARIANTS, contenders.AS_REPORTED)
+KINDS = (*(contenders.IN_TORCH, contenders.SPARSE, contenders.VARIANTS, contenders.AS_REPORTED, contenders.IN_PLACE),)
 
 
 @sweep("contender", chain(*KINDS), short=only(*(kind[n] for kind in KINDS for n in (0, -1))), ids=lambda x: x.title)
 def test_every_contender_steps(contender):
     layer = torch.nn.Embedding(4, 3, sparse=True) if contender.sparse else torch.nn.Linear(3, 4)
+    layer = layer.to(getattr(torch, contender.dtype))
     optimizer = contender.make(list(layer.named_parameters()), 0.1)
     before = layer.weight.detach().clone()
-    layer(torch.tensor([1]) if contender.sparse else torch.tensor([[1.0, 2.0, 4.0]])).square().sum().backward()
+    x = torch.tensor([1]) if contender.sparse else torch.tensor([[1.0, 2.0, 4.0]], dtype=layer.weight.dtype)
+    layer(x).square().sum().backward()
     optimizer.step()
     assert not torch.equal(before, layer.weight)
     assert torch.isfinite(layer.weight).all()
@@ -171,6 +173,28 @@ def test_the_tables_and_the_picture_are_made_of_a_file(tmp_path, monkeypatch):
     for part in ("who", "whole", "measured"):
         assert getattr(document, part)()
     assert document.as_reported() == document.settings() == ""
+
+
+def test_in_place_everybody_has_adamws_learning_rate_and_shares_of_it(tmp_path, monkeypatch):
+    study(tmp_path, monkeypatch, pretended).complete()
+    workload = study(tmp_path, monkeypatch, pretended).workload
+    in_its_place = replace(workload, name="digits_in_place", tuning_seeds=(), shares=(0.5, 1.0), beside="digits")
+    results = protocol.Study(in_its_place, nothing).complete()["results"]
+    assert [of["learning_rate"] for of in results.values()] == [pytest.approx(0.08)] * 2
+    assert results["AdamW"]["at"]["1"]["losses"] == pytest.approx([1.01, 1.02])
+    assert results["AdamW"]["at"]["0.5"]["losses"] == pytest.approx([2.01, 2.02])
+    assert results["Fusedbun, recommended"]["at"]["1"]["losses"] == pytest.approx([10.01, 10.02])
+    change, error = in_place.against(*(results[x]["at"]["1"] for x in ("Fusedbun, recommended", "AdamW")))
+    assert (change, error) == (pytest.approx(9 / 1.015), pytest.approx(0, abs=1e-12))
+    diverged = {"loss": None, "losses": [None, 1.0]}
+    assert in_place.against(diverged, results["AdamW"]["at"]["1"]) is None
+
+
+def test_a_network_in_bfloat16_is_trained_in_it_and_judged_in_float32():
+    contender = next(x for x in contenders.IN_PLACE if x.dtype == "bfloat16")
+    found = in_torch.run(replace(DIGITS, steps=40), contender, 0.008, 1, "test", nothing)
+    assert found["loss"] < 1
+    assert found["validation_loss"] < 1
 
 
 def test_the_first_public_rule_is_a_sign_of_momentum_for_a_matrix_as_it_was_written():

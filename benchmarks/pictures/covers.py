@@ -121,7 +121,7 @@ def _stand_in(rule: SM3Accumulate, gradients: Array) -> tuple[Array, list[tuple[
     moments, accumulators = [], []
     for gradient in gradients:
         signal, state = rule.update(np, fusedbun.Signal(gradient), state, param)
-        moments.append(signal.second_moment)
+        moments.append(signal.second_moment if signal.root is None else signal.root**2)
         accumulators.append((state["axis0"], state["axis1"]))
     return np.array(moments), accumulators
 

@@ -6,7 +6,7 @@ import torch
 from makers import MAKERS, recommended
 from torch import nn
 
-from fusedbun import SM3, DecoupledLionW, MupAdamW, TernaryVote, release_gradients
+from fusedbun import SM3, DecoupledLionW, FusedbunW, MupAdamW, TernaryVote, release_gradients
 
 WORDS, WIDTH = 13, 8
 NAN, INF = float("nan"), float("inf")
@@ -73,6 +73,8 @@ def with_rate(make, **options):
 
 SETTINGS = {
     **{name: (with_rate(make), torch.float32) for name, make in MAKERS.items()},
+    "fusedbunw int8": (with_rate(FusedbunW), torch.float32),
+    "fusedbunw bfloat16": (with_rate(FusedbunW, stochastic_rounding=True), torch.bfloat16),
     "fusedbun int8": (with_rate(recommended, momentum_dtype="int8"), torch.float32),
     "fusedbun bfloat16 int8": (
         with_rate(recommended, momentum_dtype="int8", stochastic_rounding=True),

@@ -110,7 +110,9 @@ def test_a_network_trains_under_fsdp_as_it_does_alone(sizes, tmp_path):
 
 # Checkpoints
 
-CHECKPOINTED = {name: MAKERS[name] for name in ("sm3-momentum", "fusedbun-recommended", "mup-adam", "scaled-optum")}
+CHECKPOINTED = {
+    name: MAKERS[name] for name in ("sm3-momentum", "fusedbun-recommended", "fusedbunw", "mup-adam", "scaled-optum")
+}
 CHECKPOINTED |= {name: FEWER_BITS[name] for name in ("sm3 int8", "fusedbun int4 rounded")}
 CHECKPOINTED = {name: partial(make, implementation="tiles") for name, make in CHECKPOINTED.items()}
 

@@ -13,7 +13,7 @@ from test_torch_ternary_vote import ternary
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fusedbun import SM3, DecoupledLionW, Fusedbun, MupAdamW, TernaryVote
+from fusedbun import SM3, DecoupledLionW, Fusedbun, FusedbunW, MupAdamW, TernaryVote
 from fusedbun.torch.sharding import placement
 
 # Some leave a process with less than another, or with nothing; of those for codes every block stays whole.
@@ -30,6 +30,8 @@ FEWER_BITS = {
     "lion int8": partial(DecoupledLionW, momentum_dtype="int8", **STOCHASTIC),
     "lion in the parameter's": partial(DecoupledLionW, momentum_dtype="param"),
     "adam": partial(MupAdamW, mup=lambda path, param: "weight", momentum_dtype="int8", second_moment_dtype="bfloat16"),
+    "fusedbunw": FusedbunW,
+    "fusedbunw rounded": partial(FusedbunW, **STOCHASTIC),
     "fusedbun int8": partial(recommended, momentum_dtype="int8"),
     "fusedbun int4 rounded": partial(recommended, momentum_dtype="int4", **STOCHASTIC),
 }

@@ -6,10 +6,10 @@
 // %3 = input sm3_accumulate.axis1              COLUMN
 // %4 = input lr                                HOST
 // %5 = input rms_scale.eps_root                HOST
-// %6 = mul %1 %1                               FULL
-// %7 = minimum %3 %2                           FULL
-// %8 = const 1.0                               HOST
-// %9 = add %7 %6                               FULL
+// %6 = minimum %3 %2                           FULL
+// %7 = const 1.0                               HOST
+// %8 = mul %1 %1                               FULL
+// %9 = add %6 %8                               FULL
 // %10 = across max %9                          ROW
 // %11 = maximum %2 %10                         ROW
 // %12 = down max %9                            COLUMN
@@ -20,7 +20,7 @@
 // %17 = abs %1                                 FULL
 // %18 = add %15 %17                            FULL
 // %19 = eq %18 %16                             FULL
-// %20 = where %19 %8 %15                       FULL
+// %20 = where %19 %7 %15                       FULL
 // %21 = div %1 %20                             FULL
 // %22 = mul %4 %21                             FULL
 // %23 = sub %0 %22                             FULL
@@ -37,7 +37,7 @@ namespace rows {
 // before pass 0
 // pass 0, sweep 0
 //   each row   %2
-//   elements   %7 %1 %6 %9 %0 %14 %15 %17 %18 %19 %20 %21 %22 %23
+//   elements   %6 %1 %8 %9 %0 %14 %15 %17 %18 %19 %20 %21 %22 %23
 //   reduce     %10 %12
 //   store      param <- %23
 // pass 0, after each tile
@@ -89,10 +89,10 @@ void rows0(const Work& w, Index begin, Index end) {
       each<K>([&](auto k) __attribute__((always_inline)) {
         if constexpr (K == ROWS) p1.ask_ahead(k, j, n);
         if constexpr (K == ROWS) p0.ask_ahead(k, j, n);
-        const auto x7 = minimum<Vector<T>>(c3, r2[k]);
+        const auto x6 = minimum<Vector<T>>(c3, r2[k]);
         const auto x1 = lanes.template load<T>(p1[k] + j);
-        const auto x6 = x1 * x1;
-        const auto x9 = x7 + x6;
+        const auto x8 = x1 * x1;
+        const auto x9 = x6 + x8;
         const auto x0 = lanes.template load<T>(p0[k] + j);
         const auto x14 = x9 + s5;
         const auto x15 = root(x14);
@@ -142,10 +142,10 @@ void packed0(const Work& w, Index begin, Index end) {
       each<K>([&](auto k) __attribute__((always_inline)) {
         ask(p1 + j + LONG_AHEAD);
         ask(p0 + j + LONG_AHEAD);
-        const auto x7 = minimum<Vector<T>>(c3, spread(r2[k], row_of + j));
+        const auto x6 = minimum<Vector<T>>(c3, spread(r2[k], row_of + j));
         const auto x1 = lanes.template load<T>(p1 + j);
-        const auto x6 = x1 * x1;
-        const auto x9 = x7 + x6;
+        const auto x8 = x1 * x1;
+        const auto x9 = x6 + x8;
         const auto x0 = lanes.template load<T>(p0 + j);
         const auto x14 = x9 + s5;
         const auto x15 = root(x14);
@@ -186,7 +186,7 @@ namespace columns {
 // before pass 0
 // pass 0, sweep 0
 //   each column%3
-//   elements   %7 %1 %6 %9 %0 %14 %15 %17 %18 %19 %20 %21 %22 %23
+//   elements   %6 %1 %8 %9 %0 %14 %15 %17 %18 %19 %20 %21 %22 %23
 //   reduce     %10 %12
 //   store      param <- %23
 // pass 0, after each tile
@@ -239,10 +239,10 @@ void columns0(const Work& w, Index begin, Index end) {
       each<K>([&](auto k) __attribute__((always_inline)) {
         if constexpr (K == ROWS) ask(p1 + k * LANES<T> + AHEAD);
         if constexpr (K == ROWS) ask(p0 + k * LANES<T> + AHEAD);
-        const auto x7 = minimum<Vector<T>>(c3[k], r2);
+        const auto x6 = minimum<Vector<T>>(c3[k], r2);
         const auto x1 = lanes.template load<T>(p1 + k * LANES<T>);
-        const auto x6 = x1 * x1;
-        const auto x9 = x7 + x6;
+        const auto x8 = x1 * x1;
+        const auto x9 = x6 + x8;
         const auto x0 = lanes.template load<T>(p0 + k * LANES<T>);
         const auto x14 = x9 + s5;
         const auto x15 = root(x14);

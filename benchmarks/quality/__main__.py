@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.fetch import MissingError
+from benchmarks.quality import in_place
 from benchmarks.quality.protocol import FIRST, Study
 from benchmarks.quality.report import DRAWN, PICTURE, draw, load, show
 from benchmarks.quality.workloads import WORKLOADS
@@ -63,7 +64,7 @@ def main(names: list[str]) -> int:
             except MissingError as error:
                 missing.append(f"{workload.title}: {error}")
     for name in names:
-        console.print(show(name))
+        console.print(in_place.show(name) if WORKLOADS[name].shares else show(name))
     if any(load(name) for name in DRAWN):
         write_atomically(PICTURE, draw())
     for reason in missing:

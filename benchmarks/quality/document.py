@@ -14,7 +14,7 @@ from benchmarks.quality.report import DRAWN, HEADS, Row, load, rows
 from benchmarks.quality.workloads import LEARNT, WORKLOADS
 from benchmarks.tables.results import paragraph, table
 
-ABLATIONS = tuple(name for name, workload in WORKLOADS.items() if workload.beside)
+ABLATIONS = tuple(name for name, workload in WORKLOADS.items() if workload.beside and not workload.shares)
 LONGER = "shakespeare_longer"
 IN_TORCH = tuple(x.name for x in LEARNT if x.contenders is not contenders.IN_JAX)
 IN_FLAX = tuple(name for name in DRAWN if name not in IN_TORCH)

@@ -6,6 +6,8 @@ import math
 import statistics
 from typing import Any
 
+from rich.table import Table
+
 from benchmarks.quality.contenders import ADAMW
 from benchmarks.quality.report import load
 from benchmarks.quality.workloads import WORKLOADS
@@ -56,16 +58,34 @@ def whole() -> str:
     """Every test loss with its standard error, and what it is against AdamW's at that rate with the error of that."""
     parts = []
     for name in (name for name in NAMES if load(name)):
-        file = load(name) or {}
-        rate = file["results"][ADAMW]["learning_rate"]
-        made = [
-            [f"**{title}**" if of["ours"] else title, *(_loss(name, title, of["at"][share], share) for share in AT)]
-            for title, of in file["results"].items()
-        ]
-        heads = ["", *(f"{text}: {float(share) * rate:.3g}" for share, text in AT.items())]
-        about = f"{WORKLOADS[name].title}, {len(file['protocol']['seeds'])} seeds"
-        parts.append(f"### {about}\n\n{table(heads, made)}")
+        heads, body = _everything(name)
+        parts.append(f"### {_title(name)}\n\n{table(heads, body)}")
     return "\n\n".join(parts)
+
+
+def show(name: str) -> Table:
+    """The table for a terminal."""
+    if not load(name):
+        return Table(title=f"{name}: not run to its end")
+    heads, body = _everything(name)
+    shown = Table(*heads, title=_title(name))
+    for row in body:
+        shown.add_row(*row)
+    return shown
+
+
+def _title(name: str) -> str:
+    return f"{WORKLOADS[WORKLOADS[name].beside or ''].title}, {len(WORKLOADS[name].seeds)} seeds"
+
+
+def _everything(name: str) -> tuple[list[str], list[list[str]]]:
+    results = (load(name) or {})["results"]
+    rate = results[ADAMW]["learning_rate"]
+    body = [
+        [f"**{title}**" if of["ours"] else title, *(_loss(name, title, of["at"][share], share) for share in AT)]
+        for title, of in results.items()
+    ]
+    return ["", *(f"{text}: {float(share) * rate:.3g}" for share, text in AT.items())], body
 
 
 def _loss(name: str, title: str, of: Result, share: str) -> str:

@@ -170,7 +170,7 @@ LEARNT = (
         seeds=THREE,
     ),
 )
-IN_PLACE = ("digits", "mnist", "fashion", "shakespeare", "shakespeare_longer", "insteval", "mails", "mails_lora")
+IN_PLACE = ("digits", "mnist", "fashion", "shakespeare", "insteval")
 TAKEN_APART = ("digits", "fashion", "shakespeare", "insteval")
 AS_REPORTED = Workload(
     "as_reported",

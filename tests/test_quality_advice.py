@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.quality import contenders, document, protocol, report
+from benchmarks.quality import contenders, document, in_place, protocol, report
 from benchmarks.quality.workloads import WORKLOADS
 
 
@@ -117,3 +117,46 @@ def test_means_bring_sm3_level_with_adamw(loss, title):
     for name in ("digits", "fashion", "shakespeare"):
         here = loss[f"{name}_ablation"]
         assert here[title] < 1.01 * here["AdamW"] < 1.01 * here[SM3], name
+
+
+@pytest.fixture(scope="module")
+def in_its_place():
+    """The change of everybody's loss against AdamW's and its standard error, by workload and share of the rate."""
+    return {name: {share: in_place.changes(name, share) for share in in_place.AT} for name in in_place.NAMES}
+
+
+OURS = [x.title for x in contenders.IN_PLACE if x.ours]
+IN_BITS = ("FusedbunW", "FusedbunW, momentum float32", "FusedbunW, momentum int4")
+
+
+@pytest.mark.parametrize("who", IN_BITS)
+def test_in_adamws_place_at_its_rate(in_its_place, who):
+    """At most 0.5% above it, in int4 1%, or within two standard errors."""
+    for name, of in in_its_place.items():
+        change, error = of["1"][who]
+        assert change <= max(0.01 if "int4" in who else 0.005, 2 * error), name
+    for name in ("fashion_in_place", "shakespeare_in_place"):
+        for share in ("1", "2"):
+            change, error = in_its_place[name][share][who]
+            assert change < -2 * error
+    for name in ("mnist_in_place", "insteval_in_place"):
+        assert abs(in_its_place[name]["1"][who][0]) < max(0.001, 2 * in_its_place[name]["1"][who][1])
+
+
+def test_the_digits_are_the_exception(in_its_place):
+    digits = in_its_place["digits_in_place"]
+    for who in OURS:
+        change, error = digits["0.5"][who]
+        assert change > 2 * error
+    change, error = digits["2"]["FusedbunW, momentum int4"]
+    assert change > 2 * error
+
+
+def test_what_lagging_and_clipping_cost_in_place(in_its_place):
+    for name, of in in_its_place.items():
+        for who in ("FusedbunW, not lagged", "FusedbunW without clip"):
+            (ours, error), (other, error_of_other) = of["1"]["FusedbunW"], of["1"][who]
+            assert ours - other <= max(0.01, 2 * (error + error_of_other)), name
+    ratings = in_its_place["insteval_in_place"]["2"]
+    assert ratings["FusedbunW without clip"][0] > 0 > ratings["FusedbunW"][0]
+    assert all(of["1"]["Adafactor"][0] > 0.05 for of in in_its_place.values())

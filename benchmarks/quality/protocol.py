@@ -96,7 +96,8 @@ class Study:
         key = f"{contender.title}|{rate:.6g}|{seed}|{part}"
         self.report(f"{self.workload.title}: {contender.title}", 0)
         if key not in self.runs:
-            self.runs[key] = self.workload.run(contender, rate, seed, part, lambda: self.report("", 1))
+            run = self.workload.run(contender, rate, seed, part, lambda: self.report("", 1))
+            self.runs[key] = {name: x for name, x in run.items() if name != "curve" or not self.workload.shares}
             self.write(None)
         else:
             self.report("", self.workload.steps)
@@ -122,13 +123,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if "validation_loss" in runs[0]:
         found["validation_losses"] = [run["validation_loss"] for run in runs]
     found["losses"] = [run["loss"] for run in runs]
-    points = zip(*(run["curve"] for run in runs), strict=True)
-    curve = [
-        [point[0][0], None if None in (x := [loss for _, loss in point]) else statistics.fmean(x)] for point in points
-    ]
-    return {
-        **found,
-        "seconds": statistics.fmean(run["seconds"] for run in runs),
-        "state_bytes_per_parameter": runs[0]["state_bytes"] / runs[0]["parameters"],
-        "curve": curve,
-    }
+    found["seconds"] = statistics.fmean(run["seconds"] for run in runs)
+    found["state_bytes_per_parameter"] = runs[0]["state_bytes"] / runs[0]["parameters"]
+    if "curve" in runs[0]:
+        found["curve"] = [
+            [point[0][0], None if None in (x := [loss for _, loss in point]) else statistics.fmean(x)]
+            for point in zip(*(run["curve"] for run in runs), strict=True)
+        ]
+    return found

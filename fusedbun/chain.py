@@ -36,6 +36,11 @@ class Chain:
             if not isinstance(transform, Transform):
                 kind = "type" if isinstance(transform, type) else type(transform).__name__
                 raise TypeError(f"a chain is made of fusedbun's transformations, but {transform!r} is a {kind}")
+            if transform.name == STEP:
+                raise ValueError(
+                    f"a chain keeps its counter of steps as {STEP!r}, so no transformation may be called so; subclass "
+                    f"it with another name"
+                )
             if transform.name in (t.name for t in self.transforms[:i]):
                 raise ValueError(
                     f"a chain takes one transformation of each name, for state is kept by name, "
@@ -52,7 +57,7 @@ class Chain:
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """The state kept for a parameter of this shape, by `<transformation>.<slot>`, in the order of the chain."""
-        return {f"{t.name}.{name}": slot for t in self for name, slot in t.slots(shape).items()}
+        return {f"{t.name}.{name}": slot for t in self for name, slot in slots_of(t, shape).items()}
 
     def arrays(self, shape: Shape, dtype: str) -> dict[str, Stored]:
         """The arrays that the state of such a parameter is stored in, by `<transformation>.<slot>` and what follows.
@@ -128,6 +133,17 @@ def chain(*transforms: Transform | None) -> Chain:
     return Chain(tuple(t for t in transforms if t is not None))
 
 
+def slots_of(transform: Transform, shape: Shape) -> Mapping[str, Slot]:
+    """What a transformation declares for such a parameter; a ValueError where it calls a slot as the counter."""
+    slots = transform.slots(shape)
+    if STEP in slots:
+        raise ValueError(
+            f"{transform.name}: a slot may not be called {STEP!r}, for the counter of steps is; where that is what it "
+            f"is for, set `counts` and read state[{STEP!r}]"
+        )
+    return slots
+
+
 def arrays_of(slots: Mapping[str, Slot], dtype: str, counts: bool = False) -> dict[str, Stored]:
     """The arrays of slots of a parameter of this dtype, by the slot's name and what its code appends.
 
@@ -159,7 +175,7 @@ def advance(
     Returns:
         What it hands on, and the state's arrays after it.
     """
-    slots = {f"{transform.name}.{name}": slot for name, slot in transform.slots(tuple(storage.like.shape)).items()}
+    slots = {f"{transform.name}.{name}": slot for name, slot in slots_of(transform, tuple(storage.like.shape)).items()}
     before = entries_of(transform, {key: storage.decode(key, slot, stored) for key, slot in slots.items()})
     if transform.counts:
         before[STEP] = storage.number(stored)

@@ -43,7 +43,7 @@ class Slot:
     Args:
         axes: the array has the parameter's size along these axes and size 1 along the others.
         code: how it is stored between steps (`fusedbun.storage.codes`): "compute" as it is computed, in float32
-            (float64 for float64 parameters), or as something else, such as "int32" for a step counter.
+            (float64 for float64 parameters), or as something else, such as "int8" for votes.
     """
 
     axes: tuple[int, ...]

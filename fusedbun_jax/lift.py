@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import advance, arrays_of, counted, entries_of
+from fusedbun.chain import advance, arrays_of, counted, entries_of, slots_of
 from fusedbun.hyper import NonNegative, check
 from fusedbun.storage.codes import STEP, Stored
 from fusedbun.storage.rounding import Rounding
@@ -128,7 +128,7 @@ def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -
         transform = transform.at(leaf.names(path), param)
         arrays = {name: jnp.asarray(x, dtype) for name, x in vars(transform).items() if isinstance(x, jax.Array)}
         transform = replace(transform, **arrays) if arrays else transform
-        return transform, arrays_of(transform.slots(param.shape), param.dtype.name, transform.counts)
+        return transform, arrays_of(slots_of(transform, param.shape), param.dtype.name, transform.counts)
     except (TypeError, ValueError) as error:
         error.add_note(f"This is at {leaf.title(path)}.")
         raise

@@ -27,7 +27,7 @@ class Leaf:
         chain: the chain for it.
         lr: the learning rate.
         arrays: the parameter, the gradient, and those of the state in the order in which they are declared.
-        names: the names of the state's arrays, for every transformation and for stochastic rounding.
+        names: the names of the state's arrays, for every transformation and for the counter.
     """
 
     chain: Chain
@@ -45,7 +45,7 @@ class Leaf:
         return (self.arrays[0], *self.arrays[2:])
 
     def slots(self, stored: Sequence[Any]) -> list[dict[str, Any]]:
-        """The state's arrays by name, for every transformation and for stochastic rounding."""
+        """The state's arrays by name, for every transformation and for the counter."""
         arrays = iter(stored)
         return [{name: next(arrays) for name in names} for names in self.names]
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fusedbun.chain import Chain
@@ -172,6 +173,9 @@ class Masked(Driver):
         super().__init__(chain, learning_rate, made_by)
         self.mask = mask
 
+    def init(self, params: optax.Params) -> Any:
+        return self._of(params).init(params)
+
     def update(self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any) -> Any:
         return self._of(updates).update(updates, state, params, **extra)
 
@@ -180,7 +184,9 @@ class Masked(Driver):
 
     def _of(self, tree: Any) -> Driver:
         """The driver with a decay that is a rule, for such a tree."""
-        decays = {names(path): bool(x) for path, x in flatten(self.mask(tree) if callable(self.mask) else self.mask)[0]}
+        decays = {names(path): x for path, x in flatten(self.mask(tree) if callable(self.mask) else self.mask)[0]}
+        if wrong := [x for x in decays.values() if not isinstance(x, (bool, np.bool_))]:
+            raise TypeError(f"the mask must be a tree of True and False, but it holds {wrong[0]!r}")
 
         def share(path: tuple[str, ...], param: Any) -> Any:
             prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in decays), None)

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fusedbun
+import fusedbun_jax
 from fusedbun import namespace as in_numpy
 from fusedbun import recipes
 from fusedbun.hyper import NonNegative
@@ -100,6 +102,29 @@ def test_choices():
 def test_an_unknown_hyperparameter():
     with pytest.raises(TypeError, match="momentum_bta"):
         recipes.fusedbun(momentum_bta=0.9)
+
+
+@dataclass(frozen=True)
+class Counting(Transform):
+    """Calls something as the counter of steps is called."""
+
+    name: ClassVar[str] = "counting"
+
+    def slots(self, shape):
+        return {"step": Slot((), "int32")}
+
+    def update(self, xp, signal, state, param):
+        return signal, {"step": state["step"] + 1}
+
+
+def test_what_is_called_as_the_counter_is_refused():
+    with pytest.raises(ValueError, match="counting: a slot may not be called 'step'"):
+        fusedbun.chain(Counting()).slots((2, 3))
+    with pytest.raises(ValueError, match="a slot may not be called 'step'"):
+        fusedbun_jax.lift(Counting()).init(jnp.ones(3))
+    named = type("Named", (Counting,), {"name": "step"})
+    with pytest.raises(ValueError, match="no transformation may be called so"):
+        fusedbun.chain(named())
 
 
 class TestChain:

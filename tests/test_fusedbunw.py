@@ -151,7 +151,9 @@ def test_a_mask_that_leaves_a_parameter_unsaid_is_refused():
     tx = fj.fusedbunw(0.1, mask={"a": True})
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(ValueError, match="the mask says nothing of 'b'"):
-        tx.update(params, tx.init(params), params)
+        tx.init(params)
+    with pytest.raises(TypeError, match="the mask must be a tree of True and False, but it holds 'kernel'"):
+        fj.fusedbunw(0.1, mask="kernel").init(params)
 
 
 def test_groups_of_others_keep_what_they_say_and_decay_by_themselves():
@@ -181,6 +183,18 @@ def test_one_counter_serves_both_corrections_and_the_noise():
     tx = fj.fusedbunw(0.1, stochastic_rounding=True)
     state = tx.init(jnp.ones((8, 64), jnp.bfloat16))
     assert [x.dtype.name for x in jax.tree.leaves(state) if x.size == 1] == ["int32"]
+
+
+def test_a_state_without_its_counter_is_refused():
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = FusedbunW([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    del optimizer.state[p]["step"]
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="for sm3_accumulate, but 'step' is missing"):
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusedbun.chain import Chain, entries_of
 from fusedbun.hyper import plain
-from fusedbun.storage.codes import Stored
+from fusedbun.storage.codes import STEP, Stored
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import State, arrays_of, dtype_name, stored_dtype
 
@@ -241,6 +241,12 @@ def check_state(chain: Chain, name: str, param: Tensor, state: State, arrays: Ma
             )
     for transform in chain:
         there, needed = entries_of(transform, state).keys(), entries_of(transform, arrays).keys()
+        if there and transform.counts and STEP not in state:
+            raise ValueError(
+                f"the state of {name} has {', '.join(there)} for {transform.name}, but {STEP!r} is missing, which says "
+                f"how many steps that is of; what chooses its state must not change; delete its entry of the "
+                f"optimizer's state to begin again"
+            )
         if there and needed and there != needed:
             raise ValueError(
                 f"the state of {name} has {', '.join(there)} for {transform.name}, but this step needs "

@@ -106,7 +106,7 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
             if entries and changed:
                 converted.update([*dict.fromkeys(map(codes.slot_of, changed))])
                 entries = _converted(then, now, param, entries)
-            if entries and now.counts(tuple(param.shape), dtype_name(param.dtype)):
+            if (entries or counter is not None) and now.counts(tuple(param.shape), dtype_name(param.dtype)):
                 arrays[codes.STEP] = codes.COUNT
                 entries[codes.STEP] = zeros(codes.COUNT, param) if counter is None else counter
             if index in state_dict["state"]:

@@ -23,6 +23,7 @@ class Momentum(Transform):
 
         u = m / (1 - beta**n)                  (nesterov: u = beta*m / (1 - beta**(n+1)) + (1 - beta)*u / (1 - beta**n))
 
+    n counts the parameter's steps: a momentum that comes into being later starts at 0 without a correction.
     With `undampened_start` the first step of a parameter is not dampened (m = u), as in torch.optim.SGD.
 
     Args:

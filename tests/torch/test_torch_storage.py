@@ -166,6 +166,15 @@ def test_torch_save_and_pickle_keep_every_dtype():
     assert_same(pickle.loads(pickle.dumps(optimizer)), optimizer)
 
 
+def test_a_counter_is_kept_where_it_is_all_that_there_is():
+    params = parameters()
+    optimizer = fusedbun.ScaledOptum(params, **ROUNDED)
+    run(optimizer, 3)
+    again = fusedbun.ScaledOptum(params, **ROUNDED)
+    again.load_state_dict(optimizer.state_dict())
+    assert [again.state[p]["step"].item() for p in params] == [3] * len(params)
+
+
 def test_what_is_stored():
     (_, vector, matrix, convolution) = params = parameters()
     optimizer = fusedbun.Fusedbun(params, **OTHERS["Fusedbun"][1], momentum_dtype="int4", **ROUNDED)

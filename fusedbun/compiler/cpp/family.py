@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from fusedbun.chain import Chain
 from fusedbun.compiler.cpp.build import DRIVER, BuildError, bundle, bundle_prefix, compile_in, jax_handler
 from fusedbun.compiler.cpp.module import TYPES, emit
 from fusedbun.compiler.cpp.native import registers as registers_here
-from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.compiler.trace import trace
 from fusedbun.recipe import Settings
 from fusedbun.recipes import RECIPES
@@ -51,8 +49,13 @@ def sources(dtype: str) -> list[str]:
     for field, orders in fields:
         for name, recipe in RECIPES.items():
             for settings, order in product(getattr(recipe, field), orders):
-                with suppress(UnschedulableError):  # blocks of codes lie along rows: no kernel has them channels last
-                    codes[emit(trace(chain_of(name, settings, len(order)), len(order), order, dtype=dtype))] = None
+                chain = chain_of(name, settings, len(order))
+                by_blocks = any(x.is_by_blocks for x in chain.arrays((2,) * len(order), dtype).values())
+                if by_blocks and order != (*range(len(order)),):
+                    continue  # blocks lie along the rows of the axes as they are
+                if by_blocks and dtype == "float64":
+                    continue  # codes are computed in float32
+                codes[emit(trace(chain, len(order), order, dtype=dtype))] = None
     return list(codes)
 
 

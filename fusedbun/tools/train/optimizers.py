@@ -36,7 +36,7 @@ def mup_type(path: tuple[str, ...], param: Any) -> Type:
     return "output" if "output" in path else "weight"
 
 
-def of_recipe(recipe: Recipe, learning_rate: float) -> Entry:
+def _ours(recipe: Recipe, learning_rate: float) -> Entry:
     """One of fusedbun's, with the recommended settings; where it takes a channel axis, a Flax network gets Flax's."""
     settings, defaults = recipe.recommended, recipe.defaults
     of_network = {**settings, "mup": mup_type} if "mup" in defaults else settings
@@ -68,12 +68,13 @@ def _adamw() -> Entry:
 def in_dtype(name: str, dtype: str) -> Entry:
     """The optimizer for a network of this dtype: in float64, which is to leave no rounding, no moment is in codes."""
     if dtype == "float64" and OPTIMIZERS[name].hyperparameters.get("momentum_dtype"):
-        return of_recipe(replace(RECIPES[name], recommended=_UNCODED), OPTIMIZERS[name].learning_rate)
+        recipe = RECIPES[name]
+        uncoded = replace(recipe, recommended={**recipe.recommended, "momentum_dtype": None})
+        return _ours(uncoded, OPTIMIZERS[name].learning_rate)
     return OPTIMIZERS[name]
 
 
-_UNCODED = {"momentum_dtype": None}
-OPTIMIZERS = {name: of_recipe(r, r.training_lr) for name, r in RECIPES.items() if r.training_lr is not None}
+OPTIMIZERS = {name: _ours(r, r.training_lr) for name, r in RECIPES.items() if r.training_lr is not None}
 # AdamW's learning rate is older than the grid of the others (`fusedbun.recipe`) and was kept: four times as much has a
 # loss 0.011 lower.
 OPTIMIZERS["adamw"] = _adamw()

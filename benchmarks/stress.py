@@ -32,7 +32,6 @@ from torch.nn import functional
 import fusedbun
 from benchmarks.quality import data, in_torch
 from benchmarks.quality.contenders import ADAMW
-from benchmarks.tables.results import finished, table
 from fusedbun.tools.shared.files import write_json
 from fusedbun.tools.shared.machine import versions
 
@@ -272,18 +271,10 @@ def main() -> None:
                 row[name] = summary(runs)
             found.append(row)
     write_json(RESULTS / "stress.json", {"results": found, "versions": versions()})
-    shown = Table("", *CONTENDERS, title="diverged, median loss, largest step of an element in learning rates")
+    table = Table("", *CONTENDERS, title="diverged, median loss, largest step of an element in learning rates")
     for row in found:
-        shown.add_row(row["title"], *(cell(row[name]) for name in CONTENDERS))
-    Console().print(shown)
-
-
-def in_markdown() -> str:
-    """The table for the documents; nothing before there is a file."""
-    file = finished("stress.json", "results")
-    if file is None:
-        return ""
-    return table(["", *CONTENDERS], [[x["title"], *(cell(x[name]) for name in CONTENDERS)] for x in file["results"]])
+        table.add_row(row["title"], *(cell(row[name]) for name in CONTENDERS))
+    Console().print(table)
 
 
 def cell(of: dict[str, Any]) -> str:

@@ -29,11 +29,6 @@ def quality(part: str, module: str = "document") -> Callable[[], str]:
     return make
 
 
-def stress() -> str:
-    """The table of what goes wrong, which `benchmarks.stress` makes."""
-    return str(import_module("benchmarks.stress").in_markdown())
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "speed in short": speed.speed_in_short,
     "speed": speed.speed_whole,
@@ -61,7 +56,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality whole": quality("whole"),
     "quality in place": quality("in_short", "in_place"),
     "quality in place whole": quality("whole", "in_place"),
-    "stress": stress,
 }
 
 

@@ -299,7 +299,7 @@ PLAIN = '("float32", {}, GRID),'
 CODED = '("float32", {"momentum_dtype": "int8"}, LINE),'
 ROUNDED = '("bfloat16", {"stochastic_rounding": True}, LINE),'
 BOTH = '("bfloat16", {"stochastic_rounding": True, "momentum_dtype": "int4"}, GRID),'
-MEANS = ["fusedbun", "recommended", "clipped-lagged", "flax"]  # their statistics are means
+MEANS = ["fusedbun", "recommended", "clipped-lagged", "flax", "fusedbunw"]  # their statistics are means
 OTHERS = [name for name in FACTORIES if name not in (*MEANS, "sm3-momentum")]  # maxima, or one element at a time
 
 

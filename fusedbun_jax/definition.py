@@ -56,11 +56,8 @@ def _start(chain: Chain, path: leaf.KeyPath, param: Any) -> list[Arrays]:
     param, _ = leaf.floating(path, "parameter", param)
     if chain.rounding.stochastic:
         as_bfloat16(path, param)
-    try:
+    with leaf.noted(path):
         by_state = arrays_by_state(chain.at(leaf.names(path), param), param)
-    except (TypeError, ValueError) as error:
-        error.add_note(f"This is at {leaf.title(path)}.")
-        raise
     return [{name: zeros(stored, param) for name, stored in arrays.items()} for arrays in by_state.values()]
 
 

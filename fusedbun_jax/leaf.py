@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -34,6 +36,16 @@ def name(path: KeyPath) -> str:
 def title(path: KeyPath) -> str:
     """A leaf as messages name it."""
     return f"leaf {jax.tree_util.keystr(path)!r}" if path else "the only leaf"
+
+
+@contextmanager
+def noted(path: KeyPath) -> Iterator[None]:
+    """Adds to a TypeError or ValueError at which leaf it is."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This is at {title(path)}.")
+        raise
 
 
 def as_array(path: KeyPath, what: str, x: Any) -> Any:

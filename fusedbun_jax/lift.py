@@ -124,11 +124,8 @@ def update_leaf(
 
 def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, dict[str, Stored]]:
     """The transformation for one leaf, its arrays among the hyper-parameters in the leaf's dtype, and its state's."""
-    try:
+    with leaf.noted(path):
         transform = transform.at(leaf.names(path), param)
         arrays = {name: jnp.asarray(x, dtype) for name, x in vars(transform).items() if isinstance(x, jax.Array)}
         transform = replace(transform, **arrays) if arrays else transform
         return transform, arrays_of(slots_of(transform, param.shape), param.dtype.name, transform.counts)
-    except (TypeError, ValueError) as error:
-        error.add_note(f"This is at {leaf.title(path)}.")
-        raise

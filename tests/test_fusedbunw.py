@@ -95,6 +95,15 @@ def test_is_its_formula_in_double_precision(run, name, x64):
         np.testing.assert_allclose(np.asarray(found[key]), want, rtol=1e-12, atol=1e-12, err_msg=key)
 
 
+@pytest.mark.parametrize("name", ["matrix", "cube"])
+def test_the_channel_axis_is_that_of_the_layout_turned_round(name):
+    params, steps = problem()
+    turned = {"p": params[name].T}, [{"p": grads[name].T} for grads in steps]
+    want = by_numpy(params[name], [grads[name] for grads in steps])
+    np.testing.assert_allclose(with_numpy(*turned, channel_axis=-1)["p"].T, want, rtol=1e-12, atol=1e-12)
+    assert np.abs(with_numpy(*turned)["p"].T - want).max() > 1e-6
+
+
 @pytest.mark.parametrize("beta2", [0.9, 0.999])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_on_vectors_without_momentum_it_is_adamw(beta2, decay):

@@ -1,6 +1,5 @@
 """The stress benchmark runs, in small: every ordeal is one, and what goes wrong is counted."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -32,7 +31,7 @@ def test_what_wakes_has_slept():
         assert bool(weight.grad[5].any()) == is_awake
 
 
-def test_gradients_are_spoilt_in_the_step_that_is_said(monkeypatch):
+def test_gradients_are_spoilt_in_the_step_that_is_said():
     task = next(x for x in stress.ordeals() if x.title == "no warm-up, digits").trial.args[0]
     short = replace(task, steps=4)
     ones = torch.ones(2)
@@ -52,6 +51,6 @@ def test_divergence_is_counted():
 
 
 def test_every_ordeal_has_a_title_of_its_own():
-    titles = [x.title for x in stress.ordeals()]
-    assert len(titles) == len({*titles})
-    assert any(x.seeds == 100 for x in itertools.chain(stress.ordeals()))
+    ordeals = [*stress.ordeals()]
+    assert len(ordeals) == len({x.title for x in ordeals})
+    assert any(x.seeds == 100 for x in ordeals)

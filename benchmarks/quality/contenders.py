@@ -157,17 +157,18 @@ def _fusedbunw(title: str, dtype: str = "float32", **given: Any) -> Contender:
     return Contender(title, 4e-3, own("FusedbunW", weight_decay=0.0, **given), dtype=dtype)
 
 
-FUSEDBUNW, ADAMW8BIT = "FusedbunW", "AdamW in 8 bits (bitsandbytes)"
 # At AdamW's learning rate, in its place: nobody is tuned.
 IN_PLACE = (
-    _fusedbunw(FUSEDBUNW),
+    _fusedbunw("FusedbunW"),
     _fusedbunw("FusedbunW, momentum float32", momentum_dtype=None),
     _fusedbunw("FusedbunW, momentum int4", momentum_dtype="int4"),
     _fusedbunw("FusedbunW in bfloat16", "bfloat16", stochastic_rounding=True),
     _fusedbunw("FusedbunW, not lagged", lagged=False),
     _fusedbunw("FusedbunW without clip", clip=None),
     *_of_titles(ADAMW, "NAdamW", "Adafactor"),
-    Contender(ADAMW8BIT, 4e-3, of("bitsandbytes.optim", "AdamW8bit", weight_decay=0.0), ours=False),
+    Contender(
+        "AdamW in 8 bits (bitsandbytes)", 4e-3, of("bitsandbytes.optim", "AdamW8bit", weight_decay=0.0), ours=False
+    ),
 )
 AS_REPORTED = (
     Contender("AdamW", 0, of("torch.optim", "AdamW", weight_decay=0.01), ours=False),

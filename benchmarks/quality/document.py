@@ -216,32 +216,40 @@ def _loss(row: Row) -> str:
     return f"{row.of['loss']:.4f} ± {row.of['loss_deviation']:.4f}" if row.is_stable else "diverges"
 
 
-def _ahead(row: Row, other: Row | dict[str, Any]) -> list[float]:
+def ahead(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
     """By how much the loss is higher than another's, seed by seed, as a share of the other's mean."""
-    of = other.of if isinstance(other, Row) else other
-    mean = statistics.fmean(of["losses"])
-    return [(a - b) / mean for a, b in zip(row.of["losses"], of["losses"], strict=True)]
+    mean = statistics.fmean(other["losses"])
+    return [(a - b) / mean for a, b in zip(one["losses"], other["losses"], strict=True)]
 
 
-def _error(differences: list[float]) -> float:
-    return statistics.stdev(differences) / math.sqrt(len(differences))
+def error(numbers: list[float]) -> float:
+    """The standard error of their mean."""
+    return statistics.stdev(numbers) / math.sqrt(len(numbers))
+
+
+def shown(change: float, error: float) -> str:
+    """A change in per cent, in parentheses where it is less than two of its standard errors."""
+    return f"{change:+.1%}" if abs(change) > 2 * error else f"({change:+.1%})"
 
 
 def _behind(row: Row, other: Row | dict[str, Any]) -> float:
     """By how much the loss is higher, less two standard errors of that."""
-    differences = _ahead(row, other)
-    return statistics.fmean(differences) - 2 * _error(differences)
+    differences = ahead(row.of, _results(other))
+    return statistics.fmean(differences) - 2 * error(differences)
 
 
 def _against(row: Row, other: Row | dict[str, Any] | None) -> str:
     """The change of the loss against another's, in parentheses where it is less than two of its standard errors."""
     if not row.is_stable:
         return "diverges"
-    if other is None or (other if isinstance(other, dict) else other.of) is row.of:
+    if other is None or _results(other) is row.of:
         return "" if other is None else "0"
-    differences = _ahead(row, other)
-    change = statistics.fmean(differences)
-    return f"{change:+.1%}" if abs(change) > 2 * _error(differences) else f"({change:+.1%})"
+    differences = ahead(row.of, _results(other))
+    return shown(statistics.fmean(differences), error(differences))
+
+
+def _results(of: Row | dict[str, Any]) -> dict[str, Any]:
+    return of.of if isinstance(of, Row) else of
 
 
 def _middle(values: Any) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import Any
 
 from rich.table import Table
 
+from benchmarks.quality import document
 from benchmarks.quality.contenders import ADAMW
 from benchmarks.quality.report import load
 from benchmarks.quality.workloads import WORKLOADS
@@ -22,9 +22,8 @@ def against(one: Result, other: Result) -> tuple[float, float] | None:
     """The test loss over another's, less 1, seed by seed, and the standard error of that; None where one diverged."""
     if one["loss"] is None or other["loss"] is None:
         return None
-    mean = statistics.fmean(other["losses"])
-    changes = [(a - b) / mean for a, b in zip(one["losses"], other["losses"], strict=True)]
-    return statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
+    differences = document.ahead(one, other)
+    return statistics.fmean(differences), document.error(differences)
 
 
 def changes(name: str, share: str) -> dict[str, tuple[float, float] | None]:
@@ -48,10 +47,7 @@ def in_short() -> str:
 
 
 def _cell(change: tuple[float, float] | None) -> str:
-    if change is None:
-        return "diverges"
-    mean, error = change
-    return f"{mean:+.1%}" if abs(mean) > 2 * error else f"({mean:+.1%})"
+    return "diverges" if change is None else document.shown(*change)
 
 
 def whole() -> str:
@@ -91,6 +87,6 @@ def _everything(name: str) -> tuple[list[str], list[list[str]]]:
 def _loss(name: str, title: str, of: Result, share: str) -> str:
     if of["loss"] is None:
         return f"diverges in {sum(x is None for x in of['losses'])} of {len(of['losses'])}"
-    text = f"{of['loss']:.4f} ± {of['loss_deviation'] / math.sqrt(len(of['losses'])):.4f}"
+    text = f"{of['loss']:.4f} ± {document.error(of['losses']):.4f}"
     change = changes(name, share)[title]
     return text if title == ADAMW or change is None else f"{text} ({change[0]:+.1%} ± {change[1]:.1%})"

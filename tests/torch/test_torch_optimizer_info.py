@@ -424,10 +424,8 @@ def test_sm3_without_momentum_has_nothing_of_a_parameters_size(shape):
     assert sizes == list(shape)
 
 
-MOMENTA = [
-    *((SM3, "momentum"), (MupSGD, "momentum")),
-    *((FusedbunW, "betas"), (MupAdam, "betas"), (MupAdamW, "betas"), (DecoupledLionW, "betas")),
-]
+BY_BETAS = (FusedbunW, MupAdam, MupAdamW, DecoupledLionW)
+MOMENTA = [(SM3, "momentum"), (MupSGD, "momentum"), *((cls, "betas") for cls in BY_BETAS)]
 
 
 @pytest.mark.parametrize(("cls", "name"), MOMENTA, ids=lambda x: getattr(x, "__name__", x))

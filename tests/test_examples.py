@@ -56,7 +56,7 @@ def test_ternary_networks_come_near_their_float_twin(framework, capsys, monkeypa
 @sweep(
     ("name", "optimizer"),
     [*product(IN_ADAMWS_PLACE, ("adamw", "fusedbunw")), ("optax_wrappers", None)],
-    short=only(("torch_digits", "fusedbunw"), ("flax_nnx", "fusedbunw")),
+    short=only(("torch_digits", "fusedbunw")),
 )
 def test_it_trains_to_the_accuracy_that_it_states(name, optimizer, tmp_path):
     """With either optimizer to the same one: they differ by less than the test images can tell apart."""

@@ -72,9 +72,9 @@ def with_torch(params, steps, **given):
 def with_optax(params, steps, betas=(0.9, 0.999), **given):
     tx = fj.fusedbunw(LR, *betas, eps=EPS, weight_decay=DECAY, momentum_dtype=None, **given)
     p = {name: jnp.asarray(x) for name, x in params.items()}
-    state = tx.init(p)
+    state, update = tx.init(p), jax.jit(tx.update)
     for grads in steps:
-        updates, state = tx.update({name: jnp.asarray(g) for name, g in grads.items()}, state, p)
+        updates, state = update({name: jnp.asarray(g) for name, g in grads.items()}, state, p)
         p = optax.apply_updates(p, updates)
     return p
 
@@ -115,12 +115,13 @@ def test_on_vectors_without_momentum_it_is_adamw(beta2, decay):
     other = torch.optim.AdamW([theirs], 0.01, (0.0, beta2), weight_decay=decay)
     txs = fj.fusedbunw(0.01, 0.0, beta2, weight_decay=decay, **plain), optax.adamw(0.01, 0.0, beta2, weight_decay=decay)
     in_optax, states = [jnp.asarray(start)] * 2, [tx.init(jnp.asarray(start)) for tx in txs]
+    updating = [jax.jit(tx.update) for tx in txs]
     for g in steps:
         for p, optimizer in ((ours, one), (theirs, other)):
             p.grad = torch.tensor(g)
             optimizer.step()
-        for i, tx in enumerate(txs):
-            updates, states[i] = tx.update(jnp.asarray(g), states[i], in_optax[i])
+        for i, update in enumerate(updating):
+            updates, states[i] = update(jnp.asarray(g), states[i], in_optax[i])
             in_optax[i] = optax.apply_updates(in_optax[i], updates)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(*in_optax, rtol=1e-6, atol=1e-6)

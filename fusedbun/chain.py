@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
+from fusedbun.hyper import PerParam, Whole, check, plain
 from fusedbun.storage import codes
 from fusedbun.storage.codes import STEP, Stored
 from fusedbun.storage.rounding import PARAM, TO_NEAREST, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Array, Shape, Signal, Slot, State, Transform
+
+Stacked = PerParam[Annotated[int, Whole(0)]]
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class Chain:
     Args:
         transforms: the transformations.
         rounding: how their results are rounded.
+        stacked: how many of a parameter's leading axes make it a stack of several of one kind, such as layers under
+            `scan` or experts: each slice is stepped as a parameter of its own. A number, or a rule
+            `(path, param) -> number`.
 
     Raises:
         TypeError: something in it is not a transformation.
@@ -29,8 +35,10 @@ class Chain:
 
     transforms: tuple[Transform, ...]
     rounding: Rounding = TO_NEAREST
+    stacked: Stacked = 0
 
     def __post_init__(self) -> None:
+        check("a chain", {"stacked": Stacked}, {"stacked": self.stacked})
         for i, transform in enumerate(self.transforms):
             before = self.transforms[i - 1] if i else None
             if not isinstance(transform, Transform):
@@ -56,8 +64,21 @@ class Chain:
         return iter(self.transforms)
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
-        """The state kept for a parameter of this shape, by `<transformation>.<slot>`, in the order of the chain."""
-        return {f"{t.name}.{name}": slot for t in self for name, slot in slots_of(t, shape).items()}
+        """The state kept for a parameter of this shape, by `<transformation>.<slot>`, in the order of the chain.
+
+        Of a stack, that of a slice.
+        """
+        of = self.slice_shape(shape)
+        return {f"{t.name}.{name}": slot for t in self for name, slot in slots_of(t, of).items()}
+
+    def slice_shape(self, shape: Shape) -> Shape:
+        """The shape of a slice of a stack of this shape; of what is no stack, its own."""
+        if self.stacked > len(shape):
+            raise ValueError(
+                f"stacked={self.stacked} says how many leading axes are a stack's, but a parameter of shape {shape} "
+                f"has {len(shape)}; give a rule (path, param) -> number where parameters differ"
+            )
+        return shape[self.stacked :]
 
     def arrays(self, shape: Shape, dtype: str) -> dict[str, Stored]:
         """The arrays that the state of such a parameter is stored in, by `<transformation>.<slot>` and what follows.
@@ -76,7 +97,8 @@ class Chain:
                 f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
                 f"with an optimizer, that has stochastic_rounding=False"
             )
-        return arrays_of(self.slots(shape), dtype, self.rounding.stochastic or any(t.counts for t in self))
+        counts = self.rounding.stochastic or any(t.counts for t in self)
+        return arrays_of(self.slots(shape), dtype, counts, self.stacked)
 
     def counts(self, shape: Shape, dtype: str) -> bool:
         """Whether the steps of such a parameter are counted."""
@@ -90,15 +112,30 @@ class Chain:
             param: the parameter.
             name: the name that decides the noise of its rounding; None: the path's.
         """
-        chain = Chain(tuple(t.at(path, param) for t in self), self.rounding) if self.has_rules else self
+        chain = self._without_rules(path, param) if self.has_rules else self
         if not (keys := chain.noisy(tuple(param.shape))):
             return chain
-        return Chain(chain.transforms, self.rounding.of(".".join(path) if name is None else name, keys))
+        return replace(chain, rounding=self.rounding.of(".".join(path) if name is None else name, keys))
+
+    def _without_rules(self, path: tuple[str, ...], param: Any) -> Chain:
+        stacked = self.stacked(path, param) if callable(self.stacked) else self.stacked
+        chain = replace(self, stacked=plain(stacked))
+        of = Slice(param, chain.slice_shape(tuple(param.shape))) if stacked else param
+        return replace(chain, transforms=tuple(t.at(path, of) for t in self))
 
     def named_as(self, other: Chain) -> Chain:
-        """This chain with the noise of the parameter that `other` was made for; the two have the same slots."""
+        """This chain with the noise and the place of the parameter that `other` was made for; they have one state."""
         keys = [key for key, _ in other.rounding.starts]
-        return Chain(self.transforms, self.rounding.of(other.rounding.name, keys)) if keys else self
+        if not keys and self.stacked == other.stacked:
+            return self
+        rounding = replace(self.rounding.of(other.rounding.name, keys), place=other.rounding.place)
+        return replace(self, rounding=rounding, stacked=other.stacked)
+
+    def slice(self, place: tuple[Any, ...]) -> Chain:
+        """The chain for one slice of a stack that it is for: `at` has been asked."""
+        if not self.rounding.starts:  # which are there where there is noise, that alone sees the whole stack
+            return replace(self, stacked=0)
+        return replace(self, stacked=0, rounding=replace(self.rounding, place=place))
 
     def noisy(self, shape: Shape) -> list[str]:
         """The arrays of such a parameter, its own among them, that may be rounded with noise."""
@@ -107,12 +144,14 @@ class Chain:
 
     def for_rows(self) -> Chain:
         """The chain that steps the rows a sparse gradient touches; see `Transform.for_rows`."""
+        if self.stacked:
+            raise TypeError(f"it is a stack (stacked={self.stacked}), whose gradient must be dense")
         return replace(chain(*(t.for_rows() for t in self)), rounding=self.rounding)
 
     @cached_property
     def has_rules(self) -> bool:
         """Whether a hyper-parameter is a rule, so that `at` gives another chain."""
-        return any(callable(value) for t in self for value in vars(t).values())
+        return callable(self.stacked) or any(callable(value) for t in self for value in vars(t).values())
 
     def hyperparameters(self) -> dict[str, Any]:
         """Every field of every transformation, by `<transformation>.<field>`."""
@@ -120,7 +159,17 @@ class Chain:
 
     def with_hyperparameters(self, **values: Any) -> Chain:
         """The same chain with other hyper-parameters, by the names that `hyperparameters` gives."""
-        return Chain(tuple(replace(t, **entries_of(t, values)) for t in self), self.rounding)
+        return replace(self, transforms=tuple(replace(t, **entries_of(t, values)) for t in self))
+
+
+class Slice:
+    """What a rule is shown of a stack: the parameter with the shape of one slice."""
+
+    def __init__(self, stack: Any, shape: Shape) -> None:
+        self._stack, self.shape, self.ndim = stack, shape, len(shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stack, name)
 
 
 def chain(*transforms: Transform | None) -> Chain:
@@ -144,14 +193,16 @@ def slots_of(transform: Transform, shape: Shape) -> Mapping[str, Slot]:
     return slots
 
 
-def arrays_of(slots: Mapping[str, Slot], dtype: str, counts: bool = False) -> dict[str, Stored]:
+def arrays_of(slots: Mapping[str, Slot], dtype: str, counts: bool = False, stacked: int = 0) -> dict[str, Stored]:
     """The arrays of slots of a parameter of this dtype, by the slot's name and what its code appends.
 
-    The counter of steps is the last of them, where it is asked for or where codes have noise.
+    The counter of steps is the last of them, where it is asked for or where codes have noise. A stack of so many axes
+    has them in front of each.
     """
     counts = counts or any(codes.code_of(slot, dtype).is_noisy for slot in slots.values())
     arrays = {key + part: x for key, slot in slots.items() for part, x in codes.arrays(slot, dtype).items()}
-    return arrays | ({STEP: codes.COUNT} if counts else {})
+    arrays |= {STEP: codes.COUNT} if counts else {}
+    return {key: x._replace(stacked=stacked) for key, x in arrays.items()} if stacked else arrays
 
 
 def entries_of(transform: Transform, named: Mapping[str, Any]) -> dict[str, Any]:

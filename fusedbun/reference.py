@@ -43,7 +43,9 @@ def exact_step(xp: Any, chain: Chain, lr: Any, param: Array, grad: Array, state:
 
 def start(chain: Chain, shape: Shape) -> State:
     """The state of a parameter before its first step, and the counter."""
-    return {key: np.zeros(slot.shape(shape)) for key, slot in chain.slots(shape).items()} | {STEP: np.zeros(())}
+    stack, of = shape[: chain.stacked], chain.slice_shape(shape)
+    slots = {key: np.zeros((*stack, *slot.shape(of))) for key, slot in chain.slots(shape).items()}
+    return slots | {STEP: np.zeros(stack)}
 
 
 class Reference:
@@ -64,11 +66,14 @@ class Reference:
     def step(self, grads: Tree) -> Tree:
         """One step of every parameter that has a gradient in `grads`; returns the parameters."""
         for name, grad in grads.items():
-            p, g = self.params[name], np.asarray(grad, np.float64)
-            if p.size:
-                self.params[name], self.state[name] = exact_step(
-                    namespace, self.chains[name], self.lr, p, g, self.state[name]
-                )
+            p, g = self.params[name].copy(), np.asarray(grad, np.float64)
+            chain, state = self.chains[name], {key: x.copy() for key, x in self.state[name].items()}
+            self.params[name], self.state[name] = p, state
+            for place in np.ndindex(p.shape[: chain.stacked]) if p.size else ():
+                before = {key: x[place] for key, x in state.items()}
+                p[place], after = exact_step(namespace, chain.slice(place), self.lr, p[place], g[place], before)
+                for key, x in after.items():
+                    state[key][place] = x
         return self.params
 
     def run(self, steps: Iterable[Tree]) -> Tree:

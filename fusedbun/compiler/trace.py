@@ -15,15 +15,15 @@ from fusedbun.compiler.graph import Graph, UnschedulableError, Value
 from fusedbun.operations import FUNCTIONS, OPERATIONS, Operation
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
-from fusedbun.storage.rounding import PARAM
+from fusedbun.storage.rounding import PARAM, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Namespace
 
 GRAD, LR = "grad", "lr"
 # The names of hyper-parameters beside those of a chain: where the noise of an array begins, and of a shard, along an
-# axis, the size of the whole parameter and the place of the first element.
+# axis, the size of the whole parameter and the place of the first element, and of a slice, its place in the stack.
 START = ".start"
-SIZE, FIRST = "size.{}", "first.{}"
+SIZE, FIRST, PLACE = "size.{}", "first.{}", "place.{}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def trace(
     lr = Symbol(graph, graph.hyperparameter(LR))
     changing = [name for name, x in chain.hyperparameters().items() if is_input(x)]
     symbolic = chain.with_hyperparameters(**{name: Symbol(graph, graph.hyperparameter(name)) for name in changing})
-    storage = Storage(Symbolic(graph, bool(ndim)), _Starts(graph, chain.rounding.stochastic), like, dtype)
+    storage = Storage(Symbolic(graph, bool(ndim)), _Starts(graph, chain.rounding), like, dtype)
     if maximize:
         grad = Symbol(graph, graph.apply("neg", grad.value))
     try:
@@ -97,7 +97,8 @@ def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:
     """The values of a traced program's hyper-parameters, for this chain."""
     noise = [v.detail for v in program.scalars if v.is_word and v.detail.endswith(START)]
     starts = {name: chain.rounding.start(name.removesuffix(START)) for name in noise}
-    return {LR: lr, **starts, **{name: x for name, x in chain.hyperparameters().items() if is_input(x)}}
+    places = {PLACE.format(axis): at for axis, at in enumerate(chain.rounding.place)}
+    return {LR: lr, **starts, **places, **{name: x for name, x in chain.hyperparameters().items() if is_input(x)}}
 
 
 def evaluate(scalars: tuple[Value, ...], hyperparameters: Mapping[str, Any], xp: Namespace | None = None) -> list[Any]:
@@ -145,10 +146,22 @@ def used(
 
 @dataclass(frozen=True)
 class _Starts:
-    """The rounding of a step that is traced: where noise begins is a number that is given with every step."""
+    """The rounding of a step that is traced: where noise begins is a number that is given with every step.
+
+    So is the place of a slice in its stack.
+    """
 
     graph: Graph
-    stochastic: bool
+    rounding: Rounding
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding.stochastic
+
+    @property
+    def place(self) -> list[Symbol]:
+        axes = range(len(self.rounding.place))
+        return [Symbol(self.graph, self.graph.hyperparameter(PLACE.format(axis), is_word=True)) for axis in axes]
 
     def start(self, key: str) -> Symbol:
         return Symbol(self.graph, self.graph.hyperparameter(f"{key}{START}", is_word=True))

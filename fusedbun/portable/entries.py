@@ -65,6 +65,7 @@ class Parameter:
         group: the place of its group among the groups.
         slots: by `<transformation>.<slot>`, in the order of the chain, with their codes resolved, and with the counter
             of its steps where there is one; None where it has not been stepped, so that all would be at the start.
+        stacked: how many of its leading axes are a stack's; the slots are those of a slice.
     """
 
     name: str
@@ -72,10 +73,11 @@ class Parameter:
     dtype: str
     group: int
     slots: Mapping[str, Slot] | None
+    stacked: int = 0
 
     def arrays(self) -> dict[str, Stored]:
         """The arrays that its slots are stored in, by the slot's name and what its code appends."""
-        return arrays_of(self.slots or {}, self.dtype)
+        return arrays_of(self.slots or {}, self.dtype, stacked=self.stacked)
 
 
 def slots_of(chain: Chain, shape: Shape, dtype: str) -> dict[str, Slot]:
@@ -191,7 +193,8 @@ def _text(content: Any) -> str:
 
 def _text_of_parameter(p: Parameter) -> str:
     slots = None if p.slots is None else {key: [slot.axes, slot.code] for key, slot in p.slots.items()}
-    return _text({"shape": p.shape, "dtype": p.dtype, "group": p.group, "slots": slots})
+    stack = {"stacked": p.stacked} if p.stacked else {}
+    return _text({"shape": p.shape, "dtype": p.dtype, "group": p.group, "slots": slots, **stack})
 
 
 # ---- reading
@@ -264,9 +267,11 @@ def _parameter(name: str, text: str, groups: int) -> Parameter:
     _check(dtype in ("float64", "float32", "float16", "bfloat16"), dtype)
     _check(_is_size(group) and group < groups, group)
     _check(slots is None or type(slots) is dict, slots)
+    stacked = content.get("stacked", 0)
+    _check(_is_size(stacked) and stacked <= len(shape), stacked)
     if slots is not None:
-        slots = {key: _slot(axes, code, dtype, len(shape)) for key, (axes, code) in slots.items()}
-    parameter = Parameter(name, shape, dtype, group, slots)
+        slots = {key: _slot(axes, code, dtype, len(shape) - stacked) for key, (axes, code) in slots.items()}
+    parameter = Parameter(name, shape, dtype, group, slots, stacked)
     _check(_text_of_parameter(parameter) == text, text)
     return parameter
 

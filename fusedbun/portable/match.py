@@ -48,10 +48,22 @@ class Match:
             arrays = code.arrays(slot.axes)
             parts = {part: file.opened.read(f"{self.saved.name}/{self.origins[key]}{part}") for part in arrays}
             if self.axes is not None and any(x.is_by_blocks for x in arrays.values()):
-                parts |= recoded(parts, self.saved.shape, self.axes, code)
+                parts |= self._recoded(parts, code)
             elif self.axes is not None:
                 parts = {part: np.ascontiguousarray(x.transpose(self.axes)) for part, x in parts.items()}
             yield from ((key + part, numbers) for part, numbers in parts.items())
+
+    def _recoded(self, parts: Mapping[str, Numbers], code: Code) -> dict[str, Numbers]:
+        """Codes of blocks in the other layout; of a stack slice by slice."""
+        assert self.axes is not None
+        n, shape = self.saved.stacked, self.saved.shape
+        axes = _of_slice(self.axes, n)
+        slices = [
+            recoded({part: x[place] for part, x in parts.items()}, shape[n:], axes, code)
+            for place in np.ndindex(shape[:n])
+        ]
+        stacks = {part: [one[part] for one in slices] for part in slices[0]} if slices else {}
+        return {part: np.reshape(x, (*shape[:n], *x[0].shape)) for part, x in stacks.items()}
 
 
 def inverse(mapping: Mapping[str, Target]) -> dict[str, Target]:
@@ -160,9 +172,17 @@ class Loading:
         if saved.dtype != here.dtype:
             self.problems.append(f"{here.name!r} is {saved.dtype} in the file, but {here.dtype} here")
             return None
+        n = here.stacked
+        if saved.stacked != n or (axes is not None and axes[:n] != tuple(range(n))):
+            self.problems.append(
+                f"{here.name!r} is kept with stacked={saved.stacked} in the file, but with stacked={n} here"
+                + (f", and the order {axes} must leave a stack's axes in front" if n and axes else "")
+            )
+            return None
         if saved.slots is None:
             return pair
-        tried = [(slots, *_origins(here.name, saved.slots, slots, axes)) for slots in choices]
+        of_slice = None if axes is None else _of_slice(axes, n)
+        tried = [(slots, *_origins(here.name, saved.slots, slots, of_slice)) for slots in choices]
         for slots, origins, problems in tried:
             if not problems:
                 return replace(pair, slots=slots, origins=origins)
@@ -197,6 +217,11 @@ def _target(name: str, target: Target, ndim: int) -> tuple[str, tuple[int, ...] 
             f"('dense.kernel', {(*reversed(range(ndim)),)}), but it is {target!r}"
         )
     return to, None if axes == (*range(ndim),) else axes
+
+
+def _of_slice(axes: tuple[int, ...], stacked: int) -> tuple[int, ...]:
+    """The order of a slice's axes, where that of its stack's is this."""
+    return tuple(axis - stacked for axis in axes[stacked:])
 
 
 def _origins(

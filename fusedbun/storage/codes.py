@@ -40,22 +40,30 @@ class Stored(NamedTuple):
         part: where it has a number for every "element" of these axes. Of a parameter's rows, "block" has one for
             every block of 32, and "packed" the codes of whole blocks, several to a byte.
         bits: of a packed code: 1, 2 or 4.
+        stacked: the leading axes of a stack. The array has them in front, and the others are those of a slice.
     """
 
     dtype: str
     axes: tuple[int, ...]
     part: Literal["element", "block", "packed"] = "element"
     bits: int | None = None
+    stacked: int = 0
 
     def shape(self, parameter: Shape) -> Shape:
         """Its shape, for a parameter of this shape."""
+        stack, of = parameter[: self.stacked], parameter[self.stacked :]
         if self.part == "element":
-            return tuple(n if axis in self.axes else 1 for axis, n in enumerate(parameter))
-        return (parameter[0], -(-math.prod(parameter[1:]) // BLOCK), BLOCK * self.bits // 8 if self.bits else 1)
+            return (*stack, *(n if axis in self.axes else 1 for axis, n in enumerate(of)))
+        return (*stack, of[0], -(-math.prod(of[1:]) // BLOCK), BLOCK * self.bits // 8 if self.bits else 1)
 
     def is_full(self, ndim: int) -> bool:
         """Whether it has the shape of its parameter, which has so many axes."""
-        return self.part == "element" and len(self.axes) == ndim
+        return self.part == "element" and len(self.along) == ndim
+
+    @property
+    def along(self) -> tuple[int, ...]:
+        """The axes of the parameter, the stack's among them, that it has numbers along."""
+        return (*range(self.stacked), *(self.stacked + axis for axis in self.axes))
 
     @property
     def is_by_blocks(self) -> bool:
@@ -203,7 +211,7 @@ class Blocks(Code):
         return {**(planes or {"": xp.from_blocks(words, value.shape)}), EXPONENTS: exponents}
 
 
-COUNT = Stored("int32", ())  # of steps
+COUNT = Stored("int32", ())  # of steps; of a stack, each slice's
 CODES: dict[str, Code] = {
     code.name: code
     for code in (

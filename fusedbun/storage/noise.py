@@ -45,21 +45,24 @@ def start(seed: int, name: str, stream: int) -> int:
     return int(mix(seeded + np.int32(word(zlib.crc32(name.encode()))))[0])
 
 
-def draw(start: Array | int, step: Array, index: Sequence[Array]) -> Array:
+def draw(start: Array | int, step: Array, index: Sequence[Array], stack: Sequence[Array | int] = ()) -> Array:
     """Whole numbers, uniform in [0, 65535], one for each element: a function of its place and of nothing else.
 
         key = mix(start + step)
         n   = mix(mix(key) + sum_i mix(mix(key + (i + 1)*GOLDEN) + index_i)) >> 16
 
-    So any part of an array, by rows, by blocks or on shards, is given the noise that it has in the whole.
+    The axes are a stack's, and then those of a slice. So any part of an array, by rows, by blocks or on shards, is
+    given the noise that it has in the whole.
 
     Args:
         start: see `start`.
         step: how many steps came before, as a word.
         index: for each axis the elements' places along it, as words of size 1 along the others.
+        stack: of a slice, its place along the axes that are before these.
     """
     key = mix(step + start)
     h = mix(key)
-    for i, at in reversed([*enumerate(index)]):  # the leading axis last: what is added grows as late as it can
+    axes = [*enumerate(stack), *reversed([*enumerate(index, len(stack))])]
+    for i, at in axes:  # the leading axis last: what is added grows as late as it can
         h = mix(mix(key + word((i + 1) * GOLDEN)) + at) + h
     return shifted(mix(h), 16)

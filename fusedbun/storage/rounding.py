@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fusedbun.operations import Functions
 from fusedbun.storage import noise
@@ -22,6 +23,7 @@ class Rounding:
     seed: int = 0  # any integer; with the parameter's name and the number of steps it decides the noise of all rounding
     name: str = ""  # the parameter's; `Chain.at` puts it here
     starts: tuple[tuple[str, int], ...] = ()  # where the noise of arrays begins, by name, as far as it is known already
+    place: tuple[Any, ...] = ()  # of a slice in its stack, along the axes that all of its elements have in front
 
     def start(self, key: str) -> int:
         """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.storage.noise.start`)."""

@@ -18,6 +18,8 @@ class Starts(Protocol):
 
     @property
     def stochastic(self) -> bool: ...
+    @property
+    def place(self) -> Sequence[Any]: ...
     def start(self, key: str) -> Any: ...
 
 
@@ -68,4 +70,4 @@ class Storage:
 
     def _noise(self, key: str, stored: State) -> Array:
         """A word for each element of an array."""
-        return noise.draw(self.rounding.start(key), stored[STEP], self._index)
+        return noise.draw(self.rounding.start(key), stored[STEP], self._index, self.rounding.place)

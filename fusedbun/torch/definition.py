@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -43,9 +44,15 @@ def step_leaf(
 ) -> None:
     """One step of one parameter: computed in `compute_dtype`, rounded once when the parameter is written.
 
-    Of a sparse gradient the rows that it touches are stepped as a parameter of their own: `rows` says which they are.
+    Of a stack every slice is stepped as a parameter of its own. So are, of a sparse gradient, the rows that it touches:
+    `rows` says which they are.
     """
     if not param.numel():
+        return
+    if chain.stacked:
+        for place in product(*map(range, param.shape[: chain.stacked])):
+            of_slice = {key: x[place] for key, x in state.items()}
+            step_leaf(chain.slice(place), lr, maximize, param.detach()[place], grad[place], of_slice)
         return
     if grad.is_sparse:
         rows, values = touched_rows(grad)

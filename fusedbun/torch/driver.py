@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun.chain import Chain
-from fusedbun.hyper import NonNegative, Whole, check
+from fusedbun.chain import Chain, Stacked
+from fusedbun.hyper import NonNegative, Whole, check, plain
 from fusedbun.metrics import Products, measured
 from fusedbun.recipe import INITIAL_LR, Recipe
 from fusedbun.storage.rounding import Rounding
@@ -27,7 +27,8 @@ from fusedbun.torch.state import arrays_of, filled, update_state
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
-OPTIONS = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
+# the driver's own, in a group
+OPTIONS = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()], "stacked": Stacked}
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -47,6 +48,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         maximize: climb instead of descend.
         stochastic_rounding: round bfloat16 parameters without a bias instead of to the nearest.
         seed: any integer; it decides the noise of all rounding.
+        stacked: how many leading axes make a parameter a stack, each slice of which is stepped as a parameter of its
+            own, or a rule `(path, param) -> number`.
         implementation: what steps the parameters (`fusedbun.torch.dispatch`); None: the best that there is.
     """
 
@@ -66,6 +69,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        stacked: Stacked = 0,
         implementation: str | None = None,
     ) -> None:
         if implementation not in (None, *IMPLEMENTATIONS):
@@ -79,7 +83,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._products: dict[Tensor, Products] = {}
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
-        options = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        options = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed, "stacked": stacked}
         defaults = {"lr": lr, **hyperparameters, **options}
         self.chain(defaults)
         super().__init__(params, defaults)
@@ -256,7 +260,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         arguments = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
             arguments[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
-        return replace(self.recipe.make(**arguments), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
+        rounding = Rounding(group["stochastic_rounding"], group["seed"])
+        return replace(self.recipe.make(**arguments), rounding=rounding, stacked=plain(group["stacked"]))
 
     def check_lr(self, lr: Any) -> None:
         """Raises a TypeError or ValueError for a learning rate that is not valid."""

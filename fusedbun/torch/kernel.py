@@ -52,12 +52,11 @@ class Kernel(Implementation):
                 return f"its state {key!r} is not contiguous"
         return None
 
-    def prepare(self, leaf: Leaf) -> tuple[native.Kernel, tuple[int, ...]]:
-        """Its kernel, and its gradients' strides (they have its dtype)."""
-        param = leaf.param
-        order = native.memory_order(tuple(param.shape), STRIDES(param))
-        kernel = native.kernel(leaf.chain, param.ndim, order, dtype_name(param.dtype), leaf.group.maximize)
-        return kernel, STRIDES(leaf.grad)
+    def prepare(self, leaf: Leaf) -> native.Kernel:
+        """Its kernel; of a stack, that of every slice."""
+        one = next(leaf.slices())
+        order = native.memory_order(tuple(one.param.shape), STRIDES(one.param))
+        return native.kernel(one.chain, one.param.ndim, order, dtype_name(one.param.dtype), leaf.group.maximize)
 
     def step(self, leaves: Sequence[Leaf]) -> None:
         Batch(leaves).step()
@@ -74,7 +73,7 @@ def described(x: Tensor) -> native.Array:
 
 
 class Batch:
-    """Leaves that `Kernel` has prepared, described to the runtime to be stepped once and again.
+    """Leaves that `Kernel` has prepared, described to the runtime to be stepped once and again, stacks slice by slice.
 
     They let go of their gradients; each step takes those that the parameters have then.
     """
@@ -85,22 +84,25 @@ class Batch:
         self._params = [leaf.param for leaf in leaves]
         self._kinds = list(map(KIND, self._params))
         self._strides = list(map(STRIDES, self._params))
-        self._grad_strides = [strides for _, strides in (leaf.prepared for leaf in leaves)]
+        self._grad_strides = [STRIDES(leaf.grad) for leaf in leaves]
         self._state = list(joined.from_iterable(leaf.state.values() for leaf in leaves))
         self._addresses = list(map(ADDRESS, (*self._params, *self._state)))
         # Leaves of one group, one chain and one kernel share a row of numbers.
         rows: dict[tuple[int, int, Chain], int] = {}
         self._numbers: list[tuple[int, native.Kernel, Chain]] = []
-        self._rows: list[int] = []
         descriptions = []
+        self._slices: list[list[int]] = []  # of every leaf, how far behind its gradient's first byte each slice's is
         for leaf in leaves:
-            g, (kernel, grad_strides), width = leaf.place[0], leaf.prepared, leaf.param.element_size()
-            self._rows.append(rows.setdefault((g, kernel.address, leaf.chain), len(rows)))
-            if len(rows) > len(self._numbers):
-                self._numbers.append((g, kernel, leaf.chain))
-            grad = native.Array(native.ABSENT, width, tuple(step * width for step in grad_strides))
-            arrays = [described(leaf.param), grad, *(described(leaf.state[key]) for key in kernel.program.arrays)]
-            descriptions.append(native.Description(kernel, tuple(leaf.param.shape), arrays, self._rows[-1]))
+            g, kernel, start = leaf.place[0], leaf.prepared, ADDRESS(leaf.grad)
+            self._slices.append([])
+            for one in leaf.slices():
+                row = rows.setdefault((g, kernel.address, one.chain), len(rows))
+                if len(rows) > len(self._numbers):
+                    self._numbers.append((g, kernel, one.chain))
+                grad = described(one.grad)
+                arrays = [described(one.param), grad, *(described(one.state[key]) for key in kernel.program.arrays)]
+                descriptions.append(native.Description(kernel, tuple(one.param.shape), arrays, row))
+                self._slices[-1].append(grad.address - start)
         self._native = native.Leaves(descriptions, len(rows))
         for row, (g, _, _) in enumerate(self._numbers):
             self._evaluate(row, self._groups[g].rate)
@@ -115,9 +117,11 @@ class Batch:
 
     def leaves(self) -> Sequence[Leaf]:
         """The leaves, with the hyper-parameters that they have now."""
-        for leaf, row in zip(self._leaves, self._rows, strict=True):
-            g, _, leaf.chain = self._numbers[row]
-            leaf.group = self._groups[g]
+        for leaf in self._leaves:
+            group = self._groups[leaf.place[0]]
+            if group.chain is not leaf.group.chain:
+                leaf.chain = group.chain.named_as(leaf.chain)
+            leaf.group = group
         return self._leaves
 
     def holds(self, groups: list[Group], state: Mapping[Tensor, State]) -> bool:
@@ -166,7 +170,9 @@ class Batch:
         self._grads = grads  # held until the step is over, whatever other threads do
         addresses = list(map(ADDRESS, grads))
         following = iter(addresses)
-        self._native.set_gradients([next(following) if has_grad else native.ABSENT for has_grad in self._has_grad])
+        starts = [next(following) if has_grad else native.ABSENT for has_grad in self._has_grad]
+        of_slices = [start and start + at for start, slices in zip(starts, self._slices, strict=True) for at in slices]
+        self._native.set_gradients(of_slices)
         return native.ABSENT not in addresses
 
     def step(self) -> None:

@@ -7,9 +7,9 @@ same objects, and its rate while it is the same number.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product, zip_longest
 from operator import is_
 from typing import Any, NamedTuple, Protocol
 
@@ -80,6 +80,17 @@ class Leaf:
         """Whether the parameter and its gradient are plain arrays of numbers, not empty ones, and have memory."""
         arrays: tuple[Any, ...] = (self.param, self.param.grad)
         return all(type(x) in DENSE and x.layout is torch.strided and x.numel() and x.data_ptr() for x in arrays)
+
+    def slices(self) -> Iterator[Leaf]:
+        """Itself; of a stack every slice, as a leaf of its own whose arrays are parts of the stack's."""
+        if not (stacked := self.chain.stacked):
+            yield self
+            return
+        arrays = {key: x._replace(stacked=0) for key, x in self.arrays.items()}
+        for place in product(*map(range, self.param.shape[:stacked])):
+            state = {key: x[place] for key, x in self.state.items()}
+            of = {"chain": self.chain.slice(place), "param": self.param.detach()[place], "grad": self.grad[place]}
+            yield replace(self, **of, state=state, arrays=arrays)
 
     @property
     def arguments(self) -> Arguments:

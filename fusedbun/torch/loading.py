@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -107,8 +108,8 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
                 converted.update([*dict.fromkeys(map(codes.slot_of, changed))])
                 entries = _converted(then, now, param, entries)
             if (entries or counter is not None) and now.counts(tuple(param.shape), dtype_name(param.dtype)):
-                arrays[codes.STEP] = codes.COUNT
-                entries[codes.STEP] = zeros(codes.COUNT, param) if counter is None else counter
+                arrays[codes.STEP] = count = codes.COUNT._replace(stacked=now.stacked)
+                entries[codes.STEP] = zeros(count, param) if counter is None else counter
             if index in state_dict["state"]:
                 saved[param] = {key: (arrays[key], value) for key, value in entries.items()}
     if converted:
@@ -164,17 +165,23 @@ def _is_other(value: Tensor | None, stored: Stored) -> bool:
 def _converted(then: Chain, now: Chain, param: Tensor, entries: Mapping[str, Tensor]) -> State:
     """The state as it is stored now, from how it was; of a DTensor each process converts its part."""
     dtype, name, shape = compute_dtype(param.dtype), dtype_name(param.dtype), tuple(param.shape)
-    like, places = torch.zeros((), dtype=dtype, device=param.device).expand(local(param).shape), places_of(param)
-    storage_then, storage_now = (Storage(xp, chain.rounding, like, name, places) for chain in (then, now))
-    slots, arrays = now.slots(shape), arrays_of(then, param)
+    slots, arrays, n = now.slots(shape), arrays_of(then, param), now.stacked
+    whole, places = local(param).shape, places_of(param) or []
+    like = torch.zeros((), dtype=dtype, device=param.device).expand(whole[n:])
     state = {key: zeros(stored, param) for key, stored in _without_counter(arrays_of(now, param)).items()}
     parts = {key: local(x) for key, x in state.items()}
     counter = {codes.STEP: torch.zeros((), dtype=torch.int32, device=param.device)}  # noise as before the first step
     as_saved = {key: arrays[key]._replace(dtype=dtype_name(x.dtype)) for key, x in entries.items()}
     old_parts = {key: local(filled(as_saved[key], param, x)) for key, x in entries.items()}
-    for key, slot in then.slots(shape).items():
-        if key in slots and key in entries and like.numel():
-            numbers = storage_then.decode(key, slot, old_parts)
-            for part, value in storage_now.encode(key, slots[key], numbers, counter).items():
-                parts[part].copy_(value)
+    for place in product(*map(range, whole[:n])) if like.numel() else ():
+        at = tuple(int(along.flatten()[i]) for along, i in zip(places, place, strict=False)) or place
+        storage_then, storage_now = (
+            Storage(xp, chain.slice(at).rounding, like, name, places[n:] or None) for chain in (then, now)
+        )
+        old, new = ({key: x[place] for key, x in of.items()} for of in (old_parts, parts))
+        for key, slot in then.slots(shape).items():
+            if key in slots and key in entries:
+                numbers = storage_then.decode(key, slot, old)
+                for part, value in storage_now.encode(key, slots[key], numbers, counter).items():
+                    new[part].copy_(value)
     return state

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedbun.chain import Chain
+from fusedbun.chain import Chain, Stacked
 from fusedbun.recipe import KEYWORD, POSITIONAL, Recipe, bind
 from fusedbun.recipes import RECIPES, decoupled_lionw
 from fusedbun.torch.definition import step_leaf
@@ -31,12 +31,15 @@ so that steps much smaller than a parameter's precision still move it. `seed=0`,
 and of all rounding of state; with the same seed, parameter names and number of steps it is the same on any device and
 in JAX.
 
+`stacked=` says how many leading axes make a parameter a stack of several of one kind, such as experts kept as one
+tensor: each slice is then stepped as a parameter of its own. A number, or a rule `(path, param) -> number`.
+
 `implementation=` chooses how it is computed, with the same result: "kernel" by code generated for it, on the CPU;
 "compiled" by torch.compile; "tiles" by eager torch, a few rows at a time; "definition" by its rules as written.
 None takes the best there is. Sparse gradients and tensor subclasses are always stepped by the definition.
 """
 # the driver's keyword arguments
-_OPTIONS = {"maximize": False, "stochastic_rounding": False, "seed": 0, "implementation": None}
+_OPTIONS = {"maximize": False, "stochastic_rounding": False, "seed": 0, "stacked": 0, "implementation": None}
 _CHOICE = "chooses an implementation of torch's own optimizers; this one chooses by itself"
 # Arguments of torch's own optimizers that are accepted where they are not set, and what is said where they are.
 _OF_TORCH = {
@@ -134,6 +137,8 @@ class ChainOptimizer(TransformOptimizer):
         maximize: climb instead of descend.
         stochastic_rounding: round bfloat16 parameters without a bias instead of to the nearest.
         seed: any integer; it decides the noise of all rounding.
+        stacked: how many leading axes make a parameter a stack, each slice of which is stepped as a parameter of its
+            own, or a rule `(path, param) -> number`.
         implementation: how it is computed, with the same result: "kernel" by code generated for the chain, on the CPU;
             "compiled" by torch.compile; "tiles" by eager torch, a few rows at a time; "definition" by the rules as
             written; None: by the best there is. Sparse gradients and tensor subclasses are always stepped by the
@@ -149,11 +154,13 @@ class ChainOptimizer(TransformOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        stacked: Stacked = 0,
         implementation: str | None = None,
     ) -> None:
         chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
         recipe = Recipe(chain.with_hyperparameters, type(self).__name__)
         options: dict[str, Any] = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        options["stacked"] = stacked or chain.stacked
         super().__init__(params, lr, recipe, chain.hyperparameters(), implementation=implementation, **options)
 
 

@@ -140,7 +140,9 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
         )
     by_param = None if names is None else {param: name for name, param in names}
     places = []
-    for g, group in enumerate(optimizer.param_groups):
+    groups = optimizer.param_groups
+    for g, group in enumerate(groups):
+        chain = optimizer.chain(group)
         for i, param in enumerate(group["params"]):
             name = by_param.get(param) if by_param is not None else (group.get("param_names") or {i: None})[i]
             if name is None:
@@ -149,7 +151,8 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
                     f"has none; make the optimizer from model.named_parameters(), or give "
                     f"names=model.named_parameters()"
                 )
-            places.append(Place(param, i, Parameter(name, tuple(param.shape), dtype_name(param.dtype), g, None)))
+            shape, stacked = tuple(param.shape), chain_at(chain, groups, g, i).stacked
+            places.append(Place(param, i, Parameter(name, shape, dtype_name(param.dtype), g, None, stacked)))
     counts = Counter(place.unstepped.name for place in places)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(f"{owner}: several parameters are called {', '.join(map(repr, twice))}; rename them")

@@ -39,7 +39,7 @@ def zeros(stored: Stored, param: Tensor) -> Tensor:
     Of a DTensor an array is one too; but one of no axes is a plain tensor, as in torch's own optimizers.
     """
     dtype = stored_dtype(stored)
-    if is_sharded(param) and stored.axes:
+    if is_sharded(param) and stored.along:
         return of_parts(zeros(stored, local(param)), stored, param)
     if stored.is_full(param.ndim) and not is_sharded(param):
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain as joined
 from typing import Any
 
 from fusedbun.compiler import tiles
@@ -23,16 +24,17 @@ class Tiles(Implementation):
     name = "tiles"
 
     def prepare(self, leaf: Leaf) -> tiles.Tiles:
-        shape, strides, maximize = tuple(leaf.param.shape), leaf.param.stride(), leaf.group.maximize
+        one = next(leaf.slices())
+        shape, strides, maximize = tuple(one.param.shape), one.param.stride(), leaf.group.maximize
         dtype = dtype_name(leaf.param.dtype)
-        key = (structure(leaf.chain), shape, strides, maximize, dtype)
+        key = (structure(one.chain), shape, strides, maximize, dtype)
         if key not in _PREPARED:
-            _PREPARED[key] = tiles.Tiles(tiles.schedule_for(leaf.chain, shape, strides, maximize, dtype), namespace)
+            _PREPARED[key] = tiles.Tiles(tiles.schedule_for(one.chain, shape, strides, maximize, dtype), namespace)
         return _PREPARED[key]
 
     def step(self, leaves: Sequence[Leaf]) -> None:
         xp: Any = namespace
-        for leaf in leaves:
+        for leaf in joined.from_iterable(leaf.slices() for leaf in leaves):
             program = leaf.prepared.schedule.program
             numbers = evaluate(program.scalars, hyperparameters(program, leaf.chain, leaf.lr), xp)
             arrays = {PARAM: leaf.param, GRAD: leaf.grad, **leaf.state}

@@ -108,7 +108,7 @@ def structure(chain: Chain) -> tuple[Any, ...]:
     known = vars(chain)
     if "structure" not in known:  # kept with the chain, as a cached property is
         values = [float if is_input(x) else x for x in chain.hyperparameters().values()]
-        found = (chain.rounding.stochastic, *map(type, chain), *values)
+        found = (chain.rounding.stochastic, len(chain.rounding.place), *map(type, chain), *values)
         try:
             hash(found)
         except TypeError as error:

@@ -7,13 +7,15 @@ crosses is combined in one collective for each way of combining, however many pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedbun.chain import Chain
 from fusedbun.compiler import tiles
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.cpp.native import KernelError
@@ -40,13 +42,21 @@ _PHASES: dict[Any, Phases] = {}  # by what decides them
 
 @dataclass(eq=False)
 class Part:
-    """What a process steps of a parameter. Where it has no elements its arrays have one for none."""
+    """What a process steps of a parameter, or of a slice. Where it has no elements its arrays have one for none."""
 
+    chain: Chain
+    lr: float | Tensor
+    dtype: torch.dtype
+    whole: tuple[int, ...]  # the shape of what it is a part of
     cut: Cut
-    shape: tuple[int, ...]  # of the arrays that are stepped
     phases: list[Phase]  # of a step
     runners: list[Runner]  # of the phases
-    arrays: dict[str, Tensor] = field(default_factory=dict)  # in a step, by name
+    arrays: dict[str, Tensor]  # by name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the arrays that are stepped."""
+        return tuple(max(1, n) for n in self.cut.shape)
 
 
 class Collective(NamedTuple):
@@ -68,24 +78,26 @@ class Sharded(Implementation):
             return "its device, the dtype of its gradient or a hyper-parameter that is a tensor does not suit it"
         return None
 
-    def prepare(self, leaf: Leaf) -> Part:
-        """The phases of the leaf's step, and what runs them."""
-        at, by_kernel = cut(leaf.param), _suits_kernels(leaf) and leaf.asked in (None, "kernel")
+    def prepare(self, leaf: Leaf) -> tuple[Cut, Phases]:
+        """How a slice of it is cut, and the phases of its step with what runs them."""
+        by_kernel, stacked = _suits_kernels(leaf) and leaf.asked in (None, "kernel"), leaf.chain.stacked
+        at, chain = cut(leaf.param).behind(stacked), leaf.chain.slice((0,) * stacked)
         # by what all processes have in common, for what crosses must be the same in all of them
         shape, strides, dtype = tuple(leaf.param.shape), leaf.param.stride(), dtype_name(leaf.param.dtype)
+        shape, strides = shape[stacked:], strides[stacked:]
         order, along = native.memory_order(shape, strides), frozenset(at.groups)
-        key = (native.structure(leaf.chain), order, dtype, leaf.group.maximize, along, by_kernel or shape)
+        key = (native.structure(chain), order, dtype, leaf.group.maximize, along, by_kernel or (shape, strides))
         if key not in _PHASES:
-            _PHASES[key] = _phases(leaf, order, along, by_kernel)
-        return Part(at, tuple(max(1, n) for n in at.shape), *_PHASES[key])
+            whole = _Whole(chain, shape, strides, dtype, leaf.group.maximize)
+            _PHASES[key] = _phases(whole, order, along, by_kernel, is_asked=leaf.asked is not None)
+        return at, _PHASES[key]
 
     def step(self, leaves: Sequence[Leaf]) -> None:
         """Steps these DTensors; every process has to call it, with all the same parameters."""
-        for leaf in leaves:
-            _take_arrays(leaf)
-        for t in range(max(len(leaf.prepared.phases) for leaf in leaves)):
-            working = [leaf for leaf in leaves if t < len(leaf.prepared.phases)]
-            collectives = _collectives([leaf.prepared for leaf in working], t)
+        parts = [part for leaf in leaves for part in _parts(leaf)]
+        for t in range(max((len(part.phases) for part in parts), default=0)):
+            working = [part for part in parts if t < len(part.phases)]
+            collectives = _collectives(working, t)
             _run_phase(working, t)
             for collective in collectives:
                 _combine(collective)
@@ -101,33 +113,49 @@ def _suits_kernels(leaf: Leaf) -> bool:
     )
 
 
-def _phases(leaf: Leaf, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool) -> Phases:
-    param, maximize, dtype = leaf.param, leaf.group.maximize, dtype_name(leaf.param.dtype)
+class _Whole(NamedTuple):
+    """What is cut: a parameter, or a slice of a stack."""
+
+    chain: Chain
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    maximize: bool
+
+
+def _phases(
+    whole: _Whole, order: tuple[int, ...], cut_along: frozenset[int], by_kernel: bool, is_asked: bool
+) -> Phases:
+    chain, shape, strides, dtype, maximize = whole
     if by_kernel:
         try:
-            steps = phases(trace(leaf.chain, param.ndim, order, maximize, dtype), cut_along)
+            steps = phases(trace(chain, len(shape), order, maximize, dtype), cut_along)
             return steps, [native.compiled(phase.program) for phase in steps]
         except (KernelError, UnschedulableError):
-            if leaf.asked:
+            if is_asked:
                 raise
-    whole = tiles.schedule_for(leaf.chain, tuple(param.shape), param.stride(), maximize, dtype)
-    steps = phases(whole.program, cut_along)
+    steps = phases(tiles.schedule_for(chain, shape, strides, maximize, dtype).program, cut_along)
     return steps, [tiles.Tiles(tiles.schedule_of(phase.program), namespace) for phase in steps]
 
 
-def _take_arrays(leaf: Leaf) -> None:
-    """Takes up the arrays that a step is made on; the gradient is brought to where the parameter is."""
-    part: Part = leaf.prepared
+def _parts(leaf: Leaf) -> Iterator[Part]:
+    """This process's parts of the slices that it has of a stack, or of the parameter, with their arrays."""
+    at, (steps, runners) = leaf.prepared
     param: Any = leaf.param
-    if leaf.grad.placements != param.placements:
+    if leaf.grad.placements != param.placements:  # the gradient is brought to where the parameter is
         leaf.grad = leaf.grad.redistribute(param.device_mesh, param.placements)
-    for name, x in {PARAM: param, GRAD: leaf.grad, **leaf.state}.items():
-        here = local(x)
-        part.arrays[name] = here if here.numel() else here.new_zeros([max(1, n) for n in here.shape])
-    for phase in part.phases:
-        for name in phase.program.arrays.keys() - part.arrays.keys() - phase.crossings.keys():
-            stored = phase.program.arrays[name]
-            part.arrays[name] = torch.empty(stored.shape(part.shape), dtype=stored_dtype(stored), device=param.device)
+    here, whole = {name: local(x) for name, x in {PARAM: param, GRAD: leaf.grad, **leaf.state}.items()}, cut(param)
+    for place in product(*map(range, whole.shape[: leaf.chain.stacked])):
+        chain = leaf.chain.slice(tuple(first + i for first, i in zip(whole.first, place, strict=False)))
+        of_slice = {name: x[place] for name, x in here.items()}
+        arrays = {name: x if x.numel() else x.new_zeros([max(1, n) for n in x.shape]) for name, x in of_slice.items()}
+        shape = tuple(param.shape[leaf.chain.stacked :])
+        part = Part(chain, leaf.lr, param.dtype, shape, at, steps, runners, arrays)
+        for phase in steps:
+            for name in phase.program.arrays.keys() - arrays.keys() - phase.crossings.keys():
+                stored = phase.program.arrays[name]
+                arrays[name] = torch.empty(stored.shape(part.shape), dtype=stored_dtype(stored), device=param.device)
+        yield part
 
 
 def _collectives(parts: Sequence[Part], t: int) -> list[Collective]:
@@ -180,22 +208,20 @@ def _in_order(bits: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
-def _run_phase(leaves: Sequence[Leaf], t: int) -> None:
-    """Runs a phase of each of these leaves: kernels all at once, tiles one leaf after the other."""
-    by_kernel = [leaf for leaf in leaves if isinstance(leaf.prepared.runners[t], native.Kernel)]
+def _run_phase(parts: Sequence[Part], t: int) -> None:
+    """Runs a phase of each of these parts: kernels all at once, tiles one part after the other."""
+    by_kernel = [part for part in parts if isinstance(part.runners[t], native.Kernel)]
     if by_kernel:
         _run_kernels(by_kernel, t)
-    for leaf in leaves:
-        part: Part = leaf.prepared
+    for part in parts:
         if isinstance(runner := part.runners[t], tiles.Tiles):
-            runner.run(_numbers(leaf, t), part.arrays, compute_dtype(leaf.param.dtype))
+            runner.run(_numbers(part, t), part.arrays, compute_dtype(part.dtype))
         if 0 in part.cut.shape:
             for name, crossing in part.phases[t].crossings.items():
                 part.arrays[name].fill_(START[crossing.function])
 
 
-def _run_kernels(leaves: Sequence[Leaf], t: int) -> None:
-    parts: list[Part] = [leaf.prepared for leaf in leaves]
+def _run_kernels(parts: Sequence[Part], t: int) -> None:
     descriptions = []
     for row, part in enumerate(parts):
         kernel: Any = part.runners[t]
@@ -203,22 +229,21 @@ def _run_kernels(leaves: Sequence[Leaf], t: int) -> None:
         descriptions.append(native.Description(kernel, part.shape, arrays, row))
     together = native.Leaves(descriptions, len(descriptions))
     together.set_gradients([part.arrays[GRAD].data_ptr() for part in parts])
-    for row, leaf in enumerate(leaves):
-        together.set_numbers(row, _numbers(leaf, t))
+    for row, part in enumerate(parts):
+        together.set_numbers(row, _numbers(part, t))
     together.step(torch.get_num_threads(), parallel())
     torch.autograd.graph.increment_version(
         [part.arrays[name] for part in parts for name in part.phases[t].program.outputs]
     )
 
 
-def _numbers(leaf: Leaf, t: int) -> list[Any]:
+def _numbers(part: Part, t: int) -> list[Any]:
     """The numbers that a phase is run with, among them what it has to know of the whole parameter."""
-    part: Part = leaf.prepared
     program = part.phases[t].program
-    values = hyperparameters(program, leaf.chain, leaf.lr)
-    for axis, (size, first) in enumerate(zip(leaf.param.shape, part.cut.first, strict=True)):
+    values = hyperparameters(program, part.chain, part.lr)
+    for axis, (size, first) in enumerate(zip(part.whole, part.cut.first, strict=True)):
         values |= {SIZE.format(axis): size, FIRST.format(axis): first}
-    if not leaf.param.ndim:  # it is traced as one element
+    if not part.whole:  # it is traced as one element
         values |= {SIZE.format(0): 1, FIRST.format(0): 0}
     xp: Any = namespace
     return evaluate(program.scalars, values, xp)

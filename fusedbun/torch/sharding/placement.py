@@ -27,6 +27,11 @@ class Cut(NamedTuple):
     first: tuple[int, ...]  # the place of its first element
     groups: Mapping[int, tuple[ProcessGroup, ...]]  # by axis that is cut, those whose parts make the whole axis
 
+    def behind(self, stacked: int) -> Cut:
+        """How the slices of a stack of so many axes are cut."""
+        groups = {axis - stacked: group for axis, group in self.groups.items() if axis >= stacked}
+        return Cut(self.shape[stacked:], self.first[stacked:], groups)
+
 
 def is_sharded(x: Tensor | None) -> bool:
     """Whether it is a DTensor, whose module is slow to import: where it is not, there are none."""
@@ -91,8 +96,8 @@ def check_placement(owner: str, name: str, param: Any, arrays: Mapping[str, Stor
             f"{owner}: this process holds a part of {name} of shape {tuple(local(param).shape)}, but by its placements "
             f"{param.placements} it has {cut(param).shape} of {tuple(param.shape)}; make it with distribute_tensor"
         )
-    coded = [slot_of(key) for key, stored in arrays.items() if stored.is_by_blocks]
-    if coded and not _keeps_blocks(param):
+    coded = [slot_of(key) for key, stored in arrays.items() if stored.is_by_blocks and not _keeps_blocks(stored, param)]
+    if coded:
         raise ValueError(
             f"{owner}: {coded[0]!r} of {name} is kept in codes that {BLOCK} numbers of a row share an exponent of, but "
             f"{param.placements} cuts its shape {tuple(param.shape)} within them; shard it along its first axis, or "
@@ -104,7 +109,7 @@ def of_parts(part: Tensor, stored: Stored, param: Any) -> Tensor:
     """The state array of a DTensor that has this part here."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    shape, cut_dims = stored.shape(tuple(param.shape)), {dim for dim, axis in _cuts(param) if axis in stored.axes}
+    shape, cut_dims = stored.shape(tuple(param.shape)), {dim for dim, axis in _cuts(param) if axis in stored.along}
     placements = [p if dim in cut_dims else Replicate() for dim, p in enumerate(param.placements)]
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
@@ -136,10 +141,11 @@ def _is_in_order(param: Any, dim: int) -> bool:
     return bool(getattr(p, "split_factor", parts) == parts)
 
 
-def _keeps_blocks(param: Any) -> bool:
-    """Whether no block of a row is cut: parts of an axis behind the leading one are whole blocks, and all as long."""
-    mesh, (_, *columns) = param.device_mesh, param.shape
-    behind = {dim: axis for dim, axis in _cuts(param) if axis and mesh.size(dim) > 1}
+def _keeps_blocks(stored: Stored, param: Any) -> bool:
+    """Whether no block of a row is cut: parts of an axis behind a row's are whole blocks, and all as long."""
+    mesh, row = param.device_mesh, stored.stacked
+    columns = param.shape[row + 1 :]
+    behind = {dim: axis for dim, axis in _cuts(param) if axis > row and mesh.size(dim) > 1}
     parts = math.prod(map(mesh.size, behind))
     whole = columns[0] % parts == 0 and math.prod(columns) % (parts * BLOCK) == 0
-    return not behind or ({*behind.values()} == {1} and whole)
+    return not behind or ({*behind.values()} == {row + 1} and whole)

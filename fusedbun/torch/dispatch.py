@@ -137,7 +137,8 @@ def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) ->
         for leaf in leaves:
             before, grad = leaf.param.clone(), leaf.grad
             step_one([leaf])
-            products[leaf.param] = metrics.record(before, leaf.param, grad, leaf.state)
+            leaf.grad = grad  # which a kernel lets go of
+            products[leaf.param] = metrics.record(before, leaf)
     return products
 
 

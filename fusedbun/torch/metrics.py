@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -9,24 +10,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedbun import metrics
+from fusedbun.storage import codes
 from fusedbun.torch import namespace as xp
+from fusedbun.torch.leaf import Leaf
 from fusedbun.torch.sharding.placement import local
-from fusedbun.torch.state import State, compute_dtype
+from fusedbun.torch.state import compute_dtype, dtype_name
+from fusedbun.transform import Slot
 
 FUNCTIONS = metrics.functions(xp)
 
 
-def record(before: Tensor, param: Tensor, grad: Tensor, state: State) -> metrics.Products:
+def record(before: Tensor, leaf: Leaf) -> metrics.Products:
     """The inner products of a parameter's step, over this process's shard of it.
 
-    Of its state after the step a slot named `moment` is its moment.
+    Of its state after the step a slot named `moment` is its moment, of whose codes the numbers are taken.
     """
-    dtype = compute_dtype(param.dtype)
+    param, grad, dtype = leaf.param, leaf.grad, compute_dtype(leaf.param.dtype)
     vectors = {"param": param, "grad": grad.to_dense() if grad.is_sparse else grad}
-    vectors |= {key.rpartition(".")[2]: x for key, x in state.items() if key.endswith(".moment")}
+    for key, slot in leaf.chain.slots(tuple(param.shape)).items():
+        if key.endswith(".moment"):
+            vectors["moment"] = decoded(key, slot, leaf)
     vectors = {name: local(vector).to(dtype) for name, vector in vectors.items()}
     vectors["update"] = local(before).to(dtype) - vectors["param"]
     return metrics.inner_products(xp, vectors)
+
+
+def decoded(key: str, slot: Slot, leaf: Leaf) -> Tensor:
+    """The numbers of a slot, for this process's shard of the parameter."""
+    code, shape, n = codes.code_of(slot, dtype_name(leaf.param.dtype)), local(leaf.param).shape, leaf.chain.stacked
+    parts = {part: local(leaf.state[key + part]) for part in code.arrays(slot.axes)}
+    if not leaf.param.numel() or 0 in shape:
+        return torch.zeros(shape)
+    slices = [
+        code.decode(xp, {part: x[place] for part, x in parts.items()}, shape[n:], compute_dtype(leaf.param.dtype))
+        for place in product(*map(range, shape[:n]))
+    ]
+    return torch.stack(slices).reshape(shape)
 
 
 def to_products(reported: dict[str, Any]) -> dict[str, Any]:

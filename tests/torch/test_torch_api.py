@@ -37,6 +37,7 @@ FUSEDBUN_DEFAULTS = {
     "maximize": False,
     "stochastic_rounding": False,
     "seed": 0,
+    "stacked": 0,
 }
 
 
@@ -60,7 +61,7 @@ def test_defaults_and_groups_hold_the_recipes_names():
     assert optimizer.defaults == FUSEDBUN_DEFAULTS
     (group,) = optimizer.param_groups
     assert group == {"params": params, **FUSEDBUN_DEFAULTS}
-    assert list(group)[2:-3] == list(inspect.signature(recipes.fusedbun).parameters)
+    assert list(group)[2:-4] == list(inspect.signature(recipes.fusedbun).parameters)
 
 
 def test_positional_arguments_come_in_the_order_of_the_first_fusedbun():

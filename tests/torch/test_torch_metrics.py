@@ -24,7 +24,7 @@ from test_torch_ternary_vote import ternary
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fusedbun import SM3, DecoupledLionW, Fusedbun, TernaryVote
+from fusedbun import SM3, DecoupledLionW, Fusedbun, FusedbunW, TernaryVote
 from fusedbun.torch import TransformOptimizer
 
 SHAPES = ((), (5,), (4, 3), (2, 3, 4))
@@ -298,3 +298,22 @@ def test_two_processes_with_shards_find_what_one_finds(tmp_path):
         assert_same(found["spread"][1], params)
         for name, part in found["rows"][1].items():
             assert_same(part, params[name].chunk(2)[rank] if len(params[name]) > rank else params[name][:0])
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "tiles", "definition"])
+@pytest.mark.parametrize(("dtype", "near"), [("bfloat16", 5e-3), ("int8", 1e-2), ("int4", 0.1)])
+def test_moments_in_codes_are_measured_by_their_numbers(dtype, near, implementation):
+    """After a first step the codes are roundings of one and the same moment, of a matrix and of a stack."""
+    for shape, stacked in (((6, 70), 0), ((3, 6, 70), 1), ((3, 0), 0)):
+        found = {}
+        for momentum_dtype in (None, dtype):
+            given = implementation if 0 not in shape else None
+            (p,) = params = parameters(shape)
+            optimizer = FusedbunW(params, momentum_dtype=momentum_dtype, stacked=stacked, implementation=given)
+            optimizer.record_metrics = True
+            run(optimizer, 1)
+            found[momentum_dtype] = report(optimizer, ["p"])
+            assert p.isfinite().all()
+        assert found[None].keys() == found[dtype].keys()
+        for key, wanted in found[None].items():
+            torch.testing.assert_close(found[dtype][key], wanted, rtol=near, atol=near, msg=key)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 from fusedbun.storage import codes, noise
@@ -36,10 +35,6 @@ class Storage:
     dtype: str  # the name of the parameter's dtype
     places: Sequence[Array] | None = None  # along each axis, of a part of a parameter; None: from 0 up
 
-    @cached_property
-    def _index(self) -> Sequence[Array]:
-        return self.xp.index(self.like, range(self.like.ndim)) if self.places is None else self.places
-
     def decode(self, key: str, slot: Slot, stored: State) -> Array:
         """The numbers of the slot of this name, from the state's arrays by name."""
         code = codes.code_of(slot, self.dtype)
@@ -70,4 +65,6 @@ class Storage:
 
     def _noise(self, key: str, stored: State) -> Array:
         """A word for each element of an array."""
-        return noise.draw(self.rounding.start(key), stored[STEP], self._index, self.rounding.place)
+        # not a cached property, whose lock torch's compiler does not enter
+        index = self.xp.index(self.like, range(self.like.ndim)) if self.places is None else self.places
+        return noise.draw(self.rounding.start(key), stored[STEP], index, self.rounding.place)

@@ -142,6 +142,14 @@ def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) ->
     return products
 
 
+def is_for_the_compiler(owner: Owner) -> bool:
+    """Whether code that the user compiles takes up the definition: kernels are faster than what becomes of it."""
+    if owner.implementation:
+        return owner.implementation in (COMPILED.name, DEFINITION.name)
+    devices = {param.device.type for group in owner.param_groups for param in group["params"]}
+    return any(BEST.get(device, ELSEWHERE)[0] != KERNEL.name for device in devices)
+
+
 def step_uncompiled(owner: Owner, groups: list[Group]) -> list[Arguments]:
     """Steps what cannot be stepped in code that the user compiles; what the definition steps the rest with."""
     chosen = prepare(owner, groups, all_places(groups), compiling=True)

@@ -217,7 +217,7 @@ class TransformOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def _step_uncompiled(self) -> list[Arguments]:
         """Steps what is not for code that the user compiles, and returns what is, as the definition takes it."""
-        if self.record_metrics:
+        if self.record_metrics or not dispatch.is_for_the_compiler(self):
             self._step()
             return []
         self._products = self.gradient_release.finish() if self.gradient_release else {}

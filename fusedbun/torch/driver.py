@@ -20,6 +20,7 @@ from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.definition import step_leaves
 from fusedbun.torch.dispatch import IMPLEMENTATIONS, Stepper
+from fusedbun.torch.entries import Entries, check_keys
 from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, name_of, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import arrays_of, filled, update_state
@@ -27,6 +28,7 @@ from fusedbun.torch.state import arrays_of, filled, update_state
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
+_KEYS = {"params", "param_names", FIRST_LR}  # in a group, beside the defaults
 OPTIONS = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()]}  # the driver's, in a group
 
 
@@ -80,7 +82,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
         options = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
-        defaults = {"lr": lr, **hyperparameters, **options}
+        defaults = self._entries({"lr": lr, **hyperparameters, **options})
         self.chain(defaults)
         super().__init__(params, defaults)
 
@@ -96,10 +98,11 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
-        super().add_param_group(param_group)
+        super().add_param_group(self._entries(param_group) if isinstance(param_group, Mapping) else param_group)
         group, g = self.param_groups[-1], len(self.param_groups) - 1
         arrays = {}
         try:
+            self.check_keys(group)
             chain = self.chain(group)
             if self.recipe.wants_initial_lr:
                 group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
@@ -118,9 +121,6 @@ class TransformOptimizer(torch.optim.Optimizer):
                 update_state(self.state, param, arrays[param])
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
-        if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
-            named = "; its own decay is Lambda" if "Lambda" in self.defaults else ""
-            self.warn_once(f"it does not read the weight_decay={group['weight_decay']!r} of its param groups{named}")
 
     def _check_parameter(self, name: str, param: Tensor) -> None:
         """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
@@ -157,6 +157,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             merged = loading.with_own_settings(self, saved, convert)
             self._saved = loading.saved_state(self, saved, merged, convert)
+            for group in merged["param_groups"]:
+                self.check_keys(group)
             return merged
 
         hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees the dict that torch will load
@@ -175,6 +177,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._stepper, self._products = Stepper(), {}
         if self.gradient_release:
             self.gradient_release.forget()
+        self.param_groups = [self._entries(group) for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -257,6 +260,16 @@ class TransformOptimizer(torch.optim.Optimizer):
         if self.recipe.wants_initial_lr:
             arguments[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
         return replace(self.recipe.make(**arguments), rounding=Rounding(group["stochastic_rounding"], group["seed"]))
+
+    def _entries(self, entries: Mapping[str, Any]) -> Entries:
+        """A param group, or the defaults, that can be asked by other names of the hyper-parameters."""
+        return Entries(type(self).__name__, self.recipe.other_names, entries)
+
+    def check_keys(self, group: Mapping[str, Any]) -> None:
+        """Raises a TypeError for an entry of a param group that is none of the optimizer's, but taken for one."""
+        if unknown := group.keys() - self.defaults.keys() - _KEYS:
+            names = (*self.defaults, *self.recipe.other_names)
+            check_keys(type(self).__name__, names, {key: group[key] for key in sorted(unknown)})
 
     def check_lr(self, lr: Any) -> None:
         """Raises a TypeError or ValueError for a learning rate that is not valid."""

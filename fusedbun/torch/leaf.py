@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusedbun.chain import Chain, entries_of
 from fusedbun.hyper import plain
+from fusedbun.recipe import Recipe
 from fusedbun.storage.codes import STEP, Stored
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import State, arrays_of, dtype_name, stored_dtype
@@ -36,12 +37,14 @@ class Owner(Protocol):
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     defaults: dict[str, Any]
+    recipe: Recipe
     densifies_sparse_gradients: bool
 
     @property
     def implementation(self) -> str | None: ...
     def chain(self, group: Mapping[str, Any]) -> Chain: ...
     def chain_arguments(self, group: Mapping[str, Any]) -> tuple[Any, ...]: ...
+    def check_keys(self, group: Mapping[str, Any]) -> None: ...
     def check_lr(self, lr: Any) -> None: ...
     def warn_once(self, message: str) -> None: ...
 
@@ -100,6 +103,7 @@ def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> G
     """One param group; `old` is what was read before, if anything was, and its list of parameters is as it was."""
     if old and identical(entries.values(), old.values):
         return old
+    owner.check_keys(entries)
     lr, names, arguments = entries["lr"], tuple(entries.get("param_names", ())), owner.chain_arguments(entries)
     chain_may_change = any(map(_may_change, arguments))
     values = () if chain_may_change or _may_change(lr) else tuple(entries.values())

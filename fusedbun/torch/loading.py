@@ -59,6 +59,8 @@ def with_own_settings(optimizer: Owner, state_dict: dict[str, Any], convert: boo
         )
     groups = []
     for mine, saved in zip(ours, theirs, strict=True):
+        names = optimizer.recipe.other_names  # a group may have been saved with one that was not read
+        saved = {name: value for name, value in saved.items() if names.get(name) not in saved}
         rules = {name: mine[name] for name in optimizer.defaults if callable(mine[name])}
         stored = {name: mine[name] for name in optimizer.defaults if chooses_storage(name)}
         for name, value in stored.items():

@@ -21,7 +21,7 @@ from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.definition import step_leaves
 from fusedbun.torch.dispatch import IMPLEMENTATIONS, Stepper
 from fusedbun.torch.entries import Entries, check_keys
-from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, name_of, read_groups
+from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, is_real, name_of, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import arrays_of, filled, update_state
 
@@ -38,7 +38,8 @@ class TransformOptimizer(torch.optim.Optimizer):
     The param groups hold the recipe's arguments under their own names, beside `lr` and `maximize`; they may be
     changed between steps, by a scheduler or by hand. State is float32 (float64 for float64 parameters), is made when
     a parameter first has a gradient (of a DTensor at once), and follows a change of hyper-parameters: a slot that
-    comes into being starts at zero, one that goes is freed. Everything is checked before anything is changed.
+    comes into being starts at zero, one that goes is freed. Everything is checked before anything is changed, but a
+    parameter that does not require a gradient, or is no real floating-point one with a shape, when it first has one.
 
     Args:
         params: parameters, named parameters, or param groups, as for every torch optimizer.
@@ -107,8 +108,10 @@ class TransformOptimizer(torch.optim.Optimizer):
             if self.recipe.wants_initial_lr:
                 group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
             for i, param in enumerate(group["params"]):
+                if not (param.requires_grad and is_real(param)):
+                    continue  # it may never have a gradient, and is judged when it has
                 name = name_of(group, g, i)
-                self._check_parameter(name, param)
+                self.check_parameter(name, param)
                 arrays[param] = arrays_of(chain_at(chain, self.param_groups, g, i), param)
                 if is_sharded(param):
                     check_placement(type(self).__name__, name, param, arrays[param])
@@ -116,13 +119,13 @@ class TransformOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
-        for param in filter(is_sharded, group["params"]):
-            if param.requires_grad and not param.is_meta:
+        for param in filter(is_sharded, arrays):
+            if not param.is_meta:
                 update_state(self.state, param, arrays[param])
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
 
-    def _check_parameter(self, name: str, param: Tensor) -> None:
+    def check_parameter(self, name: str, param: Tensor) -> None:
         """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
         if param.dtype not in FLOATING:
             raise TypeError(

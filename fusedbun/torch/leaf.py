@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fusedbun.chain import Chain, entries_of
 from fusedbun.hyper import plain
@@ -45,6 +46,7 @@ class Owner(Protocol):
     def chain(self, group: Mapping[str, Any]) -> Chain: ...
     def chain_arguments(self, group: Mapping[str, Any]) -> tuple[Any, ...]: ...
     def check_keys(self, group: Mapping[str, Any]) -> None: ...
+    def check_parameter(self, name: str, param: Tensor) -> None: ...
     def check_lr(self, lr: Any) -> None: ...
     def warn_once(self, message: str) -> None: ...
 
@@ -149,6 +151,11 @@ def chain_at(chain: Chain, groups: Sequence[Mapping[str, Any]], g: int, i: int) 
     return chain.at((), param, str(sum(len(group["params"]) for group in groups[:g]) + i))
 
 
+def is_real(param: Tensor) -> bool:
+    """Whether a parameter has real floating-point numbers, as one that is stepped must, and a shape by now."""
+    return param.dtype in FLOATING and not is_lazy(param)
+
+
 def name_of(group: Mapping[str, Any], g: int, i: int) -> str:
     """What a message calls the parameter `i` of a param group, which is number `g`."""
     names = group.get("param_names")
@@ -169,7 +176,9 @@ def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place]) -> l
         group, param = groups[g], groups[g].params[i]
         if (grad := param.grad) is None:
             continue
-        name, chain = name_of(owner.param_groups[g], g, i), chain_at(group.chain, owner.param_groups, g, i)
+        name = name_of(owner.param_groups[g], g, i)
+        owner.check_parameter(name, param)
+        chain = chain_at(group.chain, owner.param_groups, g, i)
         check_gradient(title, name, param, grad)
         if grad.is_sparse and owner.densifies_sparse_gradients:
             grad = grad.to_dense()
@@ -178,7 +187,7 @@ def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place]) -> l
             left_out |= {t.name: None for t in group.chain if t.for_rows() is None and t.slots((1, 1))}
         arrays, state = arrays_of(chain, param), owner.state.get(param, {})
         check_state(chain, name, param, state, arrays)
-        if is_sharded(param) and state.keys() != arrays.keys():
+        if is_sharded(param) and not (state and state.keys() == arrays.keys()):
             check_placement(title, name, param, arrays)
         leaves.append(Leaf(group, (g, i), name, owner.implementation, chain, rates[g], param, grad, state, arrays))
     if left_out:

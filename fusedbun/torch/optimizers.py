@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from fusedbun.chain import Chain
@@ -45,17 +46,17 @@ class _WithMemory(TransformOptimizer):
         """The memory of parameters in MiB; there is no other, for the optimizer has no state.
 
         Args:
-            params: the parameters; None: all that the optimizer steps.
+            params: the parameters; None: all that the optimizer steps. One that has no shape yet has no memory.
         """
         if params is None:
             params = (p for group in self.param_groups for p in group["params"])
-        return sum(p.numel() * p.element_size() for p in params) / 2**20
+        return sum(p.numel() * p.element_size() for p in params if not is_lazy(p)) / 2**20
 
 
 class _OfTernaryWeights(TransformOptimizer):
-    def _check_parameter(self, name: str, param: Tensor) -> None:
-        super()._check_parameter(name, param)
-        if not bool(((param == 0) | (param.abs() == 1)).all()):
+    def check_parameter(self, name: str, param: Tensor) -> None:
+        super().check_parameter(name, param)
+        if param not in self.state and not param.is_meta and not bool(((param == 0) | (param.abs() == 1)).all()):
             raise ValueError(
                 f"TernaryVote steps weights of -1, 0 and +1, but {name} of shape {tuple(param.shape)} has others; "
                 f"round it first, for example to param.sign()"

@@ -20,7 +20,7 @@ from fusedbun.portable.entries import UNKNOWN, Group, Parameter, portable
 from fusedbun.portable.file import Numbers
 from fusedbun.portable.match import Loading, Names
 from fusedbun.torch.driver import FIRST_LR, TransformOptimizer
-from fusedbun.torch.leaf import chain_at, check_state
+from fusedbun.torch.leaf import chain_at, check_state, is_real
 from fusedbun.torch.loading import chooses_storage
 from fusedbun.torch.sharding.placement import is_sharded
 from fusedbun.torch.state import State, dtype_name, filled, zeros
@@ -132,7 +132,7 @@ def load_state(
 
 
 def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | None) -> list[Place]:
-    """All parameters, with their names."""
+    """All parameters that can be stepped, with their names."""
     if not isinstance(optimizer, TransformOptimizer):
         raise TypeError(
             f"{owner}: optimizer must be one of fusedbun's, such as fusedbun.SM3, but it is a "
@@ -142,6 +142,8 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
     places = []
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
+            if not is_real(param):
+                continue  # it has never been stepped
             name = by_param.get(param) if by_param is not None else (group.get("param_names") or {i: None})[i]
             if name is None:
                 raise ValueError(
@@ -172,6 +174,8 @@ def _recipe(optimizer: TransformOptimizer) -> str | None:
 def _as_kept(optimizer: TransformOptimizer, place: Place, chains: list[Chain]) -> Parameter:
     """A parameter with the slots that it has."""
     state: State = optimizer.state.get(place.param, {})
+    if not state and not place.param.requires_grad:
+        return place.unstepped
     slots = _choices(chains, optimizer.param_groups, place)
     if not state and slots[0]:
         return place.unstepped

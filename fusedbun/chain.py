@@ -117,10 +117,14 @@ class Chain:
             return chain
         return replace(chain, rounding=self.rounding.of(".".join(path) if name is None else name, keys))
 
+    def stacked_at(self, path: tuple[str, ...], param: Any) -> int:
+        """How many of a parameter's axes are a stack's."""
+        stacked: int = plain(self.stacked(path, param) if callable(self.stacked) else self.stacked)
+        return stacked
+
     def _without_rules(self, path: tuple[str, ...], param: Any) -> Chain:
-        stacked = self.stacked(path, param) if callable(self.stacked) else self.stacked
-        chain = replace(self, stacked=plain(stacked))
-        of = Slice(param, chain.slice_shape(tuple(param.shape))) if stacked else param
+        chain = replace(self, stacked=self.stacked_at(path, param))
+        of = Slice(param, chain.slice_shape(tuple(param.shape))) if chain.stacked else param
         return replace(chain, transforms=tuple(t.at(path, of) for t in self))
 
     def named_as(self, other: Chain) -> Chain:

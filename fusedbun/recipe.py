@@ -58,6 +58,7 @@ class Recipe:
         make: the function from its hyper-parameters to a chain; an argument `initial_lr` is filled in by the driver.
         torch_class: the name of its torch class; that of its optax factory is the function's.
         aliases: other names of the torch class.
+        other_names: other names of its hyper-parameters, and which they are of.
         lr: the learning rate's default; None where it has to be given.
         fixed_lr: the learning rate is `lr` and cannot be changed.
         like_optax: the optax factory spells `betas` as b1 and b2 and takes a `mask` of the decay, as optax.adamw does.
@@ -80,6 +81,7 @@ class Recipe:
     make: Callable[..., Chain]
     torch_class: str
     aliases: tuple[str, ...] = ()
+    other_names: Mapping[str, str] = field(default_factory=dict)
     lr: float | None = None
     fixed_lr: bool = False
     like_optax: bool = False
@@ -128,13 +130,28 @@ class Recipe:
     def chain(self, settings: Settings, initial_lr: Any, stochastic_rounding: bool = False) -> Chain:
         """The chain of some settings; `initial_lr` is left out where the function does not ask for it."""
         initial = {INITIAL_LR: initial_lr} if self.wants_initial_lr else {}
-        return replace(self.make(**{**initial, **settings}), rounding=Rounding(stochastic_rounding))
+        own = own_names(self.name, self.other_names, settings)
+        return replace(self.make(**{**initial, **own}), rounding=Rounding(stochastic_rounding))
 
     def signature(
         self, before: Sequence[inspect.Parameter] = (), after: Sequence[inspect.Parameter] = ()
     ) -> inspect.Signature:
         """The hyper-parameters between a driver's own arguments."""
         return inspect.Signature([*before, *self.parameters.values(), *after])
+
+    def bind(self, owner: str, signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of a call by their own names, with their defaults.
+
+        Raises:
+            TypeError: it has no such argument, which says those that there are; or one is given by two of its names.
+        """
+        kwargs = own_names(owner, self.other_names, kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{owner} {error}; its arguments are {', '.join(signature.parameters)}") from None
+        bound.apply_defaults()
+        return bound.arguments
 
     def documentation(
         self, before: str, after: str, instead: Mapping[str, Sequence[str]] = MappingProxyType({})
@@ -175,14 +192,12 @@ def recipe(torch_class: str, **entry: Any) -> Callable[[Callable[P, Chain]], Cal
     return enter
 
 
-def bind(owner: str, signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, with their defaults; a TypeError says which arguments there are."""
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"{owner} {error}; its arguments are {', '.join(signature.parameters)}") from None
-    bound.apply_defaults()
-    return bound.arguments
+def own_names(owner: str, names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by their own names, of which there are others; a TypeError where one is given under both."""
+    for other, own in names.items():
+        if other in values and own in values:
+            raise TypeError(f"{owner}: {other} is another name for {own}, and both are given; leave one out")
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def described(function: Callable[..., Any]) -> str:

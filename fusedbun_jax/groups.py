@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import optax
 
 from fusedbun.groups import Rules, overrides
+from fusedbun.recipe import own_names
 from fusedbun_jax import leaf
 from fusedbun_jax.definition import IrregularError
 from fusedbun_jax.step import SteppingTransformation
@@ -32,14 +34,26 @@ def by_name(
         make: the factory, one of fusedbun's or of optax's.
         rules: hyper-parameters by pattern ("encoder.*", "*.bias") on the path joined by dots; of several that match, a
             later one prevails.
-        no_decay: the factory's name for weight decay ("weight_decay", Fusedbun's "Lambda"), which is set to 0 for
+        no_decay: the factory's name for weight decay ("weight_decay" or Fusedbun's "Lambda"), which is set to 0 for
             biases, norms and embeddings unless a rule says otherwise; None: decay is left as it is.
         hyperparameters: what every parameter has where no rule says otherwise.
 
     Raises:
-        ValueError: a pattern matches no parameter (when the optimizer sees the parameters).
+        TypeError: a hyper-parameter is given under two of its names.
+        ValueError: the factory has no argument called as `no_decay` says, or a pattern matches no parameter (when the
+            optimizer sees the parameters).
     """
-    groups = Groups(make, rules or {}, no_decay, hyperparameters)
+    title, names = getattr(make, "__name__", "make"), getattr(make, "other_names", {})
+    rules = {pattern: own_names(title, names, given) for pattern, given in (rules or {}).items()}
+    if no_decay is not None:
+        no_decay = names.get(no_decay, no_decay)
+        arguments = inspect.signature(make).parameters
+        if no_decay not in arguments and not any(a.kind is a.VAR_KEYWORD for a in arguments.values()):
+            raise ValueError(
+                f"by_name: no_decay={no_decay!r} is no argument of {title}, which has {', '.join(arguments)}; name its "
+                f"weight decay, or leave no_decay out where it has none"
+            )
+    groups = Groups(make, rules, no_decay, own_names(title, names, hyperparameters))
     return SteppingTransformation(groups.init, groups.update)
 
 

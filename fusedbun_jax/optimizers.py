@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import jax
 
 from fusedbun.hyper import Whole, check
-from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe, bind
+from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe
 from fusedbun.recipes import RECIPES
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
@@ -47,7 +47,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     """The optax factory of a recipe: its arguments behind a learning rate, spelled out in the signature."""
 
     def make(*args: Any, **kwargs: Any) -> SteppingTransformation:
-        settings = {"learning_rate": recipe.lr, **bind(f"{make.__name__}()", signature, *args, **kwargs)}
+        settings = {"learning_rate": recipe.lr, **recipe.bind(f"{make.__name__}()", signature, *args, **kwargs)}
         learning_rate = settings.pop("learning_rate")
         if recipe.wants_initial_lr:
             initial = settings.pop("initial_learning_rate")
@@ -78,6 +78,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     signature = _like_optax(spelled_out) if recipe.like_optax else spelled_out
     make.__signature__ = signature  # type: ignore[attr-defined]  # to mypy a function has none to set
     make.__name__ = make.__qualname__ = recipe.name
+    make.other_names = recipe.other_names  # type: ignore[attr-defined]  # for `by_name`
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
     static = tuple(name for name in signature.parameters if name in (*recipe.structural, "mask", *_KEYWORDS))
     remarks = _ROUNDING + _STATIC.format(static=static) + ("" if recipe.fixed_lr else _INJECTED)

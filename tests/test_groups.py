@@ -99,6 +99,22 @@ class TestOptax:
         np.testing.assert_array_equal(found["embed"]["embedding"], without["embed"]["embedding"])
         assert not np.array_equal(with_decay["dense"]["bias"], without["dense"]["bias"])
 
+    def test_weight_decay_is_another_name_of_fusedbuns_lambda(self):
+        factory = fusedbun_jax.fusedbun
+        wanted = one_update(fusedbun_jax.by_name(factory, {"dense.*": {"Lambda": 0.3}}, learning_rate=0.1, Lambda=0.5))
+        for name, other in (("weight_decay", "Lambda"), ("Lambda", "weight_decay")):
+            rules = {"dense.*": {name: 0.3}}
+            found = one_update(fusedbun_jax.by_name(factory, rules, learning_rate=0.1, **{other: 0.5}))
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        spared = [fusedbun_jax.by_name(factory, no_decay=n, learning_rate=0.1) for n in ("Lambda", "weight_decay")]
+        jax.tree.map(np.testing.assert_array_equal, *map(one_update, spared))
+        with pytest.raises(TypeError, match=r"fusedbun.*: weight_decay is another name for Lambda, and both are given"):
+            factory(0.1, Lambda=0.1, weight_decay=0.1)
+
+    def test_a_no_decay_that_the_factory_does_not_own(self):
+        with pytest.raises(ValueError, match="no_decay='weight_decay' is no argument of sm3, which has learning_rate"):
+            fusedbun_jax.by_name(fusedbun_jax.sm3, no_decay="weight_decay")
+
     def test_rules_for_one_of_optaxs_own(self):
         tx = fusedbun_jax.by_name(optax.sgd, {"dense.*": {"learning_rate": 1.0}}, learning_rate=0.1)
         found = one_update(tx)

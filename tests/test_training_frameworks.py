@@ -124,11 +124,23 @@ def test_the_trainer_resumes_to_the_bit(name, tmp_path):
 
 
 def test_the_trainer_takes_groups_that_spare_biases_and_norms(tmp_path):
-    """Its own groups have a `weight_decay`, by a name that is not Fusedbun's."""
+    """By a name that is not the one in its own groups."""
     training = trainer(tmp_path, "fusedbun")
     training.optimizer_cls_and_kwargs[1]["params"] = param_groups(training.model, no_decay="Lambda")
     training.train()
     assert [group["Lambda"] for group in training.optimizer.optimizer.param_groups] == [0.01, 0.0]
+
+
+def test_the_trainers_weight_decay_is_the_optimizers(tmp_path):
+    training = trainer(tmp_path, "fusedbun")
+    training.args.weight_decay = 0.3
+    training.create_optimizer()
+    assert [group["Lambda"] for group in training.optimizer.param_groups] == [0.3, 0.0]
+    training.optimizer, training.optimizer_cls_and_kwargs = None, (SM3, {"lr": 0.1})
+    with pytest.raises(TypeError, match=r"SM3 does not read weight_decay=0.3 .* it has no weight decay"):
+        training.create_optimizer()
+    training.args.weight_decay = 0.0
+    training.train()
 
 
 @pytest.mark.parametrize("schedule", [kind.value for kind in transformers.SchedulerType])

@@ -129,7 +129,7 @@ class Loading:
         Args:
             parameters: the optimizer's.
             groups: their groups; None for one whose parameters take nothing.
-            choices: what may be kept for a parameter (`entries.slots_of`); the first that fits is.
+            choices: what may be kept for a parameter that was stepped (`entries.slots_of`); the first that fits is.
         """
         by_groups: dict[tuple[int, int], list[Parameter]] = {}
         for p in parameters:
@@ -139,7 +139,7 @@ class Loading:
         for (there, here), members in by_groups.items():
             group = groups[here]
             if group and self._compare(self.file.groups[there], group, [p.name for p in members]):
-                matches |= {p.name: match for p in members if (match := self._matched(p, choices(p)))}
+                matches |= {p.name: match for p in members if (match := self._matched(p, choices))}
         return matches
 
     def _compare(self, saved: Group, here: Group, names: Sequence[str]) -> bool:
@@ -160,7 +160,7 @@ class Loading:
         self.problems += differing
         return not differing
 
-    def _matched(self, here: Parameter, choices: Sequence[Mapping[str, Slot]]) -> Match | None:
+    def _matched(self, here: Parameter, choices: Callable[[Parameter], Sequence[Mapping[str, Slot]]]) -> Match | None:
         """What a parameter here takes of the file; None, and a problem more, where it cannot."""
         pair = self.pairs[here.name]
         saved, axes = pair.saved, pair.axes
@@ -182,7 +182,7 @@ class Loading:
         if saved.slots is None:
             return pair
         of_slice = None if axes is None else _of_slice(axes, n)
-        tried = [(slots, *_origins(here.name, saved.slots, slots, of_slice)) for slots in choices]
+        tried = [(slots, *_origins(here.name, saved.slots, slots, of_slice)) for slots in choices(here)]
         for slots, origins, problems in tried:
             if not problems:
                 return replace(pair, slots=slots, origins=origins)

@@ -84,6 +84,7 @@ _SCALED = {"centralize": (True,), "use_rms": (True,)}
 @recipe(
     "Fusedbun",
     aliases=("FusionOptimizer",),
+    other_names={"weight_decay": "Lambda", "momentum": "momentum_beta"},
     recommended=RECOMMENDED,
     training_lr=3e-4,
     listed=[{"momentum_dtype": "int4"}],
@@ -144,8 +145,9 @@ def fusedbun(
     Args:
         eps: the mask's threshold, and added to the root in `rms_scale`; in [0, inf).
         beta_decay: the share of the past that the accumulators keep, in [0, 1).
-        Lambda: decoupled weight decay, in [0, inf).
-        momentum_beta: the share of the past that the momentum keeps, in [0, 1); at 0 no momentum is stored.
+        Lambda: decoupled weight decay, in [0, inf); `weight_decay` is another name for it.
+        momentum_beta: the share of the past that the momentum keeps, in [0, 1); at 0 no momentum is stored. `momentum`
+            is another name for it.
         centralize: take each channel's mean from its gradient (parameters of two or more axes).
         use_rms: divide by the root of the second moment. The accumulators are kept up to date without it too, so it
             can be switched on in the middle of a run.

@@ -20,13 +20,15 @@ from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.definition import step_leaves
 from fusedbun.torch.dispatch import IMPLEMENTATIONS, Stepper
-from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, name_of, read_groups
+from fusedbun.torch.entries import Entries, check_keys
+from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, is_real, name_of, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import arrays_of, filled, update_state
 
 # A group's first learning rate has a key of its own: OneCycleLR puts another number under `initial_lr`, and CyclicLR
 # takes one that it finds there for its own.
 FIRST_LR = "first_lr"
+_KEYS = {"params", "param_names", FIRST_LR}  # in a group, beside the defaults
 # the driver's own, in a group
 OPTIONS = {"maximize": bool, "stochastic_rounding": bool, "seed": Annotated[int, Whole()], "stacked": Stacked}
 
@@ -37,7 +39,8 @@ class TransformOptimizer(torch.optim.Optimizer):
     The param groups hold the recipe's arguments under their own names, beside `lr` and `maximize`; they may be
     changed between steps, by a scheduler or by hand. State is float32 (float64 for float64 parameters), is made when
     a parameter first has a gradient (of a DTensor at once), and follows a change of hyper-parameters: a slot that
-    comes into being starts at zero, one that goes is freed. Everything is checked before anything is changed.
+    comes into being starts at zero, one that goes is freed. Everything is checked before anything is changed, but a
+    parameter that does not require a gradient, or is no real floating-point one with a shape, when it first has one.
 
     Args:
         params: parameters, named parameters, or param groups, as for every torch optimizer.
@@ -84,7 +87,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
         options = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed, "stacked": stacked}
-        defaults = {"lr": lr, **hyperparameters, **options}
+        defaults = self._entries({"lr": lr, **hyperparameters, **options})
         self.chain(defaults)
         super().__init__(params, defaults)
 
@@ -100,16 +103,19 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; one that is not valid is refused and leaves the optimizer as it was."""
-        super().add_param_group(param_group)
+        super().add_param_group(self._entries(param_group) if isinstance(param_group, Mapping) else param_group)
         group, g = self.param_groups[-1], len(self.param_groups) - 1
         arrays = {}
         try:
+            self.check_keys(group)
             chain = self.chain(group)
             if self.recipe.wants_initial_lr:
                 group.setdefault(FIRST_LR, float(group.get("initial_lr", group["lr"])))
             for i, param in enumerate(group["params"]):
+                if not (param.requires_grad and is_real(param)):
+                    continue  # it may never have a gradient, and is judged when it has
                 name = name_of(group, g, i)
-                self._check_parameter(name, param)
+                self.check_parameter(name, param)
                 arrays[param] = arrays_of(chain_at(chain, self.param_groups, g, i), param)
                 if is_sharded(param):
                     check_placement(type(self).__name__, name, param, arrays[param])
@@ -117,16 +123,13 @@ class TransformOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         # torch.distributed.checkpoint makes a step before it reads state that is not there yet; so it is there.
-        for param in filter(is_sharded, group["params"]):
-            if param.requires_grad and not param.is_meta:
+        for param in filter(is_sharded, arrays):
+            if not param.is_meta:
                 update_state(self.state, param, arrays[param])
         if notice := self.recipe.notice(group):
             self.warn_once(notice)
-        if group.get("weight_decay") and "weight_decay" not in self.defaults:  # as transformers' Trainer gives it
-            named = "; its own decay is Lambda" if "Lambda" in self.defaults else ""
-            self.warn_once(f"it does not read the weight_decay={group['weight_decay']!r} of its param groups{named}")
 
-    def _check_parameter(self, name: str, param: Tensor) -> None:
+    def check_parameter(self, name: str, param: Tensor) -> None:
         """Raises a TypeError or ValueError for a parameter that cannot be stepped."""
         if param.dtype not in FLOATING:
             raise TypeError(
@@ -161,6 +164,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             merged = loading.with_own_settings(self, saved, convert)
             self._saved = loading.saved_state(self, saved, merged, convert)
+            for group in merged["param_groups"]:
+                self.check_keys(group)
             return merged
 
         hook = self.register_load_state_dict_pre_hook(check)  # the last of them sees the dict that torch will load
@@ -179,6 +184,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._stepper, self._products = Stepper(), {}
         if self.gradient_release:
             self.gradient_release.forget()
+        self.param_groups = [self._entries(group) for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -262,6 +268,16 @@ class TransformOptimizer(torch.optim.Optimizer):
             arguments[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
         rounding = Rounding(group["stochastic_rounding"], group["seed"])
         return replace(self.recipe.make(**arguments), rounding=rounding, stacked=plain(group["stacked"]))
+
+    def _entries(self, entries: Mapping[str, Any]) -> Entries:
+        """A param group, or the defaults, that can be asked by other names of the hyper-parameters."""
+        return Entries(type(self).__name__, self.recipe.other_names, entries)
+
+    def check_keys(self, group: Mapping[str, Any]) -> None:
+        """Raises a TypeError for an entry of a param group that is none of the optimizer's, but taken for one."""
+        if unknown := group.keys() - self.defaults.keys() - _KEYS:
+            names = (*self.defaults, *self.recipe.other_names)
+            check_keys(type(self).__name__, names, {key: group[key] for key in sorted(unknown)})
 
     def check_lr(self, lr: Any) -> None:
         """Raises a TypeError or ValueError for a learning rate that is not valid."""

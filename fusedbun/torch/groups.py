@@ -25,7 +25,7 @@ def param_groups(model: nn.Module, rules: Rules | None = None, *, no_decay: str 
     Args:
         model: the module; a parameter that it uses twice is in one group, once.
         rules: hyper-parameters by pattern ("encoder.*", "*.bias"); of several that match, a later one prevails.
-        no_decay: the optimizer's name for weight decay ("weight_decay", Fusedbun's "Lambda"), which is set to 0 for
+        no_decay: the optimizer's name for weight decay ("weight_decay" or Fusedbun's "Lambda"), which is set to 0 for
             biases, norms and embeddings unless a rule says otherwise; None: decay is left as it is.
 
     Raises:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fusedbun.chain import Chain, entries_of
 from fusedbun.hyper import plain
+from fusedbun.recipe import Recipe
 from fusedbun.storage.codes import STEP, Stored
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import State, arrays_of, dtype_name, stored_dtype
@@ -36,12 +38,15 @@ class Owner(Protocol):
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     defaults: dict[str, Any]
+    recipe: Recipe
     densifies_sparse_gradients: bool
 
     @property
     def implementation(self) -> str | None: ...
     def chain(self, group: Mapping[str, Any]) -> Chain: ...
     def chain_arguments(self, group: Mapping[str, Any]) -> tuple[Any, ...]: ...
+    def check_keys(self, group: Mapping[str, Any]) -> None: ...
+    def check_parameter(self, name: str, param: Tensor) -> None: ...
     def check_lr(self, lr: Any) -> None: ...
     def warn_once(self, message: str) -> None: ...
 
@@ -111,6 +116,7 @@ def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> G
     """One param group; `old` is what was read before, if anything was, and its list of parameters is as it was."""
     if old and identical(entries.values(), old.values):
         return old
+    owner.check_keys(entries)
     lr, names, arguments = entries["lr"], tuple(entries.get("param_names", ())), owner.chain_arguments(entries)
     chain_may_change = any(map(_may_change, arguments))
     values = () if chain_may_change or _may_change(lr) else tuple(entries.values())
@@ -150,10 +156,19 @@ def chain_at(chain: Chain, groups: Sequence[Mapping[str, Any]], g: int, i: int) 
 
     Where parameters have no names, their place among all decides the noise of their rounding.
     """
-    param, names = groups[g]["params"][i], groups[g].get("param_names")
-    if names:
-        return chain.at(tuple(names[i].split(".")), param)
-    return chain.at((), param, str(sum(len(group["params"]) for group in groups[:g]) + i))
+    param, path = groups[g]["params"][i], path_of(groups[g], i)
+    return chain.at(path, param, None if path else str(sum(len(group["params"]) for group in groups[:g]) + i))
+
+
+def path_of(group: Mapping[str, Any], i: int) -> tuple[str, ...]:
+    """The names that lead to the parameter `i` of a param group, as a rule sees them."""
+    names = group.get("param_names")
+    return tuple(names[i].split(".")) if names else ()
+
+
+def is_real(param: Tensor) -> bool:
+    """Whether a parameter has real floating-point numbers, as one that is stepped must, and a shape by now."""
+    return param.dtype in FLOATING and not is_lazy(param)
 
 
 def name_of(group: Mapping[str, Any], g: int, i: int) -> str:
@@ -176,7 +191,9 @@ def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place]) -> l
         group, param = groups[g], groups[g].params[i]
         if (grad := param.grad) is None:
             continue
-        name, chain = name_of(owner.param_groups[g], g, i), chain_at(group.chain, owner.param_groups, g, i)
+        name = name_of(owner.param_groups[g], g, i)
+        owner.check_parameter(name, param)
+        chain = chain_at(group.chain, owner.param_groups, g, i)
         check_gradient(title, name, param, grad)
         if grad.is_sparse and owner.densifies_sparse_gradients:
             grad = grad.to_dense()
@@ -185,7 +202,7 @@ def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place]) -> l
             left_out |= {t.name: None for t in group.chain if t.for_rows() is None and t.slots((1, 1))}
         arrays, state = arrays_of(chain, param), owner.state.get(param, {})
         check_state(chain, name, param, state, arrays)
-        if is_sharded(param) and state.keys() != arrays.keys():
+        if is_sharded(param) and not (state and state.keys() == arrays.keys()):
             check_placement(title, name, param, arrays)
         leaves.append(Leaf(group, (g, i), name, owner.implementation, chain, rates[g], param, grad, state, arrays))
     if left_out:

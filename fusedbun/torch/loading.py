@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fusedbun.chain import Chain
 from fusedbun.hyper import plain
@@ -23,7 +24,7 @@ from fusedbun.storage.codes import Stored
 from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
-from fusedbun.torch.leaf import Owner, chain_at
+from fusedbun.torch.leaf import Owner, chain_at, name_of
 from fusedbun.torch.sharding.placement import local, places_of
 from fusedbun.torch.state import State, arrays_of, compute_dtype, dtype_name, filled, stored_dtype, zeros
 
@@ -60,6 +61,8 @@ def with_own_settings(optimizer: Owner, state_dict: dict[str, Any], convert: boo
         )
     groups = []
     for mine, saved in zip(ours, theirs, strict=True):
+        names = optimizer.recipe.other_names  # a group may have been saved with one that was not read
+        saved = {name: value for name, value in saved.items() if names.get(name) not in saved}
         rules = {name: mine[name] for name in optimizer.defaults if callable(mine[name])}
         stored = {name: mine[name] for name in optimizer.defaults if chooses_storage(name)}
         for name, value in stored.items():
@@ -96,6 +99,14 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
         chain_then = replace(optimizer.chain(as_saved), rounding=Rounding(seed=as_saved["seed"]))
         chain_now = optimizer.chain(group)
         for i, (param, index) in enumerate(zip(ours[g]["params"], theirs["params"], strict=True)):
+            if index not in state_dict["state"]:
+                continue
+            if is_lazy(param):
+                raise ValueError(
+                    f"{owner}: there is saved state of {name_of(ours[g], g, i)}, which has no shape yet; run the model "
+                    f"once before it is loaded"
+                )
+            optimizer.check_parameter(name_of(ours[g], g, i), param)
             then, now = chain_at(chain_then, ours, g, i), chain_at(chain_now, ours, g, i)
             entries = dict(state_dict["state"].get(index, {}))
             _check_entries(owner, index, then, param, entries, convert)
@@ -110,8 +121,7 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
             if (entries or counter is not None) and now.counts(tuple(param.shape), dtype_name(param.dtype)):
                 arrays[codes.STEP] = count = codes.COUNT._replace(stacked=now.stacked)
                 entries[codes.STEP] = zeros(count, param) if counter is None else counter
-            if index in state_dict["state"]:
-                saved[param] = {key: (arrays[key], value) for key, value in entries.items()}
+            saved[param] = {key: (arrays[key], value) for key, value in entries.items()}
     if converted:
         optimizer.warn_once(
             "the saved state is converted to what this optimizer stores it in: "

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from fusedbun.chain import Chain, Stacked
-from fusedbun.recipe import KEYWORD, POSITIONAL, Recipe, bind
+from fusedbun.recipe import KEYWORD, POSITIONAL, Recipe
 from fusedbun.recipes import RECIPES, decoupled_lionw
 from fusedbun.torch.definition import step_leaf
 from fusedbun.torch.driver import TransformOptimizer
+from fusedbun.torch.entries import OF_TORCH, check_flag
 from fusedbun.transform import Transform
 
 _ARGUMENTS = """\
@@ -40,12 +42,6 @@ None takes the best there is. Sparse gradients and tensor subclasses are always 
 """
 # the driver's keyword arguments
 _OPTIONS = {"maximize": False, "stochastic_rounding": False, "seed": 0, "stacked": 0, "implementation": None}
-_CHOICE = "chooses an implementation of torch's own optimizers; this one chooses by itself"
-# Arguments of torch's own optimizers that are accepted where they are not set, and what is said where they are.
-_OF_TORCH = {
-    **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), _CHOICE),
-    "amsgrad": "keeps the largest mean of squares of every element, but this one keeps none for every element",
-}
 
 
 class _WithMemory(TransformOptimizer):
@@ -53,17 +49,17 @@ class _WithMemory(TransformOptimizer):
         """The memory of parameters in MiB; there is no other, for the optimizer has no state.
 
         Args:
-            params: the parameters; None: all that the optimizer steps.
+            params: the parameters; None: all that the optimizer steps. One that has no shape yet has no memory.
         """
         if params is None:
             params = (p for group in self.param_groups for p in group["params"])
-        return sum(p.numel() * p.element_size() for p in params) / 2**20
+        return sum(p.numel() * p.element_size() for p in params if not is_lazy(p)) / 2**20
 
 
 class _OfTernaryWeights(TransformOptimizer):
-    def _check_parameter(self, name: str, param: Tensor) -> None:
-        super()._check_parameter(name, param)
-        if not bool(((param == 0) | (param.abs() == 1)).all()):
+    def check_parameter(self, name: str, param: Tensor) -> None:
+        super().check_parameter(name, param)
+        if param not in self.state and not param.is_meta and not bool(((param == 0) | (param.abs() == 1)).all()):
             raise ValueError(
                 f"TernaryVote steps weights of -1, 0 and +1, but {name} of shape {tuple(param.shape)} has others; "
                 f"round it first, for example to param.sign()"
@@ -81,6 +77,11 @@ class _WithLionW(TransformOptimizer):
         step_leaf(chain, lr, False, p, grad, {"scale_by_lion.moment": exp_avg})
 
 
+# What schedulers and frameworks call a chain's hyper-parameter.
+_IN_CHAINS = {
+    "weight_decay": ("sign_decay.weight_decay", "decay.weight_decay"),
+    "momentum": ("scale_by_lion.beta1", "scale_by_adam.beta1", "momentum.beta"),
+}
 # What a class has of its own.
 _BASES = {"ScaledOptum": _WithMemory, "TernaryVote": _OfTernaryWeights, "DecoupledLionW": _WithLionW}
 
@@ -95,10 +96,9 @@ def class_of(recipe: Recipe) -> type[TransformOptimizer]:
     signature = recipe.signature(before, after)
 
     def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
-        for flag, said in _OF_TORCH.items():
-            if flag not in signature.parameters and kwargs.pop(flag, None):
-                raise ValueError(f"{type(self).__name__}: {flag}=True {said}, so leave it out")
-        arguments = {"lr": recipe.lr, **bind(f"{type(self).__name__}()", signature, *args, **kwargs)}
+        for flag in OF_TORCH.keys() - signature.parameters.keys():
+            check_flag(type(self).__name__, flag, kwargs.pop(flag, None))
+        arguments = {"lr": recipe.lr, **recipe.bind(f"{type(self).__name__}()", signature, *args, **kwargs)}
         params, lr = arguments.pop("params"), arguments.pop("lr")
         options = {name: arguments.pop(name) for name in _OPTIONS}
         TransformOptimizer.__init__(self, params, lr, recipe, arguments, **options)
@@ -120,7 +120,8 @@ class ChainOptimizer(TransformOptimizer):
     """Any chain of transformations as a torch optimizer: `p = p - lr*u`.
 
     Every hyper-parameter of every transformation is in the param groups, as `<transformation>.<field>`; a group may
-    give its own, and it may be changed between steps.
+    give its own, and it may be changed between steps. `weight_decay` is another name for the decay's, and `momentum`
+    for the momentum's `beta`.
 
     >>> import fusedbun, torch
     >>> from fusedbun.transforms import Decay, Momentum
@@ -158,10 +159,12 @@ class ChainOptimizer(TransformOptimizer):
         implementation: str | None = None,
     ) -> None:
         chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
-        recipe = Recipe(chain.with_hyperparameters, type(self).__name__)
+        hyperparameters = chain.hyperparameters()
+        names = {other: own for other, owns in _IN_CHAINS.items() for own in owns if own in hyperparameters}
+        recipe = Recipe(chain.with_hyperparameters, type(self).__name__, other_names=names)
         options: dict[str, Any] = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
         options["stacked"] = stacked or chain.stacked
-        super().__init__(params, lr, recipe, chain.hyperparameters(), implementation=implementation, **options)
+        super().__init__(params, lr, recipe, hyperparameters, implementation=implementation, **options)
 
 
 if TYPE_CHECKING:  # type checkers run nothing, so what is made below has to be declared to them

@@ -20,7 +20,7 @@ from fusedbun.portable.entries import UNKNOWN, Group, Parameter, portable
 from fusedbun.portable.file import Numbers
 from fusedbun.portable.match import Loading, Names
 from fusedbun.torch.driver import FIRST_LR, TransformOptimizer
-from fusedbun.torch.leaf import chain_at, check_state
+from fusedbun.torch.leaf import chain_at, check_state, is_real, path_of
 from fusedbun.torch.loading import chooses_storage
 from fusedbun.torch.sharding.placement import is_sharded
 from fusedbun.torch.state import State, dtype_name, filled, zeros
@@ -132,7 +132,7 @@ def load_state(
 
 
 def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | None) -> list[Place]:
-    """All parameters, with their names."""
+    """All parameters that can be stepped, with their names."""
     if not isinstance(optimizer, TransformOptimizer):
         raise TypeError(
             f"{owner}: optimizer must be one of fusedbun's, such as fusedbun.SM3, but it is a "
@@ -140,10 +140,11 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
         )
     by_param = None if names is None else {param: name for name, param in names}
     places = []
-    groups = optimizer.param_groups
-    for g, group in enumerate(groups):
+    for g, group in enumerate(optimizer.param_groups):
         chain = optimizer.chain(group)
         for i, param in enumerate(group["params"]):
+            if not is_real(param):
+                continue  # it has never been stepped
             name = by_param.get(param) if by_param is not None else (group.get("param_names") or {i: None})[i]
             if name is None:
                 raise ValueError(
@@ -151,7 +152,7 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
                     f"has none; make the optimizer from model.named_parameters(), or give "
                     f"names=model.named_parameters()"
                 )
-            shape, stacked = tuple(param.shape), chain_at(chain, groups, g, i).stacked
+            shape, stacked = tuple(param.shape), chain.stacked_at(path_of(group, i), param)
             places.append(Place(param, i, Parameter(name, shape, dtype_name(param.dtype), g, None, stacked)))
     counts = Counter(place.unstepped.name for place in places)
     if twice := sorted(name for name, count in counts.items() if count > 1):
@@ -175,6 +176,8 @@ def _recipe(optimizer: TransformOptimizer) -> str | None:
 def _as_kept(optimizer: TransformOptimizer, place: Place, chains: list[Chain]) -> Parameter:
     """A parameter with the slots that it has."""
     state: State = optimizer.state.get(place.param, {})
+    if not state and not place.param.requires_grad:
+        return place.unstepped
     slots = _choices(chains, optimizer.param_groups, place)
     if not state and slots[0]:
         return place.unstepped

@@ -10,6 +10,7 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import clip_grad
 
 from fusedbun.hyper import Positive, Whole, check
@@ -44,11 +45,11 @@ def release_gradients(
     parameter's; of a parameter that is used twice (tied weights) autograd adds up two before it is stepped.
 
     `optimizer.step()` is called once after the backward passes of a step, as always. It steps what nothing else has
-    stepped: the optimizer's parameters that are not in the model or did not require a gradient when the release began,
-    and those that fewer than `accumulate` passes reached. Until then a second gradient of a parameter that has been
-    stepped is refused. `zero_grad` is not needed. The learning rate and all hyper-parameters are read when a parameter
-    is stepped; hooks on the optimizer's step run in `optimizer.step()`. Parameters of the model that the optimizer does
-    not step keep their gradients.
+    stepped: the optimizer's parameters that are not in the model, or did not require a gradient or had no shape when
+    the release began, and those that fewer than `accumulate` passes reached. Until then a second gradient of a
+    parameter that has been stepped is refused. `zero_grad` is not needed. The learning rate and all hyper-parameters
+    are read when a parameter is stepped; hooks on the optimizer's step run in `optimizer.step()`. Parameters of the
+    model that the optimizer does not step keep their gradients.
 
     Every backward pass steps what it reaches: freeze a network that another one is trained through with
     `requires_grad_(False)`, and look at gradients with `torch.autograd.grad`, which steps nothing, or in hooks that the
@@ -120,7 +121,8 @@ def release_gradients(
                 f"over the processes in hooks of their own (Tensor.register_hook), which run before the release's"
             )
     places = _places(optimizer)
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p in places and p.requires_grad}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad and not is_lazy(p))
+    names: dict[Tensor, str] = {p: name for name, p in trained if p in places}
     if not names:
         raise ValueError(
             f"{OWNER}: the optimizer steps none of the model's {len(list(model.parameters()))} parameters that need a "

@@ -142,10 +142,17 @@ def test_no_parameters(make):
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn])
 @every_optimizer
 def test_a_parameter_that_is_no_real_number(make, dtype):
-    with pytest.raises(
-        TypeError, match=f"parameter 1 of group 0 is {dtype}, but .* real floating-point.*torch.float64"
+    params = [*parameters((2,)), torch.zeros(2).to(dtype)]
+    optimizer = make(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with (
+        unchanged(optimizer),
+        pytest.raises(TypeError, match=f"parameter 1 of group 0 is {dtype}, but .* real floating-point.*torch.float64"),
     ):
-        make([*parameters((2,)), torch.zeros(2).to(dtype)], lr=0.1)
+        optimizer.step()
+    params[1].grad = None
+    optimizer.step()
 
 
 # Chains

@@ -1,6 +1,9 @@
 """Param groups: hyper-parameters of their own, changed between steps; groups added later; named parameters."""
 
+import copy
+import pickle
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +24,18 @@ from makers import (
     unchanged,
 )
 
-from fusedbun import ChainOptimizer, Fusedbun
+from fusedbun import (
+    SM3,
+    ChainOptimizer,
+    DecoupledLionW,
+    Fusedbun,
+    FusedbunW,
+    ScaledOptum,
+    TernaryVote,
+    param_groups,
+    recipes,
+)
+from fusedbun.transforms import Sign
 
 
 @every_optimizer
@@ -241,10 +255,104 @@ def test_entries_of_the_users_own_stay_in_the_groups(make):
     assert optimizer.state_dict()["param_groups"][0]["stage"] == "head"
 
 
-def test_a_weight_decay_that_is_not_read_is_said(recwarn):
-    """transformers' Trainer writes it into every group."""
-    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
-    Fusedbun([{"params": params, "weight_decay": 0.0}], lr=0.1)
-    assert not recwarn
-    with pytest.warns(UserWarning, match=r"does not read the weight_decay=0.1 .*; its own decay is Lambda"):
-        Fusedbun([{"params": params, "weight_decay": 0.1}], lr=0.1)
+# Other names, and keys that are refused
+
+OF_TORCH_AND_FRAMEWORKS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum", "lr_scale")
+OF_TORCH_AND_FRAMEWORKS += ("param_names", "name", "group_name", "lr_mult", "initial_weight_decay", "is_last_layer")
+
+
+@every_optimizer
+def test_a_weight_decay_of_0_is_no_error_as_the_trainer_of_transformers_gives_it(make):
+    run(make([{"params": parameters((4, 3)), "weight_decay": 0.0}], lr=0.1), 2)
+
+
+@pytest.mark.parametrize("make", [SM3, TernaryVote, partial(ChainOptimizer, transforms=[Sign()], lr=0.1)])
+def test_a_weight_decay_that_there_is_none_for(make):
+    (p,) = parameters((4, 3))
+    p.data.sign_()
+    with pytest.raises(TypeError, match=r"does not read weight_decay=0.1 of a param group; it has no weight decay; "):
+        make([{"params": p, "weight_decay": 0.1}])
+    optimizer = make([p])
+    run(optimizer, 1)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    with unchanged(optimizer, groups=False), pytest.raises(TypeError, match="it has no weight decay"):
+        optimizer.step()
+
+
+def test_weight_decay_is_lambda_in_the_constructor_in_groups_and_between_steps():
+    params = parameters(*SHAPES)
+    optimizers = [
+        Fusedbun(copies(params), 0.1, Lambda=0.3),
+        Fusedbun(copies(params), 0.1, weight_decay=0.3),
+        Fusedbun([{"params": copies(params), "weight_decay": 0.3}], 0.1),
+        Fusedbun(copies(params), 0.1),
+        ChainOptimizer(copies(params), recipes.fusedbun(), 0.1),
+    ]
+    for optimizer in optimizers[3:]:
+        optimizer.param_groups[0]["weight_decay"] = 0.3
+    for optimizer in optimizers:
+        run(optimizer, 2)
+        assert optimizer.param_groups[0]["weight_decay"] == 0.3
+        assert "weight_decay" not in optimizer.state_dict()["param_groups"][0]
+        assert_same_run(optimizer, optimizers[0])
+    for again in (copy.deepcopy(optimizers[1]), pickle.loads(pickle.dumps(optimizers[1]))):
+        again.load_state_dict(optimizers[2].state_dict())
+        again.param_groups[0].update(weight_decay=0.0, momentum=0.5)
+        assert (again.param_groups[0]["Lambda"], again.param_groups[0]["momentum_beta"]) == (0.0, 0.5)
+
+
+def test_one_thing_under_two_names():
+    message = r"Fusedbun.*: weight_decay is another name for Lambda, and both are given"
+    with pytest.raises(TypeError, match=message):
+        Fusedbun(parameters((2,)), 0.1, Lambda=0.1, weight_decay=0.1)
+    with pytest.raises(TypeError, match=message):
+        Fusedbun([{"params": parameters((2,)), "Lambda": 0.1, "weight_decay": 0.1}], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "said"),
+    [
+        (Fusedbun, "momentun_beta", "did you mean 'momentum_beta'"),
+        (Fusedbun, "betas", "its momentum is 'momentum_beta'"),
+        (Fusedbun, "learning_rate", "its learning rate is 'lr'"),
+        (Fusedbun, "lambda", "did you mean 'Lambda'"),
+        (Fusedbun, "implementation", "its own are lr, eps"),
+        (FusedbunW, "Lambda", "its weight decay is 'weight_decay'"),
+        (ScaledOptum, "wd", "its weight decay is 'weight_decay'"),
+        (SM3, "nesterov", "its own are lr, momentum"),
+        (DecoupledLionW, "momentum_dtpye", "did you mean 'momentum_dtype'"),
+    ],
+)
+def test_a_key_that_no_argument_has_is_told_what_it_is_called(make, key, said):
+    params = parameters((4, 3))
+    for value in (0.5,) if "its own" in said else (0.0, 0.5):
+        with pytest.raises(TypeError, match=f"{make.__name__} does not read {key}={value} .*{said}"):
+            make([{"params": params, key: value}], lr=0.1)
+        optimizer = make(copies(params), lr=0.1)
+        run(optimizer, 1)
+        with pytest.raises(TypeError, match=said):
+            optimizer.add_param_group({"params": parameters((2,)), key: value})
+        assert len(optimizer.param_groups) == 1
+        optimizer.param_groups[0][key] = value
+        with unchanged(optimizer, groups=False), pytest.raises(TypeError, match=said):
+            optimizer.step()
+        saved = optimizer.state_dict()
+        fresh = make(copies(params), lr=0.1)
+        with unchanged(fresh), pytest.raises(TypeError, match=said):
+            fresh.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("no_decay", ["Lambda", "weight_dekay", "wd"])
+def test_a_no_decay_that_the_class_does_not_own(no_decay):
+    groups = param_groups(torch.nn.Linear(3, 2), no_decay=no_decay)
+    with pytest.raises(TypeError, match=f"FusedbunW does not read {no_decay}=0.0 of a param group"):
+        FusedbunW(groups)
+    groups = param_groups(torch.nn.Linear(3, 2), no_decay="weight_decay")
+    assert [group["Lambda"] for group in Fusedbun(groups, 0.1).param_groups] == [0.01, 0.0]
+
+
+@pytest.mark.parametrize("key", OF_TORCH_AND_FRAMEWORKS)
+@every_optimizer
+def test_what_schedulers_and_frameworks_write_is_no_error(make, key):
+    value = ["w"] if key == "param_names" else 0.5
+    run(make([{"params": parameters((4, 3)), key: value}], lr=0.1), 1)

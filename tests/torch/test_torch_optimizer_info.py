@@ -304,10 +304,14 @@ def test_torchs_flags_are_refused_by_name_or_mean_nothing(info, flag, said):
     params = info.params((4, 3))
     if f" {flag}=" in info.signature:
         return
-    with pytest.raises(ValueError, match=f"{info.cls.__name__}: {flag}=True {said}"):
+    message = f"{info.cls.__name__}: {flag}=True {said}"
+    with pytest.raises(TypeError, match=message):
         info(params, **{flag: True})
+    with pytest.raises(TypeError, match=message):
+        info([{"params": params, flag: True}])
     for value in (None, False):
         assert flag not in info(params, **{flag: value}).defaults
+        run(info([{"params": params, flag: value}]), 1)
 
 
 @each_named_class

@@ -1,5 +1,6 @@
-"""torch's schedulers, float and tensor learning rates, and the gradient scaler."""
+"""torch's schedulers, of the momentum too, averages of weights, tensor learning rates, and the gradient scaler."""
 
+import copy
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from makers import (
     assert_same_run,
     copies,
     every_optimizer,
+    every_optimizer_with_state,
     first_lr,
     gradient,
     parameters,
@@ -17,6 +19,10 @@ from makers import (
     unchanged,
 )
 from torch.optim import lr_scheduler as schedules
+from torch.optim import swa_utils as averages
+
+from fusedbun import ChainOptimizer, ScaledOptum
+from fusedbun.transforms import Sign
 
 SCHEDULES = {
     "StepLR": lambda o: schedules.StepLR(o, step_size=2, gamma=0.5),
@@ -100,6 +106,103 @@ def test_a_schedule_continues_from_saved_states(make):
     train(*whole, range(3, 6))
     train(*resumed, range(3, 6))
     assert_same_run(whole[0], resumed[0])
+
+
+CYCLES = {
+    "OneCycleLR": lambda o: schedules.OneCycleLR(o, max_lr=0.5, total_steps=8),
+    "CyclicLR": lambda o: schedules.CyclicLR(o, base_lr=0.01, max_lr=0.2, step_size_up=2),
+}
+every_cycle = pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES.keys())
+
+
+def own_name(optimizer):
+    """What the class itself calls its momentum."""
+    return {"Fusedbun": "momentum_beta", "ChainOptimizer": "momentum.beta"}.get(type(optimizer).__name__, "momentum")
+
+
+def momentum_of(optimizer):
+    (group,) = optimizer.param_groups
+    return group["betas"][0] if "betas" in group else group[own_name(optimizer)]
+
+
+def set_momentum(optimizer, value):
+    (group,) = optimizer.param_groups
+    if "betas" in group:
+        group["betas"] = (value, *group["betas"][1:])
+    else:
+        group[own_name(optimizer)] = value
+
+
+@every_cycle
+@every_optimizer_with_state
+def test_a_cycle_moves_the_momentum_of_every_optimizer_that_has_one(make, cycle):
+    params = parameters(*SHAPES)
+    optimizer, torchs_own = make(params, lr=0.1), torch.optim.SGD(copies(params), lr=0.1, momentum=0.9)
+    by_hand, momenta = make(copies(params), lr=0.1), []
+    schedulers = cycle(optimizer), cycle(torchs_own)
+    for step in range(6):
+        momenta.append(momentum_of(optimizer))
+        assert momenta[-1] == torchs_own.param_groups[0]["momentum"]
+        set_momentum(by_hand, momenta[-1])
+        by_hand.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+        run(optimizer, range(step, step + 1))
+        run(by_hand, range(step, step + 1))
+        run(torchs_own, range(step, step + 1))
+        for scheduler in schedulers:
+            scheduler.step()
+    assert len(set(momenta)) > 2
+    assert_same_run(optimizer, by_hand)
+
+
+@every_cycle
+def test_a_cycle_for_an_optimizer_without_momentum_is_told_what_to_give(cycle):
+    for optimizer in (ScaledOptum(parameters((2,))), ChainOptimizer(parameters((2,)), [Sign()], 0.1)):
+        with pytest.raises(ValueError, match="`cycle_momentum`"):
+            cycle(optimizer)
+
+
+@every_cycle
+@every_optimizer_with_state
+def test_a_cycle_continues_from_saved_states(make, cycle):
+    whole = make(parameters(*SHAPES), lr=0.1)
+    scheduler = cycle(whole)
+    for step in range(3):
+        run(whole, range(step, step + 1))
+        scheduler.step()
+    resumed = make(copies(whole.param_groups[0]["params"]), lr=0.1)
+    again = cycle(resumed)
+    again.load_state_dict(scheduler.state_dict())
+    resumed.load_state_dict(whole.state_dict())
+    for step in range(3, 6):
+        for optimizer, schedule in ((whole, scheduler), (resumed, again)):
+            run(optimizer, range(step, step + 1))
+            schedule.step()
+    assert_same_run(whole, resumed)
+    assert momentum_of(resumed) == momentum_of(whole)
+
+
+@every_optimizer
+def test_averages_of_weights(make):
+    """SWA and EMA: their schedule of the learning rate, and their models, as with torch's own optimizers."""
+    model, rates = torch.nn.Linear(4, 3), []
+    for start in (lambda params: make(params, lr=0.1), lambda params: torch.optim.SGD(params, lr=0.1)):
+        trained = copy.deepcopy(model)
+        optimizer = start(trained.parameters())
+        scheduler = averages.SWALR(optimizer, swa_lr=0.02, anneal_epochs=3)
+        means = (
+            averages.AveragedModel(trained),
+            averages.AveragedModel(trained, multi_avg_fn=averages.get_ema_multi_avg_fn(0.5)),
+        )
+        rates.append([])
+        for step in range(5):
+            run(optimizer, range(step, step + 1))
+            for mean in means:
+                mean.update_parameters(trained)
+            scheduler.step()
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+        for mean in means:
+            assert not torch.equal(mean.module.weight, trained.weight)
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedbun.chain import Chain
-from fusedbun.recipe import bind
 from fusedbun.recipes import RECIPES
 
 ADAMW = "adamw"
@@ -64,7 +63,7 @@ class Setting:
     def chain(self, stochastic_rounding: bool) -> Chain:
         """The chain of one of fusedbun's optimizers."""
         recipe = RECIPES[self.optimizer]
-        bind(f"{self.optimizer}:", recipe.signature(), **self.hyperparameters)
+        recipe.bind(f"{self.optimizer}:", recipe.signature(), **self.hyperparameters)
         typed = _TYPED if "mup" in recipe.defaults else {}
         return recipe.chain({**typed, **self.hyperparameters}, 1.0, stochastic_rounding)
 

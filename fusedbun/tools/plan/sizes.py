@@ -30,6 +30,7 @@ BITS = {
     "float6_e3m2fn": 6,
     "float4_e2m1fn": 4,
     **{f"{sign}int{bits}": bits for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)},
+    **{f"q{sign}int{bits}": bits for sign, bits in (("", 8), ("u", 8), ("", 32))},  # torch's quantized tensors
     "bool": 8,
 }
 STEPPED = ("float64", "float32", "bfloat16", "float16")  # what the optimizers step

@@ -8,11 +8,13 @@ also be traced, scheduled and printed as a kernel it keeps to these habits:
 - only `xp`'s functions and operators, and no branch on an array's values;
 - a reduction is `xp.mean / max / min / sum(x, axis=(…), keepdims=True)` over the leading axis, all axes but the
   leading one, all but one, or all; over no axes it is the identity;
+- what a size decides is chosen by `fusedbun.hyper.choose`, for sizes are not known where a kernel is made;
 - products and minima start from the small operands.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -146,6 +148,11 @@ def check_channel_axis(name: str, axis: int, shape: Shape) -> None:
 def others(x: Array, axis: int) -> Shape:
     """Every axis of `x` but this one."""
     return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+
+
+def count(x: Array, axes: Shape) -> Scalar:
+    """How many elements `x` has along these axes: for a kernel or a shard a number that is known when it runs."""
+    return math.prod(x.shape[i] for i in axes)
 
 
 def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:

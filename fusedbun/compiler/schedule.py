@@ -194,11 +194,16 @@ class _Scheduler:
             v
             for v in self.values
             if v in self.small
-            and v.span != Span.HOST
-            and v.op not in ("input", "count")
+            and not _is_given(v)
+            and v.op != "input"
             and (v in read or v.op in (*REDUCTIONS, "expand"))
         ]
         return [[v for v in placed if self.times[v][0] == t] for t in range(count)]
+
+
+def _is_given(v: Value) -> bool:
+    """Whether a number is made of hyper-parameters and counts alone, so that it is computed wherever it is read."""
+    return v.span == Span.HOST or v.op == "count" or (not v.axes and bool(v.args) and all(map(_is_given, v.args)))
 
 
 def _lines(schedule: Schedule) -> Iterator[str]:

@@ -19,6 +19,7 @@ from fusedbun.chain import Chain
 from fusedbun.compiler.graph import REDUCTIONS, Span, UnschedulableError, Value
 from fusedbun.compiler.schedule import Pass, Schedule, Store, is_small, schedule
 from fusedbun.compiler.trace import Program, trace, used
+from fusedbun.hyper import choose
 from fusedbun.operations import OPERATIONS
 from fusedbun.storage.rounding import PARAM
 from fusedbun.transform import Array, Shape
@@ -135,6 +136,8 @@ class Tiles:
             return lambda x, like: xp.where(like == like, x, x), (*args, LIKE)
         if v.op == "real" and self.schedule.program.dtype == "float64":
             return lambda x, like: xp.astype(x, like.dtype), (*args, LIKE)
+        if v.op == "where" and not v.args[0].axes:  # what is counted and what is given are Python's numbers
+            return partial(choose, xp), args
         operation = OPERATIONS[v.op]
         function = operation.host if operation.method else getattr(xp, v.op)
         if v.span == Span.FULL and any(a.span == Span.BLOCK for a in v.args):

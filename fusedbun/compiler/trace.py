@@ -173,7 +173,10 @@ class Symbol:
     def __init__(self, graph: Graph, value: Value) -> None:
         self.graph, self.value = graph, value
         self.ndim = graph.ndim if value.span else 0
-        self.shape = (None,) * self.ndim
+
+    @property
+    def shape(self) -> tuple[Symbol, ...]:
+        return tuple(Symbol(self.graph, self.graph.count([axis])) for axis in range(self.ndim))
 
     def __bool__(self) -> bool:
         raise UnschedulableError("a rule branches on an array's value")

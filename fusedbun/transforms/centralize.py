@@ -6,15 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fusedbun.hyper import Axis, PerParam
-from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, check_channel_axis, others
+from fusedbun.hyper import Axis, PerParam, choose
+from fusedbun.transform import (
+    Array,
+    Namespace,
+    Shape,
+    Signal,
+    Slot,
+    State,
+    Transform,
+    check_channel_axis,
+    count,
+    others,
+)
 
 
 @dataclass(frozen=True)
 class Centralize(Transform):
-    """Takes from every channel of the update its mean; a parameter of fewer than two axes is left as it is.
+    """Takes from every channel of the update its mean.
 
         u = u - mean(u over every axis but channel_axis)
+
+    A parameter of fewer than two axes is left as it is, and so is one whose channels are single elements: each would be
+    its own mean, and would never move.
 
     Args:
         channel_axis: the axis that is kept, an integer (0 is torch's output channel), or a rule
@@ -32,4 +46,6 @@ class Centralize(Transform):
         u = signal.update
         if u.ndim < 2:
             return Signal(u), state
-        return Signal(u - xp.mean(u, axis=others(u, self.channel_axis), keepdims=True)), state
+        axes = others(u, self.channel_axis)
+        mean = xp.mean(u, axis=axes, keepdims=True)
+        return Signal(u - choose(xp, count(u, axes) == 1, 0.0, mean)), state

@@ -32,7 +32,7 @@ from fusedbun.compiler.triton.text import numbers
 from fusedbun.storage.codes import STEP
 from fusedbun.storage.rounding import Rounding
 from fusedbun.torch import gpu
-from fusedbun.transforms import ClipRMS, Decay, Momentum, RMSScale, ScaleByLion, SM3Accumulate
+from fusedbun.transforms import Centralize, ClipRMS, Decay, Momentum, RMSScale, ScaleByLion, SM3Accumulate
 
 GOLDEN = Path(__file__).parent / "golden"
 RECOMMENDED = recipes.fusedbun(centralize=True, use_rms=True, nesterov=True)
@@ -113,6 +113,14 @@ def test_any_chain_and_any_order_of_axes(seed, take):
     leaves = [leaf(chain, shape)]
     steps = gradients(leaves, 2)
     compare(take([chain], leaves, steps, order=order), defined([chain], leaves, steps), 1e-9)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 1), 0), ((1, 5), 1), ((3, 1, 1), 0), ((4, 2), 0)], ids=str)
+def test_a_channel_of_one_element_is_not_centralized(shape, axis, take):
+    rule = chain(Centralize(axis), Momentum(0.5))
+    leaves = [leaf(rule, shape)]
+    steps = gradients(leaves, 2)
+    compare(take([rule], leaves, steps), defined([rule], leaves, steps), 1e-13)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 5), (3, 2, 2, 3)], ids=str)

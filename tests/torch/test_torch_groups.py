@@ -200,8 +200,6 @@ BAD_GROUPS = {
     "negative lr": (lambda p: {"params": parameters((2,)), "lr": -0.5}, ValueError, r"lr .*\[0, inf\).*-0.5"),
     "lr of words": (lambda p: {"params": parameters((2,)), "lr": "fast"}, TypeError, "lr .*'fast'"),
     "maximize as number": (lambda p: {"params": parameters((2,)), "maximize": 1}, TypeError, "maximize .*1"),
-    "complex parameter": (lambda p: {"params": [*parameters((2,)), torch.zeros(2) * 1j]}, TypeError, "complex64"),
-    "integer parameter": (lambda p: {"params": torch.zeros(2, dtype=torch.int64)}, TypeError, "int64"),
     "parameter twice": (lambda p: {"params": [*parameters((2,)), p]}, ValueError, "more than one parameter group"),
     "parameter with a name": (lambda p: {"params": [("w", *parameters((2,)))]}, ValueError, "names"),
     "no leaf": (lambda p: {"params": [p * 2]}, ValueError, "non-leaf"),

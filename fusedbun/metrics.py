@@ -8,22 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fusedbun.transform import Array, Namespace
+from fusedbun.transform import Array, Namespace, Slot
 
 VECTORS = ("moment", "param", "update", "grad")  # `update` is the parameter before the step less the one after it
 COSINES = (("update", "grad"), ("moment", "grad"))
-Products = Mapping[tuple[str, str], Array]
+Pair = tuple[str, str]
+PAIRS: tuple[Pair, ...] = (*((v, v) for v in VECTORS), *COSINES)  # whose inner products metrics need
+Products = Mapping[Pair, Array]
 
 
-def inner_products(xp: Namespace, vectors: Mapping[str, Array]) -> dict[tuple[str, str], Array]:
-    """The sum of `a*b` for every pair that a metric needs, of the vectors that are there."""
-    pairs = [*((v, v) for v in VECTORS), *COSINES]
-    return {(a, b): total(xp, vectors[a] * vectors[b]) for a, b in pairs if a in vectors and b in vectors}
+def inner_products(xp: Namespace, vectors: Mapping[str, Array]) -> dict[Pair, Array]:
+    """The sum of `a*b` for every pair that a metric needs, of the vectors that are there; it keeps their axes."""
+    return {(a, b): total(xp, vectors[a] * vectors[b]) for a, b in PAIRS if a in vectors and b in vectors}
 
 
 def total(xp: Namespace, x: Array) -> Array:
-    """The sum of all elements, 0-d."""
-    return xp.sum(x, axis=tuple(range(x.ndim)), keepdims=True).reshape(())
+    """The sum of all elements, of as many axes."""
+    return xp.sum(x, axis=tuple(range(x.ndim)), keepdims=True)
+
+
+def moments(slots: Mapping[str, Slot]) -> dict[str, Slot]:
+    """Those slots of a chain that metrics take for the moment, by name."""
+    return {key: slot for key, slot in slots.items() if key.endswith(".moment")}
 
 
 def norm(xp: Namespace, products: Products, vector: str) -> Array:

@@ -71,6 +71,6 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
         vectors = {"param": q, "update": p - q, "grad": g}
         if moment:
             vectors["moment"] = codes.recognised(moment, p.shape).decode(xp, moment, p.shape, dtype)
-        products = metrics.inner_products(xp, vectors)
+        products = {pair: x.reshape(()) for pair, x in metrics.inner_products(xp, vectors).items()}
         measured |= metrics.measured(FUNCTIONS, products, leaf.name(path))
     return measured

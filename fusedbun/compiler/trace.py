@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from fusedbun import metrics
 from fusedbun.chain import Chain, step
 from fusedbun.compiler.graph import Graph, UnschedulableError, Value
 from fusedbun.operations import FUNCTIONS, OPERATIONS, Operation
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
-from fusedbun.storage.rounding import PARAM, Rounding
+from fusedbun.storage.rounding import PARAM, Rounding, to_nearest_bfloat16
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Namespace
 
@@ -49,7 +50,12 @@ class Program:
 
 
 def trace(
-    chain: Chain, ndim: int, order: tuple[int, ...] | None = None, maximize: bool = False, dtype: str = "float32"
+    chain: Chain,
+    ndim: int,
+    order: tuple[int, ...] | None = None,
+    maximize: bool = False,
+    dtype: str = "float32",
+    measures: bool = False,
 ) -> Program:
     """Traces one step of a chain.
 
@@ -62,6 +68,8 @@ def trace(
         order: its axes from the slowest in memory to the fastest; None: as they are.
         maximize: climb instead of descend.
         dtype: the parameter's dtype.
+        measures: the step also computes the inner products of its metrics (`fusedbun.metrics`), which go to arrays of
+            one number, called as `product_of` says.
 
     Raises:
         UnschedulableError: the chain has no schedule; the message says why.
@@ -79,10 +87,12 @@ def trace(
     changing = [name for name, x in chain.hyperparameters().items() if is_input(x)]
     symbolic = chain.with_hyperparameters(**{name: Symbol(graph, graph.hyperparameter(name)) for name in changing})
     storage = Storage(Symbolic(graph, bool(ndim)), _Starts(graph, chain.rounding), like, dtype)
-    if maximize:
-        grad = Symbol(graph, graph.apply("neg", grad.value))
+    ascended = Symbol(graph, graph.apply("neg", grad.value)) if maximize else grad
+    measured: Mapping[tuple[str, str], Any] = {}
     try:
-        new_param, new = step(symbolic, storage, lr, param, grad, stored)
+        new_param, new = step(symbolic, storage, lr, param, ascended, stored)
+        if measures:
+            measured = _measured(symbolic, storage, param, new_param, grad, new)
     except (TypeError, AttributeError) as error:
         raise UnschedulableError(f"a rule does to an array what the compiler does not know: {error}") from error
     outputs = {PARAM: new_param.value, **{key: new[key].value for key in arrays}}
@@ -90,7 +100,28 @@ def trace(
     for name, value in outputs.items():
         if value.axes != inputs[name].axes:
             raise UnschedulableError(f"the new {name} does not have the axes that it is declared with")
+    outputs |= {product_of(*pair): x.value for pair, x in measured.items()}
+    arrays |= {product_of(*pair): Stored(codes.computed_in(dtype), ()) for pair in measured}
     return Program(graph, dtype, arrays, outputs)
+
+
+def product_of(a: str, b: str) -> str:
+    """The name of the array with the inner product of two vectors of a step."""
+    return f"product.{a}.{b}"
+
+
+def _measured(
+    chain: Chain, storage: Storage, before: Symbol, param: Symbol, grad: Symbol, state: Mapping[str, Symbol]
+) -> Mapping[tuple[str, str], Any]:
+    """The inner products of what a step did, as it is stored."""
+    if storage.dtype == "float16":
+        raise UnschedulableError("float16 is rounded when it is stored, after a kernel has measured")
+    if storage.dtype == "bfloat16" and not storage.rounding.stochastic:
+        param = to_nearest_bfloat16(storage.xp, param)
+    vectors = {"param": param, "update": before - param, "grad": grad}  # type: ignore[operator]
+    for key, slot in metrics.moments(chain.slots(storage.like.shape)).items():
+        vectors["moment"] = storage.decode(key, slot, state)
+    return metrics.inner_products(storage.xp, vectors)
 
 
 def hyperparameters(program: Program, chain: Chain, lr: Any) -> dict[str, Any]:

@@ -48,3 +48,8 @@ def to_bfloat16(xp: Functions, x: Array, n: Array) -> Array:
     """
     b = xp.bits(x)
     return xp.from_bits(xp.where(x == x, b + n, b | QUIET) & noise.word(0xFFFF0000))  # an infinity's zeros stay
+
+
+def to_nearest_bfloat16(xp: Functions, x: Array) -> Array:
+    """Float32 numbers rounded to the nearest in bfloat16, of two as near to the one whose last bit is 0."""
+    return to_bfloat16(xp, x, ((xp.bits(x) >> 16) & 1) + 0x7FFF)

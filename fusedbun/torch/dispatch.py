@@ -33,6 +33,7 @@ from fusedbun.torch.state import update_state
 from fusedbun.torch.tiles import Tiles
 
 KERNEL, COMPILED, TILES, DEFINITION, SHARDED = Kernel(), Compiled(), Tiles(), Definition(), Sharded()
+MEASURING = Kernel(measures=True)
 REGISTRY: dict[str, Implementation] = {one.name: one for one in (KERNEL, COMPILED, TILES, DEFINITION)}
 IMPLEMENTATIONS = tuple(REGISTRY)  # those that can be asked for by name
 # By the type of device, the best first. CUDA has no kernels in use yet.
@@ -42,17 +43,19 @@ ELSEWHERE = ("tiles", "definition")
 Chosen = dict[Implementation, list[Leaf]]
 
 
-def options(leaf: Leaf, alone: bool = False, compiling: bool = False) -> list[Implementation]:
+def options(leaf: Leaf, alone: bool = False, compiling: bool = False, measures: bool = False) -> list[Implementation]:
     """The implementations that may step a leaf, the best first.
 
-    Alone means without what is for all parameters together; compiling, in code that the user compiles.
+    Alone means without what is for all parameters together; compiling, in code that the user compiles; measures, that
+    the step's metrics are recorded, which a kernel does as it goes and others have done for them.
     """
     if is_sharded(leaf.param):
         return [SHARDED]
     if compiling or not leaf.is_dense:
         return [DEFINITION]
     names = (leaf.asked,) if leaf.asked else BEST.get(leaf.param.device.type, ELSEWHERE)
-    return [REGISTRY[name] for name in names if not (alone and name == COMPILED.name)]
+    found = [REGISTRY[name] for name in names if not (alone and name == COMPILED.name)]
+    return [MEASURING, *found] if measures and KERNEL in found else found
 
 
 def choose(owner: Owner, leaf: Leaf, implementations: Sequence[Implementation]) -> Implementation:
@@ -81,6 +84,7 @@ def prepare(
     *,
     alone: bool = False,
     compiling: bool = False,
+    measures: bool = False,
 ) -> Chosen:
     """The leaves of those of these parameters that have a gradient, ready, by what steps them (see `options`).
 
@@ -89,9 +93,9 @@ def prepare(
     leaves = make_leaves(owner, groups, places)
     chosen: Chosen = {}
     for leaf in leaves:
-        chosen.setdefault(choose(owner, leaf, options(leaf, alone, compiling)), []).append(leaf)
-    if KERNEL in chosen:
-        at_once = [*chosen[KERNEL], *(batch.leaves() if batch else ())]
+        chosen.setdefault(choose(owner, leaf, options(leaf, alone, compiling, measures)), []).append(leaf)
+    if by_kernel := [leaf for one in (KERNEL, MEASURING) for leaf in chosen.get(one, ())]:
+        at_once = [*by_kernel, *(batch.leaves() if batch else ())]
         check_overlap([array for leaf in at_once for array in arrays_in(leaf)])
     for leaf in leaves:
         leaf.state = update_state(owner.state, leaf.param, leaf.arrays)
@@ -99,29 +103,43 @@ def prepare(
 
 
 class Stepper:
-    """Steps an optimizer's parameters, or only the one at this place, and keeps what the next step can repeat."""
+    """Steps an optimizer's parameters, or only the one at this place, and keeps what the next step can repeat.
 
-    def __init__(self, only: Place | None = None) -> None:
+    Args:
+        only: the place; None: all.
+        measures: whether it records the inner products of the steps' metrics.
+    """
+
+    def __init__(self, only: Place | None = None, measures: bool = False) -> None:
+        self.measures = measures
         self.groups: list[Group] = []  # as the last step found them
         self._only = [only] if only else []
         self._batch: Batch | None = None  # what kernels stepped
         self._others: list[Place] = []  # the parameters that are not in the batch
 
-    def step(self, owner: Owner, groups: list[Group]) -> None:
-        """Steps every parameter that has a gradient; everything is checked before anything is changed."""
+    def step(self, owner: Owner, groups: list[Group]) -> dict[Tensor, Products]:
+        """Steps every parameter that has a gradient; everything is checked before anything is changed.
+
+        Returns:
+            What was measured.
+        """
         batch, others = self._batch, self._others
         if batch is None or not self._can_repeat(batch, groups, owner.state):
             batch, others = None, self._only or all_places(groups)
-        chosen = prepare(owner, groups, others, batch, alone=bool(self._only)) if others else {}
-        if new := chosen.pop(KERNEL, None):
+        alone, measures = bool(self._only), self.measures
+        chosen = prepare(owner, groups, others, batch, alone=alone, measures=measures) if others else {}
+        if new := chosen.pop(MEASURING if measures else KERNEL, None):
             batch = Batch([*batch.leaves(), *new] if batch else new)
             taken = {leaf.place for leaf in new}
             others = [place for place in others if place not in taken]
-        if batch:
-            batch.step()
+        products = batch.step() if batch else {}
         for implementation, leaves in chosen.items():
-            implementation.step(leaves)
+            if measures:
+                products |= _measured(implementation, leaves)
+            else:
+                implementation.step(leaves)
         self.groups, self._batch, self._others = groups, batch, others
+        return products
 
     def _can_repeat(self, batch: Batch, groups: list[Group], state: Mapping[Tensor, Any]) -> bool:
         """Whether the batch can be stepped again, and the other parameters are those that they were."""
@@ -129,16 +147,15 @@ class Stepper:
         return identical(params, before) and batch.holds(groups, state)
 
 
-def step_recorded(owner: Owner, groups: list[Group], places: Iterable[Place]) -> dict[Tensor, Products]:
-    """The same step of some parameters, one after the other, with the inner products of their metrics."""
+def _measured(implementation: Implementation, leaves: Sequence[Leaf]) -> dict[Tensor, Products]:
+    """A step of these leaves, one after the other, with the inner products of their metrics."""
     products = {}
-    for implementation, leaves in prepare(owner, groups, places).items():
-        step_one = (DEFINITION if implementation is COMPILED else implementation).step
-        for leaf in leaves:
-            before, grad = leaf.param.clone(), leaf.grad
-            step_one([leaf])
-            leaf.grad = grad  # which a kernel lets go of
-            products[leaf.param] = metrics.record(before, leaf)
+    step_one = (DEFINITION if implementation is COMPILED else implementation).step
+    for leaf in leaves:
+        before, grad = leaf.param.clone(), leaf.grad
+        step_one([leaf])
+        leaf.grad = grad  # which a kernel lets go of
+        products[leaf.param] = metrics.record(before, leaf)
     return products
 
 

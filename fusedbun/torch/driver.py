@@ -21,7 +21,7 @@ from fusedbun.torch import dispatch, loading, metrics
 from fusedbun.torch.definition import step_leaves
 from fusedbun.torch.dispatch import IMPLEMENTATIONS, Stepper
 from fusedbun.torch.entries import Entries, check_keys
-from fusedbun.torch.leaf import FLOATING, Arguments, all_places, chain_at, is_real, name_of, read_groups
+from fusedbun.torch.leaf import FLOATING, Arguments, chain_at, is_real, name_of, read_groups
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import arrays_of, filled, update_state
 
@@ -82,7 +82,7 @@ class TransformOptimizer(torch.optim.Optimizer):
             )
         self.recipe = recipe
         self._implementation = implementation
-        self._stepper = Stepper()
+        self._steppers = self._new_steppers()
         self._products: dict[Tensor, Products] = {}
         self._warned: set[str] = set()
         self._hyperparameters = tuple(hyperparameters)
@@ -181,7 +181,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stepper, self._products = Stepper(), {}
+        self._steppers, self._products = self._new_steppers(), {}
         if self.gradient_release:
             self.gradient_release.forget()
         self.param_groups = [self._entries(group) for group in self.param_groups]
@@ -213,12 +213,13 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         products: dict[Tensor, Products] = self.gradient_release.finish() if self.gradient_release else {}
-        if self.record_metrics:
-            groups = read_groups(self, [])
-            products |= dispatch.step_recorded(self, groups, all_places(groups))
-        else:
-            self._stepper.step(self, read_groups(self, self._stepper.groups))
-        self._products = products
+        stepper = self._steppers[bool(self.record_metrics)]
+        self._products = products | stepper.step(self, read_groups(self, stepper.groups))
+
+    @staticmethod
+    def _new_steppers() -> dict[bool, Stepper]:
+        """What steps the parameters, without metrics and with them."""
+        return {measures: Stepper(measures=measures) for measures in (False, True)}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def _step_uncompiled(self) -> list[Arguments]:

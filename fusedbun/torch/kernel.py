@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain as joined
-from itertools import compress
-from operator import attrgetter, is_, methodcaller
+from itertools import compress, product
+from operator import attrgetter, is_, methodcaller, mul
 
 import torch
 from torch import Tensor
@@ -19,20 +19,28 @@ from torch import Tensor
 from fusedbun.chain import Chain
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.graph import UnschedulableError
-from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.compiler.trace import evaluate, hyperparameters, product_of
+from fusedbun.metrics import PAIRS, Pair, Products
 from fusedbun.torch.implementation import Implementation
 from fusedbun.torch.leaf import DENSE, Group, Leaf
 from fusedbun.torch.openmp import parallel
-from fusedbun.torch.state import State, dtype_name, stored_dtype
+from fusedbun.torch.state import State, compute_dtype, dtype_name, stored_dtype
 
 KIND = attrgetter("dtype", "layout", "is_cpu", "shape")
 STRIDES, ADDRESS = Tensor.stride, Tensor.data_ptr
 
 
 class Kernel(Implementation):
-    """Generated code, on the CPU."""
+    """Generated code, on the CPU.
+
+    Args:
+        measures: whether it records the inner products of a step's metrics.
+    """
 
     name = "kernel"
+
+    def __init__(self, measures: bool = False) -> None:
+        self.measures = measures
 
     def refusal(self, leaf: Leaf) -> str | None:
         param, grad = leaf.param, leaf.grad
@@ -52,11 +60,12 @@ class Kernel(Implementation):
                 return f"its state {key!r} is not contiguous"
         return None
 
-    def prepare(self, leaf: Leaf) -> native.Kernel:
-        """Its kernel; of a stack, that of every slice."""
+    def prepare(self, leaf: Leaf) -> tuple[native.Kernel, tuple[int, ...]]:
+        """Its kernel, of a stack that of every slice, and the strides of its gradient."""
         one = next(leaf.slices())
         order = native.memory_order(tuple(one.param.shape), STRIDES(one.param))
-        return native.kernel(one.chain, one.param.ndim, order, dtype_name(one.param.dtype), leaf.group.maximize)
+        dtype, maximize = dtype_name(one.param.dtype), leaf.group.maximize
+        return native.kernel(one.chain, one.param.ndim, order, dtype, maximize, self.measures), STRIDES(leaf.grad)
 
     def step(self, leaves: Sequence[Leaf]) -> None:
         Batch(leaves).step()
@@ -84,7 +93,7 @@ class Batch:
         self._params = [leaf.param for leaf in leaves]
         self._kinds = list(map(KIND, self._params))
         self._strides = list(map(STRIDES, self._params))
-        self._grad_strides = [STRIDES(leaf.grad) for leaf in leaves]
+        self._grad_strides = [strides for _, strides in (leaf.prepared for leaf in leaves)]
         self._state = list(joined.from_iterable(leaf.state.values() for leaf in leaves))
         self._addresses = list(map(ADDRESS, (*self._params, *self._state)))
         # Leaves of one group, one chain and one kernel share a row of numbers.
@@ -92,17 +101,24 @@ class Batch:
         self._numbers: list[tuple[int, native.Kernel, Chain]] = []
         descriptions = []
         self._slices: list[list[int]] = []  # of every leaf, how far behind its gradient's first byte each slice's is
+        self._products: list[tuple[list[Pair], Tensor]] = []  # of every leaf, what is measured, a row for each slice
         for leaf in leaves:
-            g, kernel, start = leaf.place[0], leaf.prepared, ADDRESS(leaf.grad)
-            self._slices.append([])
-            for one in leaf.slices():
+            g, (kernel, strides), stacked = leaf.place[0], leaf.prepared, leaf.chain.stacked
+            width, shape = leaf.param.element_size(), leaf.param.shape
+            steps = [stride * width for stride in strides]
+            grad = native.Array(native.ABSENT, width, tuple(steps[stacked:]))
+            places = [*product(*map(range, shape[:stacked]))]
+            self._slices.append([sum(map(mul, place, steps)) for place in places])
+            pairs = [pair for pair in PAIRS if product_of(*pair) in kernel.program.arrays]
+            table = torch.zeros(len(places), len(pairs), dtype=compute_dtype(leaf.param.dtype))
+            self._products.append((pairs, table))
+            for one, measured in zip(leaf.slices(), table, strict=True):
+                of_step = one.state | {product_of(*pair): measured[i : i + 1] for i, pair in enumerate(pairs)}
                 row = rows.setdefault((g, kernel.address, one.chain), len(rows))
                 if len(rows) > len(self._numbers):
                     self._numbers.append((g, kernel, one.chain))
-                grad = described(one.grad)
-                arrays = [described(one.param), grad, *(described(one.state[key]) for key in kernel.program.arrays)]
+                arrays = [described(one.param), grad, *(described(of_step[key]) for key in kernel.program.arrays)]
                 descriptions.append(native.Description(kernel, tuple(one.param.shape), arrays, row))
-                self._slices[-1].append(grad.address - start)
         self._native = native.Leaves(descriptions, len(rows))
         for row, (g, _, _) in enumerate(self._numbers):
             self._evaluate(row, self._groups[g].rate)
@@ -175,14 +191,21 @@ class Batch:
         self._native.set_gradients(of_slices)
         return native.ABSENT not in addresses
 
-    def step(self) -> None:
-        """Steps the leaves that have a gradient."""
-        if self._grads:
-            self._native.step(torch.get_num_threads(), parallel())
-            stepped = compress(self._leaves, self._has_grad)
-            changed = [x for leaf in stepped for x in (leaf.param, *leaf.state.values())]
-            torch.autograd.graph.increment_version(changed)
-            self._grads = []
+    def step(self) -> dict[Tensor, Products]:
+        """Steps the leaves that have a gradient; what was measured."""
+        if not self._grads:
+            return {}
+        self._native.step(torch.get_num_threads(), parallel())
+        stepped = [*compress(self._leaves, self._has_grad)]
+        changed = [x for leaf in stepped for x in (leaf.param, *leaf.state.values())]
+        torch.autograd.graph.increment_version(changed)
+        self._grads = []
+        measured = zip(stepped, compress(self._products, self._has_grad), strict=True)
+        return {
+            leaf.param: dict(zip(pairs, table.sum(0).unbind(), strict=True))
+            for leaf, (pairs, table) in measured
+            if pairs
+        }
 
 
 def _has_same_code(group: Group, before: Group) -> bool:

@@ -93,9 +93,10 @@ class Leaf:
             return
         arrays = {key: x._replace(stacked=0) for key, x in self.arrays.items()}
         for place in product(*map(range, self.param.shape[:stacked])):
+            chain, param = self.chain.slice(place), self.param.detach()[place]
+            grad = None if self.grad is None else self.grad[place]
             state = {key: x[place] for key, x in self.state.items()}
-            of = {"chain": self.chain.slice(place), "param": self.param.detach()[place], "grad": self.grad[place]}
-            yield replace(self, **of, state=state, arrays=arrays)
+            yield replace(self, chain=chain, param=param, grad=grad, state=state, arrays=arrays)
 
     @property
     def arguments(self) -> Arguments:

@@ -27,12 +27,11 @@ def record(before: Tensor, leaf: Leaf) -> metrics.Products:
     """
     param, grad, dtype = leaf.param, leaf.grad, compute_dtype(leaf.param.dtype)
     vectors = {"param": param, "grad": grad.to_dense() if grad.is_sparse else grad}
-    for key, slot in leaf.chain.slots(tuple(param.shape)).items():
-        if key.endswith(".moment"):
-            vectors["moment"] = decoded(key, slot, leaf)
+    for key, slot in metrics.moments(leaf.chain.slots(tuple(param.shape))).items():
+        vectors["moment"] = decoded(key, slot, leaf)
     vectors = {name: local(vector).to(dtype) for name, vector in vectors.items()}
     vectors["update"] = local(before).to(dtype) - vectors["param"]
-    return metrics.inner_products(xp, vectors)
+    return {pair: x.reshape(()) for pair, x in metrics.inner_products(xp, vectors).items()}
 
 
 def decoded(key: str, slot: Slot, leaf: Leaf) -> Tensor:

@@ -15,7 +15,6 @@ from torch.nn.utils import clip_grad
 
 from fusedbun.hyper import Positive, Whole, check
 from fusedbun.metrics import Products
-from fusedbun.torch import dispatch
 from fusedbun.torch.definition import touched_rows
 from fusedbun.torch.dispatch import Stepper
 from fusedbun.torch.driver import TransformOptimizer
@@ -263,11 +262,10 @@ class GradientRelease:
         if self.clip_norm is not None:
             assert param.grad is not None
             param.grad = clipped(param.grad, self.clip_norm)
-        if optimizer.record_metrics:
-            self._products |= dispatch.step_recorded(optimizer, self._groups, [released.place])
-        else:
-            released.stepper = released.stepper or Stepper(released.place)
-            released.stepper.step(optimizer, self._groups)
+        measures = bool(optimizer.record_metrics)
+        if released.stepper is None or released.stepper.measures != measures:
+            released.stepper = Stepper(released.place, measures)
+        self._products |= released.stepper.step(optimizer, self._groups)
         param.grad = None
 
     def _find(self, optimizer: TransformOptimizer, param: Tensor, released: _Released) -> None:

@@ -59,7 +59,9 @@ class Description(NamedTuple):
 _KERNELS: dict[Any, Kernel | str] = {}  # by what decides the code; a reason where there is none
 
 
-def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize: bool = False) -> Kernel:
+def kernel(
+    chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize: bool = False, measures: bool = False
+) -> Kernel:
     """A chain's kernel, from memory, from a file, or compiled now.
 
     Args:
@@ -68,17 +70,18 @@ def kernel(chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize
         order: its axes from the slowest in memory to the fastest (`memory_order`).
         dtype: its dtype, such as "bfloat16".
         maximize: climb instead of descend.
+        measures: it also computes the inner products of its metrics.
 
     Raises:
         KernelError: there is none; the message says why.
     """
     try:
-        key = (structure(chain), ndim, order, dtype, maximize)
+        key = (structure(chain), ndim, order, dtype, maximize, measures)
     except UnschedulableError as error:
         raise KernelError(str(error)) from error
     if key not in _KERNELS:
         try:
-            _KERNELS[key] = compiled(trace(chain, ndim, order or None, maximize, dtype))
+            _KERNELS[key] = compiled(trace(chain, ndim, order or None, maximize, dtype, measures))
         except (UnschedulableError, KernelError) as error:
             _KERNELS[key] = str(error)
     found = _KERNELS[key]

@@ -13,6 +13,7 @@ from fusedbun import recipes as recipes
 from fusedbun import transforms as transforms
 from fusedbun.chain import Chain as Chain
 from fusedbun.chain import chain as chain
+from fusedbun.groups import stacked_experts as stacked_experts
 from fusedbun.schedules import sm3_schedule as sm3_schedule
 from fusedbun.transform import Signal as Signal
 from fusedbun.transform import Slot as Slot
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 _OF_TORCH = {"ChainOptimizer", "load_state", "param_groups", "release_gradients", "save_state"}
 _OF_TORCH |= {name for recipe in recipes.RECIPES.values() for name in recipe.torch_names}
 
-_NAMES = {"Chain", "Signal", "Slot", "Transform", "chain", "plan", "recipes", "sm3_schedule", "transforms", *_OF_TORCH}
+_NAMES = {"Chain", "Signal", "Slot", "Transform", "chain", "plan", "recipes", "sm3_schedule", "stacked_experts"}
+_NAMES |= {"transforms", *_OF_TORCH}
 
 if not TYPE_CHECKING:  # who reads this without running it finds the names above
     __all__ = sorted(_NAMES)

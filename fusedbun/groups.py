@@ -1,4 +1,4 @@
-"""Hyper-parameters by patterns on parameter names: which parameter gets what."""
+"""Hyper-parameters by patterns on parameter names, and which parameters are stacks: which parameter gets what."""
 
 from __future__ import annotations
 
@@ -32,3 +32,23 @@ def overrides(names: Iterable[str], rules: Rules) -> dict[str, dict[str, Any]]:
         for name in matching:
             by_name[name] |= hyperparameters
     return by_name
+
+
+def stacked_experts(path: tuple[str, ...], param: Any) -> int:
+    """The rule for `stacked` by which experts kept as one tensor are stacks of them: 1 for such a tensor, else 0.
+
+    Such are the tensors of two or more axes that a module called `experts` holds itself, the expert first: matrices
+    (experts, in, out) and biases (experts, out) of GPT-OSS, Llama 4, Mixtral and Qwen3-MoE in transformers, and of
+    torchtitan. Layers in a list, `experts.0.weight`, are parameters of their own already.
+
+    >>> from types import SimpleNamespace
+    >>> stacked_experts(("mlp", "experts", "gate_up_proj"), SimpleNamespace(ndim=3))
+    1
+    >>> stacked_experts(("mlp", "experts", "0", "weight"), SimpleNamespace(ndim=2))
+    0
+
+    Args:
+        path: the names that lead to the parameter: give a torch optimizer `model.named_parameters()`.
+        param: the parameter.
+    """
+    return int(path[-2:-1] == ("experts",) and param.ndim > 1)

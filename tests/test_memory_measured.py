@@ -69,6 +69,15 @@ def test_the_state_is_what_torch_keeps(setting, dtype, rounding):
     assert [one.state for one in planned] == [state_bytes(optimizer)] * 2
 
 
+@pytest.mark.parametrize("setting", [s for s in USUAL if not s.is_torch_adamw], ids=by_name)
+def test_the_state_of_stacks_is_what_torch_keeps(setting):
+    shapes = {"layers.up": (3, 5, 40), "layers.scale": (3, 7), "embed": (9, 7)}
+    own = {"stacked": lambda path, param: int(path[0] == "layers")}
+    optimizer = made(setting, shapes, "bfloat16", **own, stochastic_rounding=True, implementation="definition")
+    optimizer.step()
+    assert fusedbun.plan(shapes, setting, dtype="bfloat16", **own).estimates[0].state == state_bytes(optimizer)
+
+
 @pytest.mark.parametrize("weights", ["float32", "param"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_state_of_torch_adamw(dtype, weights):

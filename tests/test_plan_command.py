@@ -69,7 +69,7 @@ def test_the_examples_of_the_help_that_need_no_files(capsys, tmp_path, monkeypat
         main(["plan", "--help"])
     lines = re.findall(r"^  fusedbun plan (.+)$", capsys.readouterr().out, re.MULTILINE)
     runnable = [line.replace("'", "").split() for line in lines if "path/" not in line and ".safetensors" not in line]
-    assert len(runnable) == 4
+    assert len(runnable) == 5
     for arguments in runnable:
         assert "Not counted: activations" in shown(capsys, *arguments)
 
@@ -86,6 +86,13 @@ def test_shapes_with_and_without_names(capsys):
         shown(capsys, "embed.weight=50x8", "8x8", "8", "--optimizer", "sm3", "--sparse", "embed*", "--json")
     )
     assert (found["parameters"], found["tensors"], found["sparse"]) == (50 * 8 + 8 * 8 + 8, 3, ["embed.weight"])
+
+
+def test_stacks(capsys):
+    found = json.loads(
+        shown(capsys, "experts=4x8x16", "router=4x8", "--stacked", "exp*", "--optimizer", "sm3", "--json")
+    )
+    assert found["estimates"][0]["state"] == 4 * (4 * (8 + 16) + (4 + 8))
 
 
 def test_networks_by_name(capsys):
@@ -138,6 +145,7 @@ def test_a_chart(capsys, tmp_path):
         (["8x8", "--only-fitting"], "argument --only-fitting: needs a --budget to fit in"),
         (["8x8", "--dtype", "int8"], "dtype must be one of float64, float32, bfloat16, float16, but it is 'int8'"),
         (["8x8", "--sparse", "embed*"], "'embed*' matches none of the 1: '0'"),
+        (["8x8", "--stacked", "embed*"], "--stacked must match trained parameters of two or more axes, but 'embed*'"),
         (["8x8", "--tokens", "0"], "argument --tokens: must be a whole number of at least 1"),
         (["8x8", "--threads", "x"], "argument --threads: must be a whole number of at least 1"),
         (["8x8", "--chart", "/absent/chart.png"], "argument --chart: cannot write '/absent/chart.png': No such file"),

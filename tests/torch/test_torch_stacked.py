@@ -130,6 +130,18 @@ def test_a_rule_says_which_parameters_are_stacks():
     assert optimizer.state[layer]["sm3_accumulate.axis0"].shape == (4, 1)
 
 
+def test_experts_kept_as_one_tensor():
+    experts, bias, router, listed = parameters((3, 4, 5), (3, 5), (3, 4), (4, 5))
+    names = ("experts.gate_up_proj", "experts.gate_up_proj_bias", "router.weight", "experts.0.weight")
+    named = [(f"mlp.{name}", p) for name, p in zip(names, (experts, bias, router, listed), strict=True)]
+    optimizer = SM3(named, lr=0.1, stacked=fusedbun.stacked_experts)
+    for _, p in named:
+        p.grad = gradient(p)
+    optimizer.step()
+    shapes = [[tuple(x.shape) for x in optimizer.state[p].values()] for _, p in named]
+    assert shapes == [[(3, 4, 1), (3, 1, 5)], [(3, 5)], [(3, 1), (1, 4)], [(4, 1), (1, 5)]]
+
+
 def test_a_rule_on_a_hyper_parameter_sees_one_slice():
     seen = []
 

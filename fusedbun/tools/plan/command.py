@@ -13,7 +13,9 @@ from typing import Any
 
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import Plan, Setting, plan
+from fusedbun.tools.plan.planner import matching
 from fusedbun.tools.plan.sizes import SIZE, parse_size, readable
+from fusedbun.tools.plan.sources import tensors_of
 from fusedbun.tools.shared.command import Command, CommandError, converter, count, libraries_for, option, print_out
 from fusedbun.tools.shared.files import write_atomically, writing
 from fusedbun.tools.shared.networks import gpt2, resnet50
@@ -40,6 +42,7 @@ examples:
   fusedbun plan model.safetensors --optimizer sm3 fusedbun --chart memory.png
   fusedbun plan 4096x4096 4096 --optimizer fusedbun:momentum_dtype=int8,lagged=True
   fusedbun plan embed=250000x1024 1024x1024 --sparse 'embed*' --tokens 8192
+  fusedbun plan experts=64x4096x1024 router=64x1024 --stacked experts
 
 In Python fusedbun.plan(model) also takes torch modules, on the meta device too, and
 trees of JAX's arrays or ShapeDtypeStruct.
@@ -56,6 +59,7 @@ _PLAN_TAKES = ("dtype", "stochastic_rounding", "sparse", "tokens", "threads", "b
 _SIZE = converter(parse_size, bool, SIZE)
 _TO_NEAREST = "round bfloat16 weights to the nearest instead of stochastically"
 _SPARSE = "the gradients of parameters of such names are sparse rows"
+_STACKED = "parameters of such names are stacks along their first axis"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Options:
     dtype: str | None = option("of floating-point weights, such as bfloat16 (default: their own)", metavar="DTYPE")
     stochastic_rounding: bool = option(_TO_NEAREST, flag="--no-stochastic-rounding", action="store_false")
     sparse: Sequence[str] = option(_SPARSE, nargs="+", default=[], metavar="PATTERN")
+    stacked: Sequence[str] = option(_STACKED, nargs="+", default=[], metavar="PATTERN")
     tokens: int = count("in a batch: so many rows has a sparse gradient", 4096)
     threads: int | None = count("on so many the step runs (default: the number of CPUs)", None)
     budget: int | None = option("mark what fits in so much, such as 24GiB", type=_SIZE, metavar="SIZE")
@@ -100,7 +105,11 @@ def _run(options: Options) -> int:
 def _plan(options: Options) -> Plan:
     try:
         settings = None if options.optimizer is None else [_setting(text) for text in options.optimizer]
-        return plan(_model(options.model), settings, **{name: getattr(options, name) for name in _PLAN_TAKES})
+        model = _model(options.model)
+        stacks = options.stacked and matching(tensors_of(model), options.stacked, "--stacked")
+        taken: dict[str, Any] = {name: getattr(options, name) for name in _PLAN_TAKES}
+        taken["stacked"] = lambda path, _: int(".".join(path) in stacks)
+        return plan(model, settings, **taken)
     except OSError as error:
         reason = f"cannot read {error.filename!r}: {error.strerror}" if error.filename else str(error)
         raise CommandError(reason) from error

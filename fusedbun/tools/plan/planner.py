@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import heapq
+import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from fusedbun.chain import Chain
+from fusedbun.chain import Chain, Stacked
 from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.plan import temporaries
@@ -32,6 +34,7 @@ class _Kind(NamedTuple):
     dtype: str
     is_sparse: bool
     is_rounded: bool  # stochastically
+    stacked: int  # its leading axes that are a stack's
 
 
 class _Needs(NamedTuple):
@@ -42,6 +45,7 @@ class _Needs(NamedTuple):
     room: Room = Room(0, 0)  # while a kernel steps it
     definition: int = 0  # while its rules are run as they are written, where there is no kernel
     densified: int = 0  # a sparse gradient made dense; that of all parameters is held at once
+    leaves: int = 1  # that it is stepped as, each with such a room: the slices of a stack
 
 
 def plan(
@@ -52,6 +56,7 @@ def plan(
     stochastic_rounding: bool = True,
     sparse: str | Iterable[str] = (),
     tokens: int = TOKENS,
+    stacked: Stacked = 0,
     threads: int | None = None,
     budget: int | str | None = None,
 ) -> Plan:
@@ -76,6 +81,8 @@ def plan(
         sparse: patterns such as "embed*" of parameters whose gradients are sparse rows
             (`torch.nn.Embedding(sparse=True)`); they match a name from its beginning or from behind a dot.
         tokens: how many rows such a gradient has: the tokens of a batch, repeated ones too.
+        stacked: how many leading axes make a parameter a stack of several, as the optimizers take it: a number, or a
+            rule `(path, param) -> number`, where `path` is the tuple of the names between the dots.
         threads: on so many threads the step runs; None: on as many as this process has CPUs.
         budget: the memory that there is, in bytes or as text such as "24GiB".
 
@@ -99,8 +106,8 @@ def plan(
     if all(tensor.dtype == "float32" for tensor in tensors if tensor.role == "trained"):
         first = next((one for one in settings if one.is_torch_adamw), None)  # in float32 the other one is the same
         settings = tuple(one for one in settings if one is first or not one.is_torch_adamw)
-    embeddings = _matching(tensors, (sparse,) if isinstance(sparse, str) else tuple(sparse))
-    planner = _Planner(tensors, embeddings, tokens, threads, stochastic_rounding)
+    embeddings = matching(tensors, (sparse,) if isinstance(sparse, str) else tuple(sparse), "sparse")
+    planner = _Planner(tensors, embeddings, tokens, threads, stochastic_rounding, Chain((), stacked=stacked))
     estimates: list[Estimate] = []
     refusals: list[Refusal] = []
     for setting in settings:
@@ -111,20 +118,23 @@ def plan(
     return Plan(tensors, tuple(estimates), tuple(refusals), threads, tokens, embeddings, tied_parameters(model), budget)
 
 
-def _matching(tensors: Iterable[Tensor], patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the parameters that a pattern matches, from the beginning or from behind a dot."""
+def matching(tensors: Iterable[Tensor], patterns: Iterable[str], argument: str) -> tuple[str, ...]:
+    """The names of the parameters that a pattern matches, from the beginning or from behind a dot.
+
+    Raises a ValueError where a pattern, which this argument gave, matches none.
+    """
     found: dict[str, None] = {}
     names = [tensor.name for tensor in tensors if tensor.role == "trained" and len(tensor.shape) > 1]
     for pattern in patterns:
         expression = re.compile(r"(?:.*\.)?" + fnmatch.translate(pattern))
-        matching = [name for name in names if expression.match(name)]
-        if not matching:
+        names_now = [name for name in names if expression.match(name)]
+        if not names_now:
             known = ", ".join(map(repr, names[:4])) + (", …" if len(names) > 4 else "")
             raise ValueError(
-                f"sparse must match trained parameters of two or more axes, but {pattern!r} matches none "
+                f"{argument} must match trained parameters of two or more axes, but {pattern!r} matches none "
                 f"of the {len(names)}: {known or 'there are none'}"
             )
-        found |= dict.fromkeys(matching)
+        found |= dict.fromkeys(names_now)
     return tuple(found)
 
 
@@ -132,7 +142,13 @@ class _Planner:
     """A model, and how it is stepped."""
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], sparse: Iterable[str], tokens: int, threads: int, stochastic_rounding: bool
+        self,
+        tensors: tuple[Tensor, ...],
+        sparse: Iterable[str],
+        tokens: int,
+        threads: int,
+        stochastic_rounding: bool,
+        stacking: Chain,
     ) -> None:
         self.tensors, self.tokens, self.threads = tensors, tokens, threads
         self.parameters = sum(tensor.elements for tensor in tensors if tensor.role != "buffer")
@@ -140,7 +156,9 @@ class _Planner:
         rows = set(sparse)
         for t in tensors:
             if t.role == "trained":
-                kind = _Kind(t.shape, t.dtype, t.name in rows, stochastic_rounding and t.dtype == "bfloat16")
+                stacked = stacking.at(tuple(t.name.split(".")), _like(t.shape)).stacked
+                is_rounded = stochastic_rounding and t.dtype == "bfloat16"
+                kind = _Kind(t.shape, t.dtype, t.name in rows, is_rounded, stacked)
                 self.named.setdefault(kind, []).append(t.name)
         self.trained = sum(map(len, self.named.values()))
 
@@ -163,7 +181,8 @@ class _Planner:
 
     def _needs(self, setting: Setting, chain: Chain, kind: _Kind) -> _Needs:
         name, shape, dtype = self.named[kind][-1], kind.shape, kind.dtype
-        chain = chain.at(tuple(name.split(".")), SimpleNamespace(shape=shape), name)
+        chain = replace(chain, stacked=kind.stacked)
+        chain = chain.at(tuple(name.split(".")), _like(shape), name)
         size = size_of(shape, dtype)
         if kind.is_sparse:
             rows, densified = (self.tokens, *shape[1:]), size
@@ -177,23 +196,29 @@ class _Planner:
         state = state_bytes(chain, shape, dtype)
         if not size:  # there is nothing to step
             return _Needs(0, state)
+        of, leaves = chain.slice_shape(shape), math.prod(shape[: chain.stacked])
+        chain = chain.slice((0,) * chain.stacked)
         try:
-            return _Needs(size, state, temporaries.room(chain, shape, dtype))
+            return _Needs(size, state, temporaries.room(chain, of, dtype), leaves=leaves)
         except UnschedulableError:
-            return _Needs(size, state, definition=temporaries.definition(chain, shape, dtype))
+            return _Needs(size, state, definition=leaves * temporaries.definition(chain, of, dtype))
 
     def _temporaries(self, needs: Mapping[_Kind, _Needs]) -> int:
         """The most while all parameters are stepped: as many leaves are under way as there are threads."""
-        held = [n.room.held for kind, n in needs.items() for _ in self.named[kind][: self.threads]]
+        leaves = {kind: len(self.named[kind]) * n.leaves for kind, n in needs.items()}
+        held = [n.room.held for kind, n in needs.items() for _ in range(min(self.threads, leaves[kind]))]
         buffers = self.threads * max(n.room.buffer for n in needs.values())
-        kernels = sum(heapq.nlargest(self.threads, held)) + buffers + temporaries.RECORD * self.trained
+        kernels = sum(heapq.nlargest(self.threads, held)) + buffers + temporaries.RECORD * sum(leaves.values())
         densified = sum(len(names) * needs[kind].densified for kind, names in self.named.items())
         return densified + max(kernels, *(n.definition for n in needs.values()))
 
     def _released(self, needs: Mapping[_Kind, _Needs]) -> tuple[int, int]:
         """The largest gradient, and the most while one parameter is stepped."""
         each = needs.values()
-        rooms = [n.room.held + self.threads * n.room.buffer + temporaries.RECORD for n in each]
+        rooms = [
+            min(self.threads, n.leaves) * n.room.held + self.threads * n.room.buffer + n.leaves * temporaries.RECORD
+            for n in each
+        ]
         return max(n.gradient for n in each), max(*rooms, *(n.definition + n.densified for n in each))
 
     def _adamw(self, setting: Setting) -> Estimate:
@@ -206,6 +231,11 @@ class _Planner:
         others = sum(t.size for t in self.tensors if t.role != "trained")
         state = 2 * gradients + _ADAMW_STEP * self.trained
         return Estimate(setting, False, False, self.parameters, gradients + others, gradients, state, 0)
+
+
+def _like(shape: Shape) -> SimpleNamespace:
+    """A parameter of this shape, as a rule sees it."""
+    return SimpleNamespace(shape=shape, ndim=len(shape))
 
 
 def state_bytes(chain: Chain, shape: Shape, dtype: str) -> int:

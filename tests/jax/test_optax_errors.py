@@ -103,7 +103,7 @@ def check(kind, name, value, allowed):
     assert repr(value) in message
 
 
-@pytest.mark.parametrize("name", ["lr", "Eps", "weight_decay"])
+@pytest.mark.parametrize("name", ["lr", "Eps", "decay"])
 def test_an_unknown_name_is_a_type_error(name):
     with pytest.raises(TypeError, match=name):
         make(**{name: 0.1})

@@ -136,7 +136,7 @@ def test_experts_kept_as_one_tensor():
     named = [(f"mlp.{name}", p) for name, p in zip(names, (experts, bias, router, listed), strict=True)]
     optimizer = SM3(named, lr=0.1, stacked=fusedbun.stacked_experts)
     for _, p in named:
-        p.grad = gradient(p)
+        p.grad = gradient(p, 0)
     optimizer.step()
     shapes = [[tuple(x.shape) for x in optimizer.state[p].values()] for _, p in named]
     assert shapes == [[(3, 4, 1), (3, 1, 5)], [(3, 5)], [(3, 1), (1, 4)], [(4, 1), (1, 5)]]

@@ -24,6 +24,7 @@ from fusedbun.transform import Shape
 
 # As in runtime/driver.cpp and runtime/vectors.h.
 _MOST_CHUNKS, _CHUNK_ELEMENTS, _CHUNK_ROWS = 64, 1 << 15, 128
+_SUMMED_ROWS, _THIN_CHUNKS = 1024, 4096
 _FEW_ROWS, _LONG_ROW = 32, 1 << 15
 _ALIGNMENT, _ROWS = 64, 4
 _REGISTERS = (64, 32, 16)  # bytes: of AVX-512, of AVX2, and of every machine
@@ -120,7 +121,8 @@ def _room(program: Program, rows: int, columns: int, element: int, register: int
         chunks = _divided(columns, _up(max(_CHUNK_ELEMENTS // rows, _divided(columns, _MOST_CHUNKS)), 64))
         buffer = (plan.partials + plan.buffered * _ROWS) * _up(rows * register, _ALIGNMENT)
     else:
-        enough = max(_CHUNK_ROWS, _divided(_CHUNK_ELEMENTS, columns), _divided(rows, _MOST_CHUNKS))
+        most = max(_MOST_CHUNKS, _THIN_CHUNKS // columns)
+        enough = max(_CHUNK_ROWS, min(_SUMMED_ROWS, _divided(_CHUNK_ELEMENTS, columns)), _divided(rows, most))
         chunks = _divided(rows, _up(enough, 16))
         buffer = plan.buffered * _ROWS * _up(columns, lanes) * element
         if program.has_packed and columns < 2 * lanes and rows >= lanes:

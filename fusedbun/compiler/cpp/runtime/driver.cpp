@@ -19,6 +19,8 @@ namespace {
 constexpr Index MOST_CHUNKS = 64;
 constexpr Index CHUNK_ELEMENTS = 1 << 15;  // enough that taking an item costs nothing beside it
 constexpr Index CHUNK_ROWS = 128;          // a chunk's reductions take a vector of the columns: under 1% of its rows
+constexpr Index SUMMED_ROWS = 1024;        // more are added up in several chunks, for float32 loses bits in a long sum
+constexpr Index THIN_CHUNKS = 4096;        // of one column there may be so many, of more as many as have so many numbers
 constexpr Index COPIED_ELEMENTS = 1 << 14; // of a leaf whose elements do not follow one another, at a time
 constexpr Index FEW_ROWS = 32;             // at most as many, and as long: tiles of columns
 constexpr Index LONG_ROW = 1 << 15;
@@ -81,8 +83,10 @@ struct Task {
     const bool packed = k.packed && l.columns < 2 * k.lanes && l.rows >= k.lanes && in_order(l);
     schedule = flat ? k.flat : columns ? k.columns : packed ? k.packed : k.rows;
     extent = flat ? l.rows * l.columns : columns ? l.columns : l.rows;
-    const Index least = columns ? CHUNK_ELEMENTS / l.rows : std::max(CHUNK_ROWS, quotient(CHUNK_ELEMENTS, l.columns));
-    chunk = flat ? CHUNK_ELEMENTS : up(std::max(least, quotient(extent, MOST_CHUNKS)), columns ? 64 : 16);
+    const Index rows = std::min(SUMMED_ROWS, quotient(CHUNK_ELEMENTS, l.columns));
+    const Index least = columns ? CHUNK_ELEMENTS / l.rows : std::max(CHUNK_ROWS, rows);
+    const Index most = columns ? MOST_CHUNKS : std::max(MOST_CHUNKS, THIN_CHUNKS / l.columns);
+    chunk = flat ? CHUNK_ELEMENTS : up(std::max(least, quotient(extent, most)), columns ? 64 : 16);
     chunks = quotient(extent, chunk);
     for (Index a = 0; a < l.count; a++)
       if (flat ? l.steps[a] != nullptr : l.strides[a] == SCATTERED) scattered.push_back(a);

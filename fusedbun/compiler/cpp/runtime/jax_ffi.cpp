@@ -1,12 +1,15 @@
 // Steps leaves that XLA hands over, in place: one call of XLA's foreign function interface, for every chain.
 //
-// The operands are lists of numbers, then of every leaf the parameter, the gradient and the slots; the results are of
-// every leaf the parameter and the slots, in the memory of the operands. The attributes are
+// The operands are lists of numbers, then of every parameter itself, its gradient and its slots; the results are all of
+// these but the gradients, in the memory of the operands. A leaf is a parameter, or a slice of one that is a stack. The
+// attributes are
 //   kernels   the names of kernels, with a space behind each; a compiled program may outlive their addresses
 //   kinds     for every leaf, which of them steps it
+//   firsts    for every leaf, which operand is its parameter
+//   written   for every result, in which operand's memory it is
 //   lists     how many lists of numbers there are
 //   records   for every leaf a `Leaf`, with places among the words (the numbers) instead of addresses
-//   words     what the leaves point to; the arrays' addresses are filled in here
+//   words     what the leaves point to; where an array's address stands, how many bytes behind its operand's it begins
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -124,10 +127,18 @@ struct Call {
     const auto* names = (const XLA_FFI_ByteSpan*)attribute("kernels", XLA_FFI_AttrType_STRING);
     const auto* lists = (const XLA_FFI_Scalar*)attribute("lists", XLA_FFI_AttrType_SCALAR);
     const auto *kinds = integers("kinds"), *records = integers("records"), *places = integers("words");
-    if (!names || !lists || lists->dtype != XLA_FFI_DataType_S64 || !kinds || !records || !places)
+    const auto *firsts = integers("firsts"), *written = integers("written");
+    if (!names || !lists || lists->dtype != XLA_FFI_DataType_S64 || !kinds || !records || !places || !firsts ||
+        !written)
       return malformed("an attribute is missing");
     const int64_t count = (int64_t)kinds->size;
-    if ((int64_t)records->size != RECORD * count) return malformed("records");
+    if ((int64_t)records->size != RECORD * count || (int64_t)firsts->size != count) return malformed("records");
+    if ((int64_t)written->size != frame.rets.size) return malformed("results");
+    for (int64_t i = 0; i < frame.rets.size; i++) {
+      const int64_t of = ((const int64_t*)written->data)[i];
+      if (of >= frame.args.size) return malformed("results");
+      if (result(i).data != operand(of).data) return malformed("a result has memory of its own");
+    }
 
     std::vector<const Kernel*> named, of_leaf;
     const char* const stop = names->ptr + names->len;
@@ -143,10 +154,9 @@ struct Call {
       named.push_back(found->second);
     }
 
-    int64_t in = *(const int64_t*)lists->value, out = 0;
-    if (in > frame.args.size) return malformed("lists");
+    if (*(const int64_t*)lists->value > frame.args.size) return malformed("lists");
     std::vector<double> numbers;
-    for (int64_t i = 0; i < in; i++) {
+    for (int64_t i = 0; i < *(const int64_t*)lists->value; i++) {
       const XLA_FFI_Buffer& list = operand(i);
       const bool is_double = list.dtype == XLA_FFI_DataType_F64;
       for (int64_t k = 0; k < list.dims[0]; k++)
@@ -160,11 +170,9 @@ struct Call {
       const auto at = [&](int field) { return words.data() + r[field]; };
       Leaf leaf{(void* const*)at(0), at(1), at(2), (const Index* const*)at(3), at(4), numbers.data() + r[5],
                 r[6], r[7], r[8], r[9]};
-      if (in + leaf.count > frame.args.size || out + leaf.count - 1 > frame.rets.size) return malformed("arrays");
-      for (Index a = 0; a < leaf.count; a++, in++) {
-        at(0)[a] = (Index)operand(in).data;
-        if (a != 1 && result(out++).data != operand(in).data) return malformed("a result has memory of its own");
-      }
+      const int64_t first = ((const int64_t*)firsts->data)[n];
+      if (first + leaf.count > frame.args.size) return malformed("arrays");
+      for (Index a = 0; a < leaf.count; a++) at(0)[a] += (Index)operand(first + a).data;
       leaves.push_back(leaf);
       of_leaf.push_back(named.at(((const Index*)kinds->data)[n]));
     }

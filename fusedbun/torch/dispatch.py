@@ -43,15 +43,18 @@ ELSEWHERE = ("tiles", "definition")
 Chosen = dict[Implementation, list[Leaf]]
 
 
-def options(leaf: Leaf, alone: bool = False, compiling: bool = False, measures: bool = False) -> list[Implementation]:
+def options(
+    leaf: Leaf, again: bool = False, alone: bool = False, compiling: bool = False, measures: bool = False
+) -> list[Implementation]:
     """The implementations that may step a leaf, the best first.
 
-    Alone means without what is for all parameters together; compiling, in code that the user compiles; measures, that
-    the step's metrics are recorded, which a kernel does as it goes and others have done for them.
+    Again means that another leaf is of the same parameter, which its group then has twice; alone, without what is for
+    all parameters together; compiling, in code that the user compiles; measures, that the step's metrics are recorded,
+    which a kernel does as it goes and others have done for them.
     """
     if is_sharded(leaf.param):
         return [SHARDED]
-    if compiling or not leaf.is_dense:
+    if again or compiling or not leaf.is_dense:
         return [DEFINITION]
     names = (leaf.asked,) if leaf.asked else BEST.get(leaf.param.device.type, ELSEWHERE)
     found = [REGISTRY[name] for name in names if not (alone and name == COMPILED.name)]
@@ -91,11 +94,15 @@ def prepare(
     Everything is checked before state is made, also against the batch of leaves that kernels step beside them.
     """
     leaves = make_leaves(owner, groups, places)
+    beside = batch.leaves() if batch and leaves else ()
     chosen: Chosen = {}
+    params = {leaf.param for leaf in beside}
     for leaf in leaves:
-        chosen.setdefault(choose(owner, leaf, options(leaf, alone, compiling, measures)), []).append(leaf)
+        implementations = options(leaf, leaf.param in params, alone, compiling, measures)
+        chosen.setdefault(choose(owner, leaf, implementations), []).append(leaf)
+        params.add(leaf.param)
     if by_kernel := [leaf for one in (KERNEL, MEASURING) for leaf in chosen.get(one, ())]:
-        at_once = [*by_kernel, *(batch.leaves() if batch else ())]
+        at_once = [*by_kernel, *beside]
         check_overlap([array for leaf in at_once for array in arrays_in(leaf)])
     for leaf in leaves:
         leaf.state = update_state(owner.state, leaf.param, leaf.arrays)

@@ -176,12 +176,13 @@ class TransformOptimizer(torch.optim.Optimizer):
             self._saved = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("recipe", "record_metrics", "_implementation", "_hyperparameters", "_warned")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        kept = ("recipe", "record_metrics", "_implementation", "_hyperparameters", "_products", "_warned")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in kept if name in vars(self)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._steppers, self._products = self._new_steppers(), {}
+        self.defaults.pop("differentiable")  # which torch sets for its own optimizers
+        self._steppers, self._products = self._new_steppers(), state.get("_products", {})
         if self.gradient_release:
             self.gradient_release.forget()
         self.param_groups = [self._entries(group) for group in self.param_groups]

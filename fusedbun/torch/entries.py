@@ -75,6 +75,17 @@ class Entries(dict[str, Any]):
             self[key] = value
 
 
+def without_flags(owner: str, names: Collection[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those of torch's own optimizers that this one, whose names these are, does not have.
+
+    Raises:
+        TypeError: one of them is set.
+    """
+    for flag in OF_TORCH.keys() - names:
+        check_flag(owner, flag, arguments.get(flag))
+    return {name: value for name, value in arguments.items() if name in names or name not in OF_TORCH}
+
+
 def check_flag(owner: str, flag: str, value: Any) -> None:
     """Raises a TypeError where an argument of torch's own optimizers that this one does not have is set."""
     if value:

@@ -16,7 +16,7 @@ from fusedbun.recipe import KEYWORD, POSITIONAL, Recipe
 from fusedbun.recipes import RECIPES, decoupled_lionw
 from fusedbun.torch.definition import step_leaf
 from fusedbun.torch.driver import TransformOptimizer
-from fusedbun.torch.entries import OF_TORCH, check_flag
+from fusedbun.torch.entries import without_flags
 from fusedbun.transform import Transform
 
 _ARGUMENTS = """\
@@ -96,8 +96,7 @@ def class_of(recipe: Recipe) -> type[TransformOptimizer]:
     signature = recipe.signature(before, after)
 
     def __init__(self: TransformOptimizer, /, *args: Any, **kwargs: Any) -> None:
-        for flag in OF_TORCH.keys() - signature.parameters.keys():
-            check_flag(type(self).__name__, flag, kwargs.pop(flag, None))
+        kwargs = without_flags(type(self).__name__, signature.parameters, kwargs)
         arguments = {"lr": recipe.lr, **recipe.bind(f"{type(self).__name__}()", signature, *args, **kwargs)}
         params, lr = arguments.pop("params"), arguments.pop("lr")
         options = {name: arguments.pop(name) for name in _OPTIONS}
@@ -144,6 +143,7 @@ class ChainOptimizer(TransformOptimizer):
             "compiled" by torch.compile; "tiles" by eager torch, a few rows at a time; "definition" by the rules as
             written; None: by the best there is. Sparse gradients and tensor subclasses are always stepped by the
             definition.
+        unset: arguments of torch's own optimizers that this one does not have, such as `foreach`: False or None.
     """
 
     def __init__(
@@ -157,7 +157,13 @@ class ChainOptimizer(TransformOptimizer):
         seed: int = 0,
         stacked: Stacked = 0,
         implementation: str | None = None,
+        **unset: bool | None,
     ) -> None:
+        if unknown := without_flags(type(self).__name__, (), unset):
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument {next(iter(unknown))!r}; its arguments "
+                f"are {', '.join(('params', 'transforms', 'lr', *_OPTIONS))}"
+            )
         chain = transforms if isinstance(transforms, Chain) else Chain(tuple(transforms))
         hyperparameters = chain.hyperparameters()
         names = {other: own for other, owns in _IN_CHAINS.items() for own in owns if own in hyperparameters}

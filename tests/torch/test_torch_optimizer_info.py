@@ -97,7 +97,7 @@ MUP = [
     *DECAY,
 ]
 ADAM = [*BETAS, ({"eps": -1.0}, ValueError, f"eps {NUMBER} -1.0"), ({"amsgrad": 1}, TypeError, "amsgrad must be True")]
-OWN = "maximize=False, stochastic_rounding=False, seed=0, implementation=None"  # of every optimizer
+OWN = "maximize=False, stochastic_rounding=False, seed=0, stacked=0, implementation=None"  # of every optimizer
 MUP_SIGNATURE = "independent_weight_decay=True, allow_non_unit_scaling_params=False, mup=None, channel_axis=0"
 ADAM_SIGNATURE = (
     f"params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=False, *, {MUP_SIGNATURE}, "
@@ -214,7 +214,7 @@ INFOS = [
     ),
     OptimizerInfo(
         partial(ChainOptimizer, transforms=SM3_CHAIN, lr=0.01),
-        f"params, transforms, lr, *, {OWN}",
+        f"params, transforms, lr, *, {OWN}, **unset",
         [({}, f"{AXES} {MOMENT}")],
         [],
         sparse="rows",
@@ -223,7 +223,6 @@ INFOS = [
 INPUTS = [(info, options, state) for info in INFOS for options, state in info.inputs]
 ERRORS = [(info, *error) for info in INFOS for error in info.errors]
 each_class = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.cls.__name__)
-each_named_class = pytest.mark.parametrize("info", INFOS[:-1], ids=lambda info: info.cls.__name__)  # not ChainOptimizer
 each_input = pytest.mark.parametrize(
     ("info", "options", "state"), INPUTS, ids=[f"{i.cls.__name__}-{'-'.join(o) or 'defaults'}" for i, o, _ in INPUTS]
 )
@@ -299,7 +298,7 @@ def test_error_inputs(info, options, error, message):
         ("amsgrad", "keeps the largest mean of squares"),
     ],
 )
-@each_named_class
+@each_class
 def test_torchs_flags_are_refused_by_name_or_mean_nothing(info, flag, said):
     params = info.params((4, 3))
     if f" {flag}=" in info.signature:
@@ -314,7 +313,7 @@ def test_torchs_flags_are_refused_by_name_or_mean_nothing(info, flag, said):
         run(info([{"params": params, flag: value}]), 1)
 
 
-@each_named_class
+@each_class
 def test_an_unknown_argument_is_told_the_known_ones(info):
     with pytest.raises(TypeError, match=rf"{info.cls.__name__}\(\) .*'weightdecay'; its arguments are params, "):
         info(info.params((2,)), weightdecay=0.1)

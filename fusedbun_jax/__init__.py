@@ -16,6 +16,7 @@ from fusedbun import transforms
 from fusedbun.chain import chain as chain
 from fusedbun_jax.flax import flax_channel_axis as flax_channel_axis
 from fusedbun_jax.flax import flax_mapping as flax_mapping
+from fusedbun_jax.flax import flax_stacked as flax_stacked
 from fusedbun_jax.groups import by_name as by_name
 from fusedbun_jax.lift import lift as lift
 from fusedbun_jax.lift import lifted as lifted

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -24,6 +25,24 @@ def flax_channel_axis(path: tuple[str, ...], param: Any) -> int:
     (-1, 0)
     """
     return -1 if "kernel" in path else 0
+
+
+def flax_stacked(path: tuple[str, ...], param: Any, names: Sequence[str] = ("Scan*", "Vmap*")) -> int:
+    """The rule for `stacked` by which the layers of `nn.scan` and `nn.vmap` are stacks: one axis for each around them.
+
+    Linen calls such modules `ScanBlock_0` and `VmapDense_0` and puts their axis in front (`variable_axes={"params": 0}`).
+    Where they have names of your own, and under `nnx.scan` and `nnx.vmap`, whose layers are called as the attribute that
+    holds them, say which: `stacked=partial(flax_stacked, names=("blocks",))`.
+
+    >>> flax_stacked(("ScanBlock_0", "Dense_0", "kernel"), None), flax_stacked(("Dense_0", "kernel"), None)
+    (1, 0)
+
+    Args:
+        path: the names that lead to the parameter.
+        param: the parameter.
+        names: patterns of the names of modules that hold a stack.
+    """
+    return sum(any(fnmatchcase(part, name) for name in names) for part in path[:-1])
 
 
 def flax_mapping(params: optax.Params, modules: Mapping[str, str]) -> dict[str, Target]:

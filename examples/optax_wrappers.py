@@ -18,7 +18,7 @@ train, test, train_labels, test_labels = train_test_split(pixels, digits.target,
 model = linen.Sequential([linen.Dense(128), linen.relu, linen.Dense(10)])
 params = model.init(jax.random.key(0), train[:1])
 rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 40, 390)
-ours = optax.inject_hyperparams(fusedbunw, static_args="channel_axis")(rate, weight_decay=0.1)
+ours = optax.inject_hyperparams(fusedbunw)(rate, weight_decay=0.1)
 by_axes = optax.partition({1: optax.adam(rate), 2: ours}, lambda params: jax.tree.map(np.ndim, params))
 tx = optax.MultiSteps(optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), by_axes), 5), 2)
 

@@ -22,13 +22,14 @@ from fusedbun.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fusedbun.tools.plan import plan as plan
+    from fusedbun.torch import create as create
     from fusedbun.torch import load_state as load_state
     from fusedbun.torch import param_groups as param_groups
     from fusedbun.torch import release_gradients as release_gradients
     from fusedbun.torch import save_state as save_state
     from fusedbun.torch.optimizers import *  # noqa: F403 - its names are the recipes'
 
-_OF_TORCH = {"ChainOptimizer", "load_state", "param_groups", "release_gradients", "save_state"}
+_OF_TORCH = {"ChainOptimizer", "create", "load_state", "param_groups", "release_gradients", "save_state"}
 _OF_TORCH |= {name for recipe in recipes.RECIPES.values() for name in recipe.torch_names}
 
 _NAMES = {"Chain", "Signal", "Slot", "Transform", "chain", "plan", "recipes", "sm3_schedule", "stacked_experts"}

@@ -67,6 +67,7 @@ class Dtypes:
 NonNegative = Annotated[Scalar, Interval(0)]
 Positive = Annotated[Scalar, Interval(0, open_low=True)]
 UnitInterval = Annotated[Scalar, Interval(0, 1)]
+StateAbove0 = Annotated[UnitInterval, "no state at 0"]  # so whether it is a plain 0 decides which arrays there are
 Axis = Annotated[int, Whole()]  # from the front, or from the back where it is negative
 # What may differ between parameters: a value, or a rule (the names that lead to a parameter, the parameter) -> value.
 PerParam = Annotated[T, "or a rule"]
@@ -110,6 +111,11 @@ def is_structural(hint: Any) -> bool:
     """Whether a hyper-parameter so annotated chooses code or state, so that it must be known when a step is traced."""
     kinds = [option for option in _options(hint) if option is not type(None)]
     return not all(get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Interval) for kind in kinds)
+
+
+def is_stateless_at_0(hint: Any) -> bool:
+    """Whether a hyper-parameter so annotated needs no state where it is 0."""
+    return get_origin(hint) is Annotated and "no state at 0" in hint.__metadata__
 
 
 def plain(value: Any) -> Any:
@@ -216,7 +222,4 @@ def _static(value: Any) -> str:
     """Why a framework's array cannot be a hyper-parameter that chooses code or state."""
     if not (hasattr(value, "dtype") and hasattr(value, "shape")):
         return ""
-    return (
-        "; it chooses code or state, so it must be known before a step is traced: give a Python value, "
-        "and name it in `static_args` under optax.inject_hyperparams"
-    )
+    return "; it chooses code or state, so it must be known before a step is traced: give a Python value"

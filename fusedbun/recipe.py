@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import product
 from types import MappingProxyType
@@ -190,6 +191,30 @@ def recipe(torch_class: str, **entry: Any) -> Callable[[Callable[P, Chain]], Cal
         return make
 
     return enter
+
+
+def named(owner: str, name: str) -> Recipe:
+    """The recipe of an optimizer, by its own name, which is its optax factory's, or by one of its torch class's.
+
+    Args:
+        owner: what is asked for it, for the message.
+        name: the name.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: there is no such optimizer; the message says which names are nearest, and all that there are.
+    """
+    by_name = {n: found for found in RECIPES.values() for n in (found.name, *found.torch_names)}
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{owner}: name must be one of {', '.join(by_name)}, but it is {name!r} ({type(name).__name__})"
+        )
+    if name not in by_name:
+        folded = {n.casefold(): n for n in by_name}
+        near = [repr(folded[n]) for n in get_close_matches(name.casefold(), folded, cutoff=0.4)]
+        nearest = f"; do you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"{owner}: there is no optimizer {name!r}{nearest} There are {', '.join(by_name)}")
+    return by_name[name]
 
 
 def own_names(owner: str, names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:

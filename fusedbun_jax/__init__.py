@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedbun import transforms
 from fusedbun.chain import chain as chain
+from fusedbun_jax.config import create as create
 from fusedbun_jax.flax import flax_channel_axis as flax_channel_axis
 from fusedbun_jax.flax import flax_mapping as flax_mapping
 from fusedbun_jax.flax import flax_stacked as flax_stacked

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from fusedbun.chain import advance, arrays_of, counted, entries_of, slots_of
-from fusedbun.hyper import NonNegative, check
+from fusedbun.hyper import NonNegative, check, hints
 from fusedbun.storage.codes import STEP, Stored
 from fusedbun.storage.rounding import Rounding
 from fusedbun.transform import Array, Namespace, Signal, State, Transform
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
+from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.second_moment import WithSecondMoment
 from fusedbun_jax.state import Arrays, Differentiable, TransformState, check_state, over_leaves, zeros
@@ -62,7 +63,7 @@ def lifted(transform: Callable[P, Transform]) -> Callable[P, optax.GradientTrans
     signature = inspect.signature(transform)
     # to mypy a function has no signature of its own to set
     make.__signature__ = signature.replace(return_annotation=optax.GradientTransformationExtraArgs)  # type: ignore[attr-defined]
-    return make
+    return injectable(choosing(hints(transform)))(make)
 
 
 @dataclass(frozen=True)

@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from numbers import Real
-from typing import Annotated, Any
+from typing import Any, get_args
 
 import jax
 
-from fusedbun.hyper import Whole, check
+from fusedbun.hyper import check, hints, is_concrete_zero, is_stateless_at_0, is_structural
 from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe
 from fusedbun.recipes import RECIPES
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
+from fusedbun_jax.injected import Arguments, choosing, injectable
 from fusedbun_jax.step import ROUNDING, Driver, Masked, SteppingTransformation
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
     initial_learning_rate: the learning rate that the weight decay is meant for; None: the number given as
-        learning_rate. It must be given beside a weight decay where that is a schedule, and under
-        optax.inject_hyperparams.
+        learning_rate. It must be given beside a weight decay where that is a schedule.
 """
 _ROUNDING = """
 `stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest, so
 that steps much smaller than a parameter's precision still move it; it keeps an int32 number for each, and the updates
-are float32. `seed`, an integer (None: 0), decides the noise of this and of all rounding of state; with the same seed,
+are float32. `seed`, any integer, decides the noise of this and of all rounding of state; with the same seed,
 paths of the parameters and number of steps, it is the same on any device and in torch.
 """
-_STATIC = """
-Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.
-"""
+_STATIC = (
+    "optax.inject_hyperparams leaves {static} as they are given: what chooses code or state, is constant or is no "
+    "number cannot be scheduled."
+)
+_STATIC_AT_0 = " So it does {names} where that is given as 0, which needs no state."
 _BETAS = ("b1", "b2")  # as optax.adamw calls them
-# The driver's keyword arguments. The seed's default is no number, or inject_hyperparams would make an array of it.
-_KEYWORDS = {"stochastic_rounding": False, "seed": None}
-_DECLARED = {**ROUNDING, "seed": Annotated[int, Whole()] | None}
+_KEYWORDS = {"stochastic_rounding": False, "seed": 0}  # the driver's own arguments
 _INJECTED = """
-For parameters of 16 bits give optax.inject_hyperparams hyperparam_dtype=jnp.float32, or it rounds the numbers to the
-parameters' dtype. A momentum that is injected has state at 0 too; name it in static_args to have none.
+For parameters of 16 bits give it hyperparam_dtype=jnp.float32, or it rounds the numbers to the parameters' dtype.
 """
 
 
@@ -50,19 +51,17 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
         settings = {"learning_rate": recipe.lr, **recipe.bind(f"{make.__name__}()", signature, *args, **kwargs)}
         learning_rate = settings.pop("learning_rate")
         if recipe.wants_initial_lr:
-            initial = settings.pop("initial_learning_rate")
-            is_number = isinstance(learning_rate, Real) and initial is None
-            settings[INITIAL_LR] = learning_rate if is_number else initial
+            settings[INITIAL_LR] = _initial(learning_rate, settings.pop("initial_learning_rate"))
         mask = settings.pop("mask", None)
         if recipe.like_optax:
             settings["betas"] = tuple(settings.pop(name) for name in _BETAS)
         keywords = {name: settings.pop(name) for name in _KEYWORDS}
-        check(make.__name__, _DECLARED, keywords)
+        check(make.__name__, ROUNDING, keywords)
         if "mup" in settings:
             settings["mup"] = _types_by_name(settings["mup"])
         if notice := recipe.notice(settings):
-            warnings.warn(f"{make.__name__}: {notice}", stacklevel=2)
-        rounding = Rounding(bool(keywords["stochastic_rounding"]), int(keywords["seed"] or 0))
+            warnings.warn(f"{make.__name__}: {notice}", stacklevel=3)
+        rounding = Rounding(bool(keywords["stochastic_rounding"]), int(keywords["seed"]))
         chain = replace(recipe.make(**settings), rounding=rounding)
         made_by = (recipe.name, settings)
         return (
@@ -80,11 +79,44 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     make.__name__ = make.__qualname__ = recipe.name
     make.other_names = recipe.other_names  # type: ignore[attr-defined]  # for `by_name`
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
-    static = tuple(name for name in signature.parameters if name in (*recipe.structural, "mask", *_KEYWORDS))
-    remarks = _ROUNDING + _STATIC.format(static=static) + ("" if recipe.fixed_lr else _INJECTED)
+    declared = _declared(recipe)
+    remarks = _ROUNDING + _remark(declared, signature.parameters) + ("" if recipe.fixed_lr else _INJECTED)
     instead = {"betas": _BETAS, "weight_decay": ("weight_decay", "mask")} if recipe.like_optax else {}
     make.__doc__ = recipe.documentation(arguments, remarks, instead)
-    return make
+    return injectable(partial(_known, recipe, choosing(declared)))(make)
+
+
+def _declared(recipe: Recipe) -> dict[str, Any]:
+    """The annotations of a factory's arguments, but for the learning rate."""
+    declared = {**hints(recipe.make), "mask": Any, "initial_learning_rate": Any, **ROUNDING}
+    return declared | (dict(zip(_BETAS, get_args(declared["betas"]), strict=True)) if recipe.like_optax else {})
+
+
+def _remark(declared: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What of these arguments optax.inject_hyperparams leaves as it is."""
+    static, at_0 = (
+        " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]]))
+        for chooses in (is_structural, is_stateless_at_0)
+        for named in [[f"`{name}`" for name in names if name in declared and chooses(declared[name])]]
+    )
+    stays = _STATIC.format(static=static) + (_STATIC_AT_0.format(names=at_0) if at_0 else "")
+    return f"\n{textwrap.fill(stays, 120)}\n"
+
+
+def _initial(learning_rate: Any, initial: Any) -> Any:
+    """The learning rate that a relative weight decay is meant for; None where a schedule does not tell."""
+    return learning_rate if initial is None and isinstance(learning_rate, Real) else initial
+
+
+def _known(recipe: Recipe, choosing: Callable[[Arguments], Arguments], arguments: Arguments) -> dict[str, Any]:
+    """The arguments of a factory that optax.inject_hyperparams leaves as they are."""
+    known = dict(choosing(arguments))
+    if recipe.wants_initial_lr:
+        initial = _initial(arguments.get("learning_rate"), arguments["initial_learning_rate"])
+        known["initial_learning_rate"] = initial
+        if initial is None and is_concrete_zero(arguments["weight_decay"]):
+            known["weight_decay"] = 0.0  # as an array it would ask for what it is relative to
+    return known
 
 
 def _like_optax(signature: inspect.Signature) -> inspect.Signature:

@@ -16,6 +16,7 @@ from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
+from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.state import Arrays, TransformState, check_state, over_leaves, with_derivative_of, zeros
 
 SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
@@ -46,6 +47,7 @@ def to_nearest(path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> t
     return update if param is None else _round_to_nearest(update, jnp.asarray(param)), counted(stored)
 
 
+@injectable(choosing(SEED))
 def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """Updates with which `optax.apply_updates` rounds bfloat16 parameters to either neighbour, without a bias.
 

@@ -17,6 +17,7 @@ from fusedbun.hyper import check, plain
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import primitive
 from fusedbun_jax.definition import IrregularError, join_state, split_state, transformation
+from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.leaf import flatten, names
 from fusedbun_jax.lift import Descend, lift
 from fusedbun_jax.operands import make_leaf
@@ -87,6 +88,7 @@ class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ig
 ROUNDING = {"stochastic_rounding": bool, **SEED}  # as `fusedbun.hyper.check` reads it
 
 
+@injectable(choosing(ROUNDING))
 def from_chain(
     chain: Chain, learning_rate: optax.ScalarOrSchedule, *, stochastic_rounding: bool = False, seed: int = 0
 ) -> SteppingTransformation:

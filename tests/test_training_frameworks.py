@@ -9,7 +9,7 @@ from sweeps import only, sweep
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from fusedbun import SM3, DecoupledLionW, Fusedbun, param_groups
+from fusedbun import SM3, DecoupledLionW, Fusedbun, create, param_groups
 
 accelerate = pytest.importorskip("accelerate")
 lightning = pytest.importorskip("pytorch_lightning")
@@ -121,6 +121,28 @@ def test_the_trainer_resumes_to_the_bit(name, tmp_path):
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, resumed)]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
+
+
+def test_the_trainer_takes_an_optimizer_made_by_name(tmp_path):
+    model = WithLoss()
+    optimizer = create("fusedbunw", model, 1e-2, weight_decay=0.5)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        lr_scheduler_type="linear",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    samples = [{"inputs": inputs, "labels": label} for inputs, label in dataset()]
+    training = transformers.Trainer(model, arguments, train_dataset=samples, optimizers=(optimizer, None))
+    before = copy.deepcopy(model.state_dict())
+    training.train()
+    assert training.optimizer.optimizer is optimizer
+    assert optimizer.param_groups[0]["lr"] == 0.0  # the Trainer's schedule has come to its end
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert any((model.state_dict()[name] != x).any() for name, x in before.items())
 
 
 def test_the_trainer_takes_groups_that_spare_biases_and_norms(tmp_path):

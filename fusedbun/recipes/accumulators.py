@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from fusedbun.chain import Chain, chain
-from fusedbun.hyper import Axis, NonNegative, PerParam, Positive, UnitInterval, is_concrete_zero
-from fusedbun.recipe import Betas, Settings, every, momentum_in, recipe
+from fusedbun.hyper import Axis, NonNegative, PerParam, Positive, StateAbove0, UnitInterval, is_concrete_zero
+from fusedbun.recipe import Settings, every, momentum_in, recipe
 from fusedbun.storage.codes import MomentDtype
 from fusedbun.transforms import Centralize, Clip, ClipRMS, Decay, Momentum, RMSScale, SM3Accumulate, SparseMask
 
@@ -34,7 +34,7 @@ _PLAIN = {"nesterov": False, "lagged": False, "clip": None}
     compiled_for_bfloat16=every(momentum_dtype=("int8", "int4"), stochastic_rounding=(False, True)),
 )
 def fusedbunw(
-    betas: Betas = (0.9, 0.999),
+    betas: tuple[StateAbove0, UnitInterval] = (0.9, 0.999),
     eps: NonNegative = 1e-8,
     weight_decay: NonNegative = 1e-2,
     *,
@@ -125,7 +125,7 @@ def fusedbun(
     eps: NonNegative = 1e-8,
     beta_decay: UnitInterval = 0.8,
     Lambda: NonNegative = 0.01,
-    momentum_beta: UnitInterval = 0.9,
+    momentum_beta: StateAbove0 = 0.9,
     centralize: bool = False,
     use_rms: bool = False,
     *,
@@ -198,7 +198,7 @@ def notice_no_memory(hyperparameters: Settings) -> str | None:
     ],
 )
 def sm3(
-    momentum: UnitInterval = 0.0,
+    momentum: StateAbove0 = 0.0,
     beta: UnitInterval = 0.0,
     eps: NonNegative = 1e-30,
     *,

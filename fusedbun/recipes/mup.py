@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from fusedbun.chain import Chain, chain
-from fusedbun.hyper import Axis, NonNegative, PerParam, UnitInterval, is_concrete_zero
+from fusedbun.hyper import Axis, NonNegative, PerParam, StateAbove0, is_concrete_zero
 from fusedbun.mup import Constraint, MupScale, Types, independent
 from fusedbun.recipe import Betas, every, momentum_in, recipe
 from fusedbun.storage.codes import MomentDtype, SecondMomentDtype
@@ -119,8 +119,8 @@ def mup_adamw(
     ],
 )
 def mup_sgd(
-    momentum: UnitInterval = 0.0,
-    dampening: UnitInterval = 0.0,
+    momentum: StateAbove0 = 0.0,
+    dampening: StateAbove0 = 0.0,
     weight_decay: NonNegative = 0.0,
     nesterov: bool = False,
     *,

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fusedbun.torch.config import create as create
 from fusedbun.torch.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from fusedbun.torch.driver import TransformOptimizer as TransformOptimizer
 from fusedbun.torch.groups import param_groups as param_groups

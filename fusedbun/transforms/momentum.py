@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
-from fusedbun.hyper import UnitInterval, is_concrete_zero
+from fusedbun.hyper import StateAbove0, is_concrete_zero
 from fusedbun.storage.codes import MomentDtype, moment
 from fusedbun.transform import Array, Namespace, Shape, Signal, Slot, State, Transform, from_start
 
@@ -41,8 +41,8 @@ class Momentum(Transform):
     """
 
     name: ClassVar[str] = "momentum"
-    beta: UnitInterval = 0.9
-    dampening: UnitInterval = 0.0
+    beta: StateAbove0 = 0.9
+    dampening: StateAbove0 = 0.0
     nesterov: bool = False
     bias_correction: bool = False
     undampened_start: bool = False

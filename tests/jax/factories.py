@@ -7,7 +7,6 @@ step for the same optimizer.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,11 +50,10 @@ class Factory:
         return shared(self.make, **arguments, **{**self.settings, **changed})
 
     def injected(self, learning_rate: Any = None, **changed: Any) -> optax.GradientTransformationExtraArgs:
-        """The same under inject_hyperparams, with the static arguments that the documentation names."""
+        """The same under inject_hyperparams."""
         rate = self.learning_rate if learning_rate is None else learning_rate
         arguments = {} if self.ternary else {"learning_rate": rate}
-        make = optax.inject_hyperparams(self.make, static_args=static_args(self.make))
-        return make(**arguments, **{**self.settings, **changed})
+        return optax.inject_hyperparams(self.make)(**arguments, **{**self.settings, **changed})
 
     def parameters(self, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Parameters that it can step."""
@@ -77,10 +75,10 @@ def _shared(make: Callable[..., Any], **arguments: Any) -> Any:
     return make(**arguments)
 
 
-def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
-    """The `static_args` that a factory's docstring names; none where it says nothing of them."""
-    found = re.search(r"static_args=(\([^)]*\))", make.__doc__ or "")
-    return ast.literal_eval(found[1]) if found else ()
+def constants(make: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments that a factory's docstring says inject_hyperparams leaves as they are given."""
+    (said,) = re.findall(r"optax\.inject_hyperparams leaves (.*?)\sas\sthey\sare", make.__doc__ or "", re.DOTALL)
+    return tuple(re.findall(r"`(\w+)`", said))
 
 
 def by_rank(path: tuple[str, ...], param: Any) -> tuple[str, int] | str:

@@ -10,6 +10,7 @@ import pytest
 from factories import (
     FACTORIES,
     RECOMMENDED,
+    constants,
     described,
     every_factory,
     fusedbun_factories,
@@ -17,7 +18,6 @@ from factories import (
     jitted,
     parameters,
     run,
-    static_args,
     stepper,
     sweep_of_descending,
     sweep_of_factories,
@@ -39,12 +39,12 @@ SCHEDULES = {  # of numbers that float32 has, for optax computes schedules in it
     "dampening": lambda count: 0.5 - count / 8,
     "weight_decay": lambda count: (4 - count) / 4096,
 }
-NOT_SCHEDULED = {"clip_rms", "initial_learning_rate"}  # None, which cannot be replaced by a number; and a constant
+NOT_SCHEDULED = {"clip_rms"}  # None, which cannot be replaced by a number
 
 
 def numbers(make):
     """The arguments of a factory that may change from step to step."""
-    return [n for n in inspect.signature(make).parameters if n not in (*static_args(make), *NOT_SCHEDULED)]
+    return [n for n in inspect.signature(make).parameters if n not in (*constants(make), *NOT_SCHEDULED)]
 
 
 @sweep_of_descending
@@ -76,8 +76,7 @@ def test_injected_constants_equal_those_given_by_hand(factory, x64):
         assert described((got, state)) == before
     expected, inner = run(factory(), params, 3)
     chex.assert_trees_all_close(got, expected, rtol=1e-12)
-    if factory != FACTORIES["sm3"]:  # whose momentum of 0 has state where it is injected
-        chex.assert_trees_all_close(state.inner_state, inner, rtol=1e-12)
+    chex.assert_trees_all_close(state.inner_state, inner, rtol=1e-12)
     assert factory.ternary or optax.tree.get(state, "learning_rate") == factory.learning_rate
 
 
@@ -134,8 +133,7 @@ def test_injection_keeps_the_types_of_16_bits(factory):
 
 
 def test_injected_numbers_keep_float32_for_parameters_of_16_bits():
-    static = static_args(fusedbun)
-    make = optax.inject_hyperparams(fusedbun, static_args=static, hyperparam_dtype=jnp.float32)
+    make = optax.inject_hyperparams(fusedbun, hyperparam_dtype=jnp.float32)
     params = parameters(jnp.bfloat16)
     got, state = run(make(0.1, beta_decay=0.999, **RECOMMENDED), params, 3)
     expected, inner = run(fusedbun(0.1, beta_decay=0.999, **RECOMMENDED), params, 3)
@@ -158,7 +156,7 @@ def traceable(factory, name, value):
     try:
         jax.eval_shape(updates, value)
     except TypeError as error:
-        if not (name in str(error) and ("static_args" in str(error) or "must be a" in str(error))):
+        if not (name in str(error) and ("before a step is traced" in str(error) or "must be a" in str(error))):
             raise
         return False
     return True
@@ -166,24 +164,27 @@ def traceable(factory, name, value):
 
 @every_factory
 def test_the_documentation_names_exactly_the_structural_arguments(factory):
-    known = {"clip_rms": 1.0, "initial_learning_rate": 0.1, "seed": 0}  # the default, None, cannot be traced
+    known = {"clip_rms": 1.0}  # the default, None, cannot be traced
     # a tuple, a tree and names are no arrays
     never_traced = {"betas", "mask", "mup", "readout_constraint", "statistic", "momentum_dtype", "second_moment_dtype"}
+    never_traced |= {"initial_learning_rate"}  # a constant
     structural = []
     for name, parameter in inspect.signature(factory.make).parameters.items():
         value = known.get(name, 0.1 if name == "learning_rate" else parameter.default)
         if name in never_traced or not traceable(factory, name, value):
             structural.append(name)
-    assert static_args(factory.make) == tuple(structural)
+    assert constants(factory.make) == tuple(structural)
 
 
-@pytest.mark.parametrize("name", static_args(fusedbun))
+@pytest.mark.parametrize("name", constants(fusedbun))
 def test_a_structural_argument_cannot_be_scheduled(name):
     value = jnp.asarray(0 if name in ("channel_axis", "seed") else False)
-    others = tuple(n for n in static_args(fusedbun) if n != name)
-    make = optax.inject_hyperparams(fusedbun, static_args=others)
-    with pytest.raises(TypeError, match=rf"{name} must be .*static_args"):
-        make(0.1, **{"centralize": True, name: lambda count: value}).init(parameters())
+    make = optax.inject_hyperparams(fusedbun)
+    with pytest.raises(TypeError, match=rf"{name} must be .* it chooses code or state"):
+        make(0.1, **{"centralize": True, name: value}).init(parameters())
+    if name != "channel_axis":  # which may be a rule
+        with pytest.raises(TypeError, match=rf"{name} must be .*function"):
+            make(0.1, **{name: lambda count: value}).init(parameters())
 
 
 def test_a_momentum_that_passes_through_zero_keeps_its_state():

@@ -103,8 +103,7 @@ def test_both_may_be_masked_alike():
 
 def test_both_may_have_injected_numbers():
     inject = optax.inject_hyperparams
-    accumulate = inject(sm3_accumulate, static_args=("statistic", "combine", "lagged", "channel_axis"))(beta=0.9)
-    got = updates_of(accumulate, inject(rms_scale)(eps=1e-8, eps_root=0.0))
+    got = updates_of(inject(sm3_accumulate)(beta=0.9), inject(rms_scale)(eps=1e-8, eps_root=0.0))
     chex.assert_trees_all_close(got, updates_of(sm3_accumulate(0.9), rms_scale()), rtol=1e-6)
 
 

@@ -88,15 +88,7 @@ class Chain:
         Args:
             shape: the parameter's shape.
             dtype: its dtype's name.
-
-        Raises:
-            ValueError: a parameter of this dtype cannot be rounded so.
         """
-        if self.rounding.stochastic and dtype != "bfloat16":
-            raise ValueError(
-                f"stochastic rounding is for bfloat16 parameters, but this one is {dtype}; step it in a group, or "
-                f"with an optimizer, that has stochastic_rounding=False"
-            )
         counts = self.rounding.stochastic or any(t.counts for t in self)
         return arrays_of(self.slots(shape), dtype, counts, self.stacked)
 
@@ -105,7 +97,7 @@ class Chain:
         return STEP in self.arrays(shape, dtype)
 
     def at(self, path: tuple[str, ...], param: Any, name: str | None = None) -> Chain:
-        """The chain for one parameter; see `Transform.at`.
+        """The chain for one parameter; see `Transform.at`. How it is rounded depends on its dtype.
 
         Args:
             path: the names that lead to the parameter; empty where it has none.
@@ -113,9 +105,11 @@ class Chain:
             name: the name that decides the noise of its rounding; None: the path's.
         """
         chain = self._without_rules(path, param) if self.has_rules else self
+        if (rounding := self.rounding.at(param)) is not self.rounding:
+            chain = replace(chain, rounding=rounding)
         if not (keys := chain.noisy(tuple(param.shape))):
             return chain
-        return replace(chain, rounding=self.rounding.of(".".join(path) if name is None else name, keys))
+        return replace(chain, rounding=rounding.of(".".join(path) if name is None else name, keys))
 
     def stacked_at(self, path: tuple[str, ...], param: Any) -> int:
         """How many of a parameter's axes are a stack's."""
@@ -128,11 +122,11 @@ class Chain:
         return replace(chain, transforms=tuple(t.at(path, of) for t in self))
 
     def named_as(self, other: Chain) -> Chain:
-        """This chain with the noise and the place of the parameter that `other` was made for; they have one state."""
-        keys = [key for key, _ in other.rounding.starts]
-        if not keys and self.stacked == other.stacked:
+        """This chain with the rounding and place of the parameter that `other` was made for; they have one state."""
+        was, keys = other.rounding, [key for key, _ in other.rounding.starts]
+        if not keys and (self.stacked, self.rounding.stochastic) == (other.stacked, was.stochastic):
             return self
-        rounding = replace(self.rounding.of(other.rounding.name, keys), place=other.rounding.place)
+        rounding = replace(self.rounding.of(was.name, keys), stochastic=was.stochastic, place=was.place)
         return replace(self, rounding=rounding, stacked=other.stacked)
 
     def slice(self, place: tuple[Any, ...]) -> Chain:

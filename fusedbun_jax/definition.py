@@ -11,7 +11,7 @@ from fusedbun.chain import Chain
 from fusedbun.storage.codes import STEP, Stored
 from fusedbun_jax import leaf
 from fusedbun_jax.lift import update_leaf
-from fusedbun_jax.rounding import as_bfloat16, to_either, to_nearest
+from fusedbun_jax.rounding import to_either, to_nearest
 from fusedbun_jax.state import Arrays, TransformState, over_leaves, zeros
 
 
@@ -54,8 +54,6 @@ def transformation(chain: Chain, scale: optax.GradientTransformation) -> optax.G
 def _start(chain: Chain, path: leaf.KeyPath, param: Any) -> list[Arrays]:
     """A leaf's arrays at their start, for every state."""
     param, _ = leaf.floating(path, "parameter", param)
-    if chain.rounding.stochastic:
-        as_bfloat16(path, param)
     with leaf.noted(path):
         by_state = arrays_by_state(chain.at(leaf.names(path), param), param)
     return [{name: zeros(stored, param) for name, stored in arrays.items()} for arrays in by_state.values()]
@@ -78,11 +76,7 @@ def split_state(chain: Chain, state: Any) -> tuple[list[TransformState], Any]:
 
 
 def arrays_by_state(chain: Chain, param: Any) -> dict[str, dict[str, Stored]]:
-    """The arrays of a parameter in each of these states, by the names of the transformations and of the counter.
-
-    Raises:
-        ValueError: such a parameter cannot be rounded so.
-    """
+    """The arrays of a parameter in each of these states, by the names of the transformations and of the counter."""
     by_state: dict[str, dict[str, Stored]] = {name: {} for name in (*(t.name for t in chain), STEP)}
     for key, stored in chain.arrays(param.shape, param.dtype.name).items():
         owner, _, name = key.partition(".")

@@ -30,9 +30,9 @@ def flax_channel_axis(path: tuple[str, ...], param: Any) -> int:
 def flax_stacked(path: tuple[str, ...], param: Any, names: Sequence[str] = ("Scan*", "Vmap*")) -> int:
     """The rule for `stacked` by which the layers of `nn.scan` and `nn.vmap` are stacks: one axis for each around them.
 
-    Linen calls such modules `ScanBlock_0` and `VmapDense_0` and puts their axis in front (`variable_axes={"params": 0}`).
-    Where they have names of your own, and under `nnx.scan` and `nnx.vmap`, whose layers are called as the attribute that
-    holds them, say which: `stacked=partial(flax_stacked, names=("blocks",))`.
+    Linen calls such modules `ScanBlock_0` and `VmapDense_0` and puts their axis in front, where you say
+    `variable_axes={"params": 0}`. Where they have names of your own, and under `nnx.scan` and `nnx.vmap`, whose layers
+    are called as the attribute that holds them, say which: `stacked=partial(flax_stacked, names=("blocks",))`.
 
     >>> flax_stacked(("ScanBlock_0", "Dense_0", "kernel"), None), flax_stacked(("Dense_0", "kernel"), None)
     (1, 0)

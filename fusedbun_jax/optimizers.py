@@ -28,9 +28,10 @@ _INITIAL_RATE = """\
 """
 _ROUNDING = """
 `stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest, so
-that steps much smaller than a parameter's precision still move it; it keeps an int32 number for each, and the updates
-are float32. `seed`, any integer, decides the noise of this and of all rounding of state; with the same seed,
-paths of the parameters and number of steps, it is the same on any device and in torch.
+that steps much smaller than a parameter's precision still move it; it keeps an int32 number for each, and their updates
+are float32. Others are rounded to the nearest. `seed`, any integer, decides the noise of this and of all
+rounding of state; with the same seed, paths of the parameters and number of steps, it is the same on any device and in
+torch.
 """
 _STATIC = (
     "optax.inject_hyperparams leaves {static} as they are given: what chooses code or state, is constant or is no "

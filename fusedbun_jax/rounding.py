@@ -53,6 +53,8 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
         u = q - p      in float32, q being p + u rounded up as often as it lies near to the number above
 
+    Other parameters are rounded as by `round_to_params`.
+
     `p + u` is computed in float32 then, and is q exactly, except where a number of the parameter's changes its sign
     and both are so large that their difference is infinite. So it must be the last transformation of a chain, with the
     learning rate before it.
@@ -60,17 +62,16 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     Args:
         seed: any integer; with a leaf's path, joined by dots, and the number of steps it decides the noise.
 
-    State: one int32 number for each parameter, the number of steps.
-
-    Raises:
-        ValueError: a parameter is not bfloat16 (when it sees the parameters).
+    State: one int32 number for each bfloat16 parameter, the number of steps.
     """
     check(NAME, SEED, {"seed": seed})
 
+    def start(path: leaf.KeyPath, param: Any) -> Arrays:
+        param, _ = leaf.floating(path, "parameter", param)
+        return {STEP: zeros(COUNT, param)} if Rounding(True).at(param).stochastic else {}
+
     def init(params: optax.Params) -> TransformState:
-        return TransformState(
-            jax.tree_util.tree_map_with_path(lambda path, p: {STEP: zeros(COUNT, as_bfloat16(path, p))}, params)
-        )
+        return TransformState(jax.tree_util.tree_map_with_path(start, params))
 
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
@@ -85,29 +86,21 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def as_bfloat16(path: leaf.KeyPath, param: Any) -> Any:
-    """The parameter as an array; one that is not bfloat16 is a ValueError."""
-    param, _ = leaf.floating(path, "parameter", param)
-    if param.dtype != jnp.bfloat16:
-        raise ValueError(
-            f"stochastic rounding is for bfloat16 parameters, but the parameter of {leaf.title(path)} is "
-            f"{param.dtype.name}; leave it out with by_name(…, {{pattern: {{'stochastic_rounding': False}}}})"
-        )
-    return param
-
-
 def to_either(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
     """One leaf's update as `round_stochastically` makes it."""
     if param is None:
         raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")
-    param, update = as_bfloat16(path, param), leaf.as_array(path, "update", update)
+    (param, _), update = leaf.floating(path, "parameter", param), leaf.as_array(path, "update", update)
     leaf.check_shape(path, update, param)
+    rounding = Rounding(True, seed, leaf.name(path)).at(param)
+    if not rounding.stochastic:
+        return to_nearest(path, update, param, stored)
     update = update.astype(jnp.float32)
     if not update.size:
         return update, stored
     check_state(NAME, path, {STEP: COUNT}, param, stored, by_dtype=True)
     p = param.astype(jnp.float32)
-    storage = Storage(xp, Rounding(True, seed, leaf.name(path)), p, "bfloat16")
+    storage = Storage(xp, rounding, p, "bfloat16")
     # The choice keeps the sum apart from a product before it: contracted the two would have bits that the difference
     # below has no place for.
     exact = p + jnp.where(update == update, update, jnp.nan)

@@ -19,7 +19,7 @@ SIGNLESS, QUIET = 0x7FFFFFFF, 0x00400000  # of float32: all bits but the sign, a
 class Rounding:
     """How a step's results are rounded where they are stored in fewer bits than they are computed in."""
 
-    stochastic: bool = False  # round a bfloat16 parameter to either neighbour, without a bias, not to the nearest
+    stochastic: bool = False  # round bfloat16 parameters to either neighbour, without a bias, not to the nearest
     seed: int = 0  # any integer; with the parameter's name and the number of steps it decides the noise of all rounding
     name: str = ""  # the parameter's; `Chain.at` puts it here
     starts: tuple[tuple[str, int], ...] = ()  # where the noise of arrays begins, by name, as far as it is known already
@@ -31,6 +31,12 @@ class Rounding:
             if known == key:
                 return start
         return noise.start(self.seed, self.name, 0 if key == PARAM else zlib.crc32(key.encode()))
+
+    def at(self, param: Any) -> Rounding:
+        """That of one parameter, any framework's: those that are not bfloat16 are rounded to the nearest."""
+        if not self.stochastic or str(param.dtype).endswith("bfloat16"):
+            return self
+        return replace(self, stochastic=False)
 
     def of(self, name: str, keys: Iterable[str]) -> Rounding:
         """The same for the parameter of this name, with the starts of these arrays' noise computed once for all."""

@@ -29,9 +29,9 @@ _REMARK = """
 `maximize=True` climbs instead of descending.
 
 `stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest,
-so that steps much smaller than a parameter's precision still move it. `seed=0`, any integer, decides the noise of this
-and of all rounding of state; with the same seed, parameter names and number of steps it is the same on any device and
-in JAX.
+so that steps much smaller than a parameter's precision still move it; others are rounded to the nearest. `seed=0`, any
+integer, decides the noise of this and of all rounding of state; with the same seed, parameter names and number of steps
+it is the same on any device and in JAX.
 
 `stacked=` says how many leading axes make a parameter a stack of several of one kind, such as experts kept as one
 tensor: each slice is then stepped as a parameter of its own. A number, or a rule `(path, param) -> number`.

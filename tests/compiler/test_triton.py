@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from itertools import permutations
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_steps
 import numpy as np
@@ -176,7 +177,7 @@ def noisy(code, stochastic=True, seed=11):
 
 def noisy_problem(chain, shapes, dtype):
     """Leaves of names of their own, after many steps."""
-    chains = [chain.at((), np.empty(shape), f"layers.{n}") for n, shape in enumerate(shapes)]
+    chains = [chain.at((), SimpleNamespace(shape=x, dtype=dtype), f"layers.{n}") for n, x in enumerate(shapes)]
     leaves = [leaf(c, shape, dtype, n) for n, (c, shape) in enumerate(zip(chains, shapes, strict=True))]
     for n, arrays in enumerate(leaves):
         for name, x in arrays.items():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from factories import described, gradients, jitted, run, sweep_of_factories
+from factories import described, gradients, jitted, sweep_of_factories
 from numpy_steps import arrays, assert_same_bits, by_definition, rounding, stepper, tree
 from sweeps import long, only, sweep
 
@@ -23,7 +24,6 @@ import fusedbun
 import fusedbun_jax as fj
 from fusedbun import namespace as in_numpy
 from fusedbun import recipes
-from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.storage.noise import draw
 from fusedbun.storage.rounding import Rounding, to_bfloat16
 
@@ -218,40 +218,80 @@ def test_off_it_costs_nothing_and_on_an_int32_for_each_parameter():
     assert found == dict.fromkeys(params, ("int32", 1))
 
 
+# ---- models of mixed precision
+
+
+MIXED = {"weight": ((5, 75), "bfloat16"), "norm": ((33,), "float32"), "sixteen": ((4, 9), "float16")}
+
+
+def mixed(seed, names=tuple(MIXED)):
+    """Numbers of bfloat16's precision, whose products are exact in float32."""
+    rng = np.random.default_rng(seed)
+    numbers = {name: jnp.asarray(rng.standard_normal(shape), "bfloat16") for name, (shape, _) in MIXED.items()}
+    return {name: jnp.asarray(numbers[name], MIXED[name][1]) for name in names}
+
+
+MAKES = {
+    "factory": partial(fj.fusedbunw, 0.01, seed=2),
+    "chain": partial(fj.from_chain, fusedbun.chain(fusedbun.transforms.Momentum(0.9)), 0.01, seed=2),
+    "by name": partial(fj.by_name, fj.sm3, learning_rate=0.01, momentum=0.9, momentum_dtype="int8", seed=2),
+}
+
+
+@sweep(
+    ("name", "how"),
+    [*product(MAKES, ("update", "definition", "kernel"))],
+    short=lambda name, how: name == "chain" or how == "kernel",
+)
+def test_of_a_mixed_model_each_is_rounded_as_in_a_model_of_its_kind(name, how):
+    make, params = MAKES[name], mixed(0)
+    tx = make(stochastic_rounding=True)
+    after, state = params, tx.init(params)
+    step = stepper(tx, how)
+    for i in range(3):
+        after, state = step(after, state, mixed(1 + i))
+    assert described((after, state)) == described((params, tx.init(params)))
+    kept = sum(x.size for x in jax.tree.leaves(state))
+    for names, is_rounded in ((["weight"], True), (["norm", "sixteen"], False)):
+        alone = make(stochastic_rounding=is_rounded)
+        same = mixed(0, names)
+        of_kind = alone.init(same)
+        step = stepper(alone, how)
+        for i in range(3):
+            same, of_kind = step(same, of_kind, mixed(1 + i, names))
+        chex.assert_trees_all_equal(same, {name: after[name] for name in names})
+        kept -= sum(x.size for x in jax.tree.leaves(of_kind))
+    assert not kept  # nothing is kept for those that are rounded to the nearest
+
+
+@pytest.mark.parametrize("how", ["update", "kernel"])
+def test_a_mixed_model_has_numpys_bits(how):
+    chain = rounding(recipes.sm3(momentum=0.5), True, 9)
+    tx = fj.sm3(0.125, momentum=0.5, stochastic_rounding=True, seed=9)
+    params = mixed(0, ["weight", "norm"])
+    state, step = tx.init(params), stepper(tx, how)
+    want = {leaf: arrays(chain, leaf, params, state) for leaf in params}
+    assert ["step" in want[leaf] for leaf in params] == [True, False]
+    for i in range(3):
+        grads = mixed(1 + i, params)
+        params, state = step(params, state, grads)
+        want = {leaf: by_definition(chain, 0.125, grads[leaf], want[leaf], (leaf,)) for leaf in params}
+    for leaf in params:
+        assert_same_bits(arrays(chain, leaf, params, state), want[leaf])
+
+
+def test_alone_it_rounds_others_as_to_their_precision():
+    params, updates = mixed(0), jax.tree.map(jnp.float32, mixed(1))
+    tx, nearest = fj.round_stochastically(), fj.round_to_params()
+    state = tx.init(params)
+    assert {name: [*slots] for name, slots in state.slots.items()} == {"weight": ["step"], "norm": [], "sixteen": []}
+    got, _ = tx.update(updates, state, params)
+    want, _ = nearest.update(updates, nearest.init(params), params)
+    chex.assert_trees_all_equal(*({name: x[name] for name in ("norm", "sixteen")} for x in (got, want)))
+    assert got["weight"].dtype == jnp.float32
+
+
 # ---- errors
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_parameters_are_refused(dtype):
-    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3, dtype)}
-    message = rf"stochastic rounding is for bfloat16 parameters, but the parameter of leaf .*'b'.* is {dtype}"
-    for tx in (
-        fj.sm3(0.1, stochastic_rounding=True),
-        fj.from_chain(fj.chain(), 0.1, stochastic_rounding=True),
-        fj.by_name(fj.sm3, learning_rate=0.1, stochastic_rounding=True),
-        fj.round_stochastically(),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tx.init(params)
-        with pytest.raises(ValueError, match=message):
-            jax.eval_shape(tx.init, params)
-    narrow = {"a": params["a"], "b": params["a"]}
-    tx = fj.sm3(0.1, stochastic_rounding=True)
-    state = tx.init(narrow)
-    for how in ("update", "definition", None):
-        with pytest.raises(ValueError, match=message):
-            stepper(tx, how)(params, state, params)
-    with pytest.raises(KernelError, match=f"for bfloat16 parameters, but this one is {dtype}"):
-        tx.step(params, state, params, implementation="kernel")
-
-
-def test_other_parameters_may_be_left_out_by_name():
-    params = {"norm": jnp.ones(3), "w": jnp.ones((3, 40), jnp.bfloat16)}
-    rules = {"norm": {"stochastic_rounding": False}}
-    tx = fj.by_name(fj.sm3, rules, learning_rate=0.1, stochastic_rounding=True)
-    assert described(run(tx, params)[0]) == described(params)
-    got = [stepper(tx, how)(params, tx.init(params), params) for how in ("update", "kernel", "definition")]
-    chex.assert_trees_all_equal(got[0], got[1], got[2])
 
 
 def test_state_of_an_optimizer_without_it():

@@ -27,14 +27,14 @@ STRIP = ("-s",)
 BUNDLE = 24  # kernels: the shorter, the more even the work of many processors; the longer, the less to read
 
 
-def chain_of(name: str, settings: Settings, ndim: int) -> Chain:
-    """The chain of a recipe for a weight with so many axes."""
+def chain_of(name: str, settings: Settings, ndim: int, dtype: str = "float32") -> Chain:
+    """The chain of a recipe for a weight with so many axes, of this dtype."""
     recipe = RECIPES[name]
     typed = {"mup": {"w": "weight"}} if "mup" in recipe.defaults else {}
     numbers = {**typed, **settings}
     stochastic = numbers.pop("stochastic_rounding", False)
     chain = recipe.chain(numbers, initial_lr=0.1, stochastic_rounding=stochastic)
-    return chain.at(("w",), SimpleNamespace(shape=(2,) * ndim))
+    return chain.at(("w",), SimpleNamespace(shape=(2,) * ndim, dtype=dtype))
 
 
 def sources(dtype: str) -> list[str]:
@@ -49,7 +49,7 @@ def sources(dtype: str) -> list[str]:
     for field, orders in fields:
         for name, recipe in RECIPES.items():
             for settings, order in product(getattr(recipe, field), orders):
-                chain = chain_of(name, settings, len(order))
+                chain = chain_of(name, settings, len(order), dtype)
                 by_blocks = any(x.is_by_blocks for x in chain.arrays((2,) * len(order), dtype).values())
                 if by_blocks and order != (*range(len(order)),):
                     continue  # blocks lie along the rows of the axes as they are

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from fusedbun.chain import Chain, Stacked
 from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.recipes import RECIPES
+from fusedbun.storage.rounding import Rounding
 from fusedbun.tools.plan import temporaries
 from fusedbun.tools.plan.estimates import TOKENS, Estimate, Plan, Refusal
 from fusedbun.tools.plan.settings import Setting, chosen
@@ -33,7 +34,6 @@ class _Kind(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     is_sparse: bool
-    is_rounded: bool  # stochastically
     stacked: int  # its leading axes that are a stack's
 
 
@@ -150,24 +150,23 @@ class _Planner:
         stochastic_rounding: bool,
         stacking: Chain,
     ) -> None:
-        self.tensors, self.tokens, self.threads = tensors, tokens, threads
+        self.tensors, self.tokens, self.threads, self.rounding = tensors, tokens, threads, Rounding(stochastic_rounding)
         self.parameters = sum(tensor.elements for tensor in tensors if tensor.role != "buffer")
         self.named: dict[_Kind, list[str]] = {}
         rows = set(sparse)
         for t in tensors:
             if t.role == "trained":
-                stacked = stacking.at(tuple(t.name.split(".")), _like(t.shape)).stacked
-                is_rounded = stochastic_rounding and t.dtype == "bfloat16"
-                kind = _Kind(t.shape, t.dtype, t.name in rows, is_rounded, stacked)
-                self.named.setdefault(kind, []).append(t.name)
+                stacked = stacking.at(tuple(t.name.split(".")), _like(t.shape, t.dtype)).stacked
+                self.named.setdefault(_Kind(t.shape, t.dtype, t.name in rows, stacked), []).append(t.name)
         self.trained = sum(map(len, self.named.values()))
 
     def estimates(self, setting: Setting) -> list[Estimate]:
         """What the setting needs; raises a TypeError or ValueError where it cannot train the model."""
         if setting.is_torch_adamw:
             return [self._adamw(setting)]
-        chains = {rounds: setting.chain(rounds) for rounds in {kind.is_rounded for kind in self.named}}
-        needs = {kind: self._needs(setting, chains[kind.is_rounded], kind) for kind in self.named}
+        chain = setting.chain(self.rounding.stochastic)
+        needs = {kind: self._needs(setting, chain, kind) for kind in self.named}
+        rounds = any(self.rounding.at(kind).stochastic for kind in self.named)
         weights = sum(tensor.size for tensor in self.tensors)
         gradients, state = (
             sum(len(names) * getattr(needs[kind], part) for kind, names in self.named.items())
@@ -175,14 +174,14 @@ class _Planner:
         )
         parts = {False: (gradients, self._temporaries(needs)), True: self._released(needs)}
         return [
-            Estimate(setting, True in chains, releases, self.parameters, weights, held, state, most)
+            Estimate(setting, rounds, releases, self.parameters, weights, held, state, most)
             for releases, (held, most) in parts.items()
         ]
 
     def _needs(self, setting: Setting, chain: Chain, kind: _Kind) -> _Needs:
         name, shape, dtype = self.named[kind][-1], kind.shape, kind.dtype
         chain = replace(chain, stacked=kind.stacked)
-        chain = chain.at(tuple(name.split(".")), _like(shape), name)
+        chain = chain.at(tuple(name.split(".")), _like(shape, dtype), name)
         size = size_of(shape, dtype)
         if kind.is_sparse:
             rows, densified = (self.tokens, *shape[1:]), size
@@ -233,9 +232,9 @@ class _Planner:
         return Estimate(setting, False, False, self.parameters, gradients + others, gradients, state, 0)
 
 
-def _like(shape: Shape) -> SimpleNamespace:
+def _like(shape: Shape, dtype: str) -> SimpleNamespace:
     """A parameter of this shape, as a rule sees it."""
-    return SimpleNamespace(shape=shape, ndim=len(shape))
+    return SimpleNamespace(shape=shape, ndim=len(shape), dtype=dtype)
 
 
 def state_bytes(chain: Chain, shape: Shape, dtype: str) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from fusedbun.compiler.cpp import build, native
 from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.storage.codes import STEP
 from fusedbun_jax import namespace
 from fusedbun_jax.leaf import floating
 from fusedbun_jax.operands import Leaf
@@ -42,21 +43,22 @@ def step(leaves: Sequence[Leaf]) -> list[Any]:
     words: list[int] = []
     records = []
     places, numbers = _numbers(leaves, kernels)
-    for leaf, kernel, place in zip(leaves, kernels, places, strict=True):
-        arrays = [native.Array(0, x.dtype.itemsize, _strides(x)) for x in leaf.arrays]
+    by_leaf = [_arrays(leaf) for leaf in leaves]
+    for leaf, of, kernel, place in zip(leaves, by_leaf, kernels, places, strict=True):
+        arrays = [native.Array(0, x.dtype.itemsize, _strides(x)) for x in of]
         record = native.describe(native.Description(kernel, leaf.param.shape, arrays, 0), words)
         steps, count = record[3], record[6]
         words[steps : steps + count] = [0] * count  # the elements of every array follow one another
         record[NUMBERS] = place
         records.append(record)
-    operands = [x for leaf in leaves for x in leaf.arrays]
-    written = [i for i, a in enumerate(a for leaf in leaves for a in range(len(leaf.arrays))) if a != GRAD]
+    operands = [x for of in by_leaf for x in of]
+    written = [i for i, a in enumerate(a for of in by_leaf for a in range(len(of))) if a != GRAD]
     call = jax.ffi.ffi_call(
         target,
         [jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in written],
         input_output_aliases={1 + i: out for out, i in enumerate(written)},
     )
-    return list(
+    results = iter(
         call(
             numbers,
             *operands,
@@ -67,6 +69,15 @@ def step(leaves: Sequence[Leaf]) -> list[Any]:
             words=np.array(words, np.int64),
         )
     )
+    changed = [(leaf, [next(results) for _ in of[1:]]) for leaf, of in zip(leaves, by_leaf, strict=True)]
+    return [x for leaf, of in changed for x in of[: len(leaf.changed)]]
+
+
+def _arrays(leaf: Leaf) -> list[Any]:
+    """The arrays that a kernel takes: those of the leaf, and its counter where it has one."""
+    declared = leaf.chain.arrays(leaf.param.shape, leaf.param.dtype.name)
+    counter = [jnp.broadcast_to(leaf.count, x.shape(leaf.param.shape)) for key, x in declared.items() if key == STEP]
+    return [*leaf.arrays, *counter]
 
 
 def _kernels(leaves: Sequence[Leaf]) -> list[native.Kernel]:

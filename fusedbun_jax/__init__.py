@@ -19,6 +19,7 @@ from fusedbun_jax.flax import flax_channel_axis as flax_channel_axis
 from fusedbun_jax.flax import flax_mapping as flax_mapping
 from fusedbun_jax.flax import flax_stacked as flax_stacked
 from fusedbun_jax.groups import by_name as by_name
+from fusedbun_jax.layout import TransformState as TransformState
 from fusedbun_jax.lift import lift as lift
 from fusedbun_jax.lift import lifted as lifted
 from fusedbun_jax.metrics import MetricsState as MetricsState
@@ -31,7 +32,6 @@ from fusedbun_jax.rounding import round_stochastically as round_stochastically
 from fusedbun_jax.rounding import round_to_params as round_to_params
 from fusedbun_jax.schedules import sm3_schedule as sm3_schedule
 from fusedbun_jax.sharding import state_shardings as state_shardings
-from fusedbun_jax.state import TransformState as TransformState
 from fusedbun_jax.step import SteppingTransformation as SteppingTransformation
 from fusedbun_jax.step import from_chain as from_chain
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import advance, arrays_of, counted, entries_of, slots_of
+from fusedbun.chain import advance, arrays_of, entries_of, slots_of
 from fusedbun.hyper import NonNegative, check, hints
 from fusedbun.storage.codes import STEP, Stored
 from fusedbun.storage.rounding import Rounding
@@ -20,9 +20,20 @@ from fusedbun.transform import Array, Namespace, Signal, State, Transform
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.injected import choosing, injectable
+from fusedbun_jax.layout import (
+    COUNT,
+    by_field,
+    count_of,
+    counts,
+    field_of,
+    make_state,
+    over_leaves,
+    start,
+    trees_of,
+)
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.second_moment import WithSecondMoment
-from fusedbun_jax.state import Arrays, Differentiable, TransformState, check_state, over_leaves, zeros
+from fusedbun_jax.state import Arrays, Differentiable, check_state
 
 P = ParamSpec("P")
 
@@ -42,13 +53,23 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     """
     check(transform.name, SEED, {"seed": seed})
 
-    def init(params: optax.Params) -> TransformState:
-        return TransformState(jax.tree_util.tree_map_with_path(partial(_start, transform), params))
+    counted = counts(transform)
+
+    def init(params: optax.Params) -> Any:
+        leaves, tree = leaf.flatten(params)
+        made = [leaf.floating(path, "parameter", param) for path, param in leaves]
+        needed = [by_field(_at_leaf(transform, path, *x)[1]) for (path, _), x in zip(leaves, made, strict=True)]
+        trees = start(transform, tree, [param for param, _ in made], needed)
+        return make_state(transform, trees, jnp.zeros((), jnp.int32) if counted else None)
 
     def update(
-        updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
-    ) -> tuple[optax.Updates, TransformState]:
-        return over_leaves(partial(update_leaf, transform, seed), updates, state, params)
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
+    ) -> tuple[optax.Updates, Any]:
+        trees = trees_of(transform.name, state)
+        count = count_of(trees.pop(COUNT, None)) if counted else None
+        step = partial(update_leaf, transform, seed, count)
+        updates, trees = over_leaves(transform.name, step, updates, trees, params)
+        return updates, make_state(transform, trees, None if count is None else count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -77,24 +98,19 @@ class Descend(Transform):
         return Signal(-self.learning_rate * signal.update), state
 
 
-def _start(transform: Transform, path: leaf.KeyPath, param: Any) -> Arrays:
-    param, dtype = leaf.floating(path, "parameter", param)
-    _, needed = _at_leaf(transform, path, param, dtype)
-    return {name: zeros(stored, param) for name, stored in needed.items()}
-
-
 def update_leaf(
-    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays
+    transform: Transform, seed: int, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays
 ) -> tuple[Any, Arrays]:
-    """One leaf's update, and its state after it: the arrays of the transformation and the counter of the steps.
+    """One leaf's update, and its state after it.
 
     Args:
         transform: the transformation, with its rules.
         seed: of the noise.
+        count: the steps so far; None where nothing asks for them.
         path: the leaf's.
         update: what the transformation before it hands on.
         param: the parameter, or None.
-        stored: the arrays; a counter among them need not be the transformation's own.
+        arrays: its state's, by field.
     """
     if param is None and transform.reads_param:
         raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
@@ -106,21 +122,22 @@ def update_leaf(
     leaf.check_shape(path, u, like)
     u = u.astype(dtype)
     if not u.size:
-        return u, stored
+        return u, arrays
     transform, needed = _at_leaf(transform, path, like, dtype)
     if param is None and any(slot.code == "param" for slot in transform.slots(like.shape).values()):
         raise ValueError(
             f"{transform.name} keeps state in the parameters' dtype: call update(updates, state, params) with them"
         )
-    own = {name: x for name, x in stored.items() if name in needed or name != STEP}
-    check_state(transform.name, path, needed, like, own, by_dtype=param is not None)
+    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+    check_state(transform.name, path, by_field(needed), like, arrays, by_dtype=param is not None)
+    before = {f"{transform.name}.{key}": arrays[field_of(key)] for key in needed if key != STEP}
+    if STEP in needed:
+        before[STEP] = count
     storage = Differentiable(xp, Rounding(seed=seed, name=leaf.name(path)), u, like.dtype.name)
-    arrays = {name: jnp.asarray(x) for name, x in stored.items()}
-    before = {name if name == STEP else f"{transform.name}.{name}": x for name, x in arrays.items()}
     p = None if param is None else like.astype(dtype)
     signal, after = advance(transform, storage, signal._replace(update=u), before, p)
     u = signal.update if signal.second_moment is signal.root is None else WithSecondMoment(signal)
-    return u, {**entries_of(transform, after), **counted(arrays)}
+    return u, {**arrays, **{field_of(key): x for key, x in entries_of(transform, after).items()}}
 
 
 def _at_leaf(transform: Transform, path: leaf.KeyPath, param: Any, dtype: Any) -> tuple[Transform, dict[str, Stored]]:

@@ -10,9 +10,11 @@ import optax
 
 from fusedbun import metrics
 from fusedbun.storage import codes
+from fusedbun.transform import Shape
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
-from fusedbun_jax.state import TransformState
+from fusedbun_jax.layout import TransformState, field_of
+from fusedbun_jax.state import ABSENT, Arrays
 
 FUNCTIONS = metrics.functions(xp)
 
@@ -57,20 +59,40 @@ def with_metrics(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.Array]:
     leaves, tree = leaf.flatten(params)
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TransformState))
-    slots = [x.slots for x in nodes if isinstance(x, TransformState)]
+    moments = _moments(state)
     measured: dict[str, jax.Array] = {}
-    for (path, p), q, g, *stored in zip(leaves, *map(tree.flatten_up_to, (after, grads, *slots)), strict=True):
-        arrays = [item for x in stored for item in dict(x).items()]  # none where the leaf is masked
-        moment = {name.removeprefix("moment"): x for name, x in arrays if name.split(".")[0] == "moment"}
+    for (path, p), q, g in zip(leaves, *map(tree.flatten_up_to, (after, grads)), strict=True):
         p, q, g = (leaf.as_array(path, what, x) for what, x in (("parameter", p), ("parameter", q), ("gradient", g)))
         if not jnp.issubdtype(p.dtype, jnp.floating):
             continue  # masked, or the optimizer inside would have refused it
         _, dtype = leaf.floating(path, "parameter", p)
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
         vectors = {"param": q, "update": p - q, "grad": g}
-        if moment:
+        if moment := _present(moments.get(path, {}), p.shape):
             vectors["moment"] = codes.recognised(moment, p.shape).decode(xp, moment, p.shape, dtype)
         products = {pair: x.reshape(()) for pair, x in metrics.inner_products(xp, vectors).items()}
         measured |= metrics.measured(FUNCTIONS, products, leaf.name(path))
     return measured
+
+
+def _moments(state: Any) -> dict[leaf.KeyPath, Arrays]:
+    """The arrays of every leaf's moment, by what follows its name."""
+    parts = {field_of(f"moment{part}"): part for code in codes.CODES.values() for part in code.arrays(())}
+    moments: dict[leaf.KeyPath, Arrays] = {}
+    for node in jax.tree.leaves(state, is_leaf=_has_moment):
+        for name in node._fields if _has_moment(node) else ():
+            for path, x in leaf.flatten(getattr(node, name))[0] if name in parts else ():
+                moments.setdefault(path, {})[parts[name]] = x
+    return moments
+
+
+def _has_moment(node: Any) -> bool:
+    return isinstance(node, TransformState) and "moment" in node._fields
+
+
+def _present(moment: Arrays, shape: Shape) -> Arrays:
+    """The arrays that a leaf of this shape has of these."""
+    absent = ABSENT.dtype, ABSENT.shape(shape)
+    return {
+        part: x for part, x in moment.items() if (x.dtype.name, x.shape) != absent or (not part and x.shape == shape)
+    }

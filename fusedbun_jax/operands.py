@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusedbun.chain import Chain
-from fusedbun_jax.definition import IrregularError, arrays_by_state
+from fusedbun_jax.definition import IrregularError, needed_by_state
 from fusedbun_jax.leaf import KeyPath, check_shape, floating, names, title
 from fusedbun_jax.state import Arrays, check_state
 
@@ -26,12 +26,14 @@ class Leaf:
     Args:
         chain: the chain for it.
         lr: the learning rate.
+        count: the steps so far.
         arrays: the parameter, the gradient, and those of the state in the order in which they are declared.
-        names: the names of the state's arrays, for every transformation and for the counter.
+        names: the fields of the state's arrays, for every transformation.
     """
 
     chain: Chain
     lr: Any
+    count: Any
     arrays: tuple[Any, ...]
     names: tuple[tuple[str, ...], ...]
 
@@ -44,32 +46,34 @@ class Leaf:
         """The arrays that a step changes: all but the gradient."""
         return (self.arrays[0], *self.arrays[2:])
 
-    def slots(self, stored: Sequence[Any]) -> list[dict[str, Any]]:
-        """The state's arrays by name, for every transformation and for the counter."""
+    def by_state(self, stored: Sequence[Any]) -> list[Arrays]:
+        """The state's arrays by field, for every transformation."""
         arrays = iter(stored)
         return [{name: next(arrays) for name in names} for names in self.names]
 
 
-def make_leaf(chain: Chain, lr: Any, path: KeyPath, param: Any, grad: Any, slots: Sequence[Arrays]) -> Leaf:
+def make_leaf(
+    chain: Chain, lr: Any, count: Any, path: KeyPath, param: Any, grad: Any, by_state: Sequence[Arrays]
+) -> Leaf:
     """The leaf at a path, its gradient in the parameter's dtype; an IrregularError where something does not fit."""
     try:
         param, dtype = floating(path, "parameter", param)
         grad, _ = floating(path, "update", grad)
         check_shape(path, grad, param)
         chain = chain.at(names(path), param)
-        needed = arrays_by_state(chain, param)
+        needed = needed_by_state(chain, param)
     except (TypeError, ValueError) as error:
         raise IrregularError(str(error)) from error
     try:
-        for owner, arrays in zip(needed, slots, strict=True):
+        for owner, arrays in zip(needed, by_state, strict=True):
             check_state(owner, path, needed[owner], param, arrays, by_dtype=True)
     except ValueError as error:
         raise IrregularError(f"the state is not as it is declared: {error}") from error
     if grad.dtype != param.dtype and param.dtype != dtype:
         raise IrregularError(f"the parameter at {title(path)} has fewer bits than its gradient")
-    stored = [arrays[name] for owner, arrays in zip(needed, slots, strict=True) for name in needed[owner]]
+    stored = [arrays[name] for owner, arrays in zip(needed, by_state, strict=True) for name in needed[owner]]
     state_names = tuple(map(tuple, needed.values()))
-    return Leaf(chain, lr, (jnp.asarray(param), grad.astype(param.dtype), *stored), state_names)
+    return Leaf(chain, lr, count, (jnp.asarray(param), grad.astype(param.dtype), *stored), state_names)
 
 
 class Operand(NamedTuple):
@@ -119,4 +123,7 @@ def _mapped(function: Callable[[Any], Any], leaves: Sequence[Leaf]) -> tuple[Lea
     for key, chain in chains.items():
         changed = {name: y for name, x in chain.hyperparameters().items() if (y := function(x)) is not x}
         chains[key] = chain.with_hyperparameters(**changed) if changed else chain
-    return tuple(Leaf(chains[id(x.chain)], function(x.lr), tuple(map(function, x.arrays)), x.names) for x in leaves)
+    return tuple(
+        Leaf(chains[id(x.chain)], function(x.lr), function(x.count), tuple(map(function, x.arrays)), x.names)
+        for x in leaves
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +16,17 @@ from fusedbun.chain import Chain
 from fusedbun.portable import entries
 from fusedbun.portable.entries import Group, Parameter
 from fusedbun.portable.file import Numbers
-from fusedbun.portable.match import Loading, Names
+from fusedbun.portable.match import Loading, Match, Names
 from fusedbun.recipe import INITIAL_LR
 from fusedbun.storage.codes import STEP
 from fusedbun_jax import leaf
-from fusedbun_jax.definition import arrays_by_state, split_state
+from fusedbun_jax.definition import needed_by_state, split_state
 from fusedbun_jax.groups import Groups, only_group
+from fusedbun_jax.layout import at_leaves, field_of
 from fusedbun_jax.state import check_state
 from fusedbun_jax.step import Driver
 
-Address = tuple[str, ...]  # of an array of a state: the names that lead to it
+Address = str  # of an array of a state: the keys that lead to it
 
 
 def save_state(
@@ -50,9 +52,12 @@ def save_state(
         OSError: the file cannot be written.
     """
     located = Located("save_state", tx, state, params, check_arrays=True)
-    steps = max((int(located.arrays[address]) for address in located.counts), default=None)
+    steps = max((int(located.arrays[address]) for address in located.counts.values()), default=None)
 
     def content(parameter: Parameter, key: str) -> Numbers:
+        if key == STEP:
+            count = located.arrays[located.counts[parameter.group]]
+            return np.broadcast_to(count, parameter.arrays()[STEP].shape(parameter.shape))
         return _numbers(parameter.name, located.arrays[located.addresses[parameter.name][key]])
 
     entries.write(Path(path), located.groups, located.parameters, content, steps)
@@ -90,8 +95,8 @@ def load_state(
             one. Codes of 8 and 4 bits stay what they are bit for bit in one layout; from one to another they are
             rounded to the nearest.
         partial: load the parameters that are both here and in the file, and leave the state of the others.
-        steps: for a learning rate that is a schedule, how many steps came before; None: what the file says, which a
-            file of torch's does not.
+        steps: how many steps came before, which a schedule, bias corrections and noise go on from; None: what the file
+            says. One of torch's may not know it, or have another number for each parameter.
 
     Returns:
         The whole state, with the saved one in its place.
@@ -105,21 +110,41 @@ def load_state(
     arrays = located.arrays
     with entries.saved(Path(path)) as file:
         loading = Loading(file, [*located.addresses], mapping, partial)
-        count = file.steps if steps is None else steps
-        if count is None and located.counts:
-            problem = "the file counts no steps, but the learning rate is a schedule here; give steps="
-            loading.problems.insert(0, problem)
         matches = loading.matches(located.parameters, located.groups, lambda parameter: [parameter.slots or {}])
+        counts = {x: _count(located, x, loading, matches) if steps is None else steps for x in located.counts}
         loading.refuse("optimizer")
         for name, match in matches.items():
             addresses = located.addresses[name]
             if match.slots is None:
                 arrays |= {address: jnp.zeros_like(arrays[address]) for address in addresses.values()}
             for key, numbers in match.arrays(file):
-                arrays[addresses[key]] = _placed(numbers, arrays[addresses[key]])
-    arrays |= {address: jnp.asarray(count, arrays[address].dtype) for address in located.counts}
+                if key != STEP:
+                    arrays[addresses[key]] = _placed(numbers, arrays[addresses[key]])
+    for group, count in counts.items():
+        address = located.counts[group]
+        arrays[address] = _placed(np.asarray(count, np.int32), arrays[address])
     loaded = leaf.flatten(located.node)[1].unflatten([arrays[address] for address in _by_address(located.node)])
     return jax.tree.map(lambda x: loaded if x is located.node else x, state, is_leaf=lambda x: x is located.node)
+
+
+def _count(located: Located, group: int, loading: Loading, matches: Mapping[str, Match]) -> int:
+    """How many steps a group's state has counted, by the file; where it does not say, a problem more."""
+    file = loading.file
+    taken = {p.name: matches[p.name] for p in located.parameters if p.group == group and p.name in matches}
+    counters = {
+        name: f"{match.saved.name}/{match.origins[STEP]}" for name, match in taken.items() if STEP in match.origins
+    }
+    counted = {name: int(file.opened.read(key).max(initial=0)) for name, key in counters.items()}
+    numbers = {*counted.values()} | ({file.steps} if taken and file.steps is not None else set())
+    if len(numbers) > 1:
+        told = ", ".join(f"{n} of {name!r}" for n, name in {n: name for name, n in counted.items()}.items())
+        loading.problems.append(
+            f"the file has counted different numbers of steps ({told}), but here all parameters have one count; give "
+            f"steps="
+        )
+    elif taken and not numbers and located.groups[group].lr is None:
+        loading.problems.append("the file counts no steps, but the learning rate is a schedule here; give steps=")
+    return numbers.pop() if numbers else int(located.arrays[located.counts[group]])
 
 
 class Located:
@@ -138,7 +163,7 @@ class Located:
         groups: the hyper-parameters of each chain.
         parameters: the parameters.
         addresses: by the parameters' names the addresses of their arrays, by the arrays' names in the file.
-        counts: the addresses of the steps that learning-rate schedules have counted.
+        counts: by the places of the chains among the groups the addresses of their counts of steps.
     """
 
     def __init__(self, owner: str, tx: Any, state: Any, params: Any, check_arrays: bool) -> None:
@@ -155,28 +180,38 @@ class Located:
         self.groups: list[Group] = []
         self.parameters: list[Parameter] = []
         self.addresses: dict[str, dict[str, Address]] = {}
-        self.counts: list[Address] = []
+        self.counts: dict[int, Address] = {}
         for part in _parts(owner, driver, tree.unflatten(addresses), params):
-            states, rate_state = split_state(part.driver.chain, part.state)
-            self.counts += [rate_state[1].count] if callable(part.driver.learning_rate) else []
+            chain = part.driver.chain
+            states, self.counts[len(self.groups)] = split_state(chain, part.state)
             leaves, tree = leaf.flatten(part.params)
-            for (path, x), *slots in zip(leaves, *(tree.flatten_up_to(s.slots) for s in states), strict=True):
-                self._add(owner, part.driver.chain, path, x, slots, check_arrays)
+            paths = [path for path, _ in leaves]
+            by_state = {t.name: at_leaves(t.name, of, tree, paths) for t, of in zip(chain, states, strict=True)}
+            for i, (path, x) in enumerate(leaves):
+                self._add(owner, chain, path, x, {name: of[i] for name, of in by_state.items()}, check_arrays)
             self.groups.append(_group(part.driver))
 
     def _add(
-        self, owner: str, chain: Chain, path: leaf.KeyPath, x: Any, slots: list[dict[str, Address]], check_arrays: bool
+        self,
+        owner: str,
+        chain: Chain,
+        path: leaf.KeyPath,
+        x: Any,
+        by_state: Mapping[str, dict[str, Address]],
+        check_arrays: bool,
     ) -> None:
         param, _ = leaf.floating(path, "parameter", x)
         name, shape, dtype = leaf.name(path), tuple(param.shape), param.dtype.name
         if name in self.addresses:
             raise ValueError(f"{owner}: several parameters are called {name!r}; state is kept by name")
-        chain, self.addresses[name] = chain.at(leaf.names(path), param), {}
-        for (title, needed), addresses in zip(arrays_by_state(chain, param).items(), slots, strict=True):
-            if check_arrays:
-                stored = {key: self.arrays[address] for key, address in addresses.items()}
-                check_state(title, path, needed, param, stored, by_dtype=True)
-            self.addresses[name] |= {STEP if key == STEP else f"{title}.{key}": x for key, x in addresses.items()}
+        chain = chain.at(leaf.names(path), param)
+        needed = needed_by_state(chain, param)
+        for title, addresses in by_state.items() if check_arrays else ():
+            stored = {field: self.arrays[address] for field, address in addresses.items()}
+            check_state(title, path, needed[title], param, stored, by_dtype=True)
+        keys = (key for key in chain.arrays(shape, dtype) if key != STEP)
+        split = ((key, *key.split(".", 1)) for key in keys)
+        self.addresses[name] = {key: by_state[title][field_of(slot)] for key, title, slot in split}
         of_chain = entries.slots_of(chain, shape, dtype)
         self.parameters.append(Parameter(name, shape, dtype, len(self.groups), of_chain))
 
@@ -199,10 +234,10 @@ def _node(owner: str, state: Any, addresses: list[Address]) -> Any:
 
 
 def _by_address(tree: Any) -> dict[Address, Any]:
-    """The leaves by the names that lead to them; the `value` of an nnx variable is none of them."""
+    """The leaves by the keys that lead to them; the `value` of an nnx variable is none of them."""
     value = jax.tree_util.GetAttrKey("value")
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(str(key) for key in path if key != value): x for path, x in leaves}
+    return {jax.tree_util.keystr(tuple(key for key in path if key != value)): x for path, x in leaves}
 
 
 class Part(NamedTuple):

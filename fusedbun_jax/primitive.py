@@ -22,9 +22,7 @@ from fusedbun.compiler.cpp.build import BuildError
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun_jax import kernels
 from fusedbun_jax.definition import join_state, split_state, transformation
-from fusedbun_jax.lift import Descend, lift
 from fusedbun_jax.operands import Leaf, pack, unpack
-from fusedbun_jax.state import TransformState
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,11 +61,10 @@ def _updated(leaf: Leaf) -> list[Any]:
     """The parameter and the state's arrays after `update` and `optax.apply_updates`, of a tree of this leaf."""
     chain, (param, grad, *stored) = leaf.chain, leaf.arrays
     name = chain.rounding.name  # decides the noise
-    tx = transformation(chain, lift(Descend(leaf.lr)))
-    states = [TransformState({name: slots}) for slots in leaf.slots(stored)]
-    before = join_state(states, TransformState({name: {}}))
-    updates, after = tx.update({name: grad}, before, {name: param})
-    arrays = [x for state in split_state(chain, after)[0] for x in state.slots[name].values()]
+    tx = transformation(chain, leaf.lr)
+    trees = [{field: {name: x} for field, x in arrays.items()} for arrays in leaf.by_state(stored)]
+    updates, after = tx.update({name: grad}, join_state(chain, trees, leaf.count), {name: param})
+    arrays = [x[name] for trees in split_state(chain, after)[0] for x in trees.values()]
     return [optax.apply_updates({name: param}, updates)[name], *arrays]
 
 

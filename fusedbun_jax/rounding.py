@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.chain import counted
 from fusedbun.hyper import Whole, check
-from fusedbun.storage.codes import COUNT, STEP
+from fusedbun.storage.codes import STEP
 from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.injected import choosing, injectable
-from fusedbun_jax.state import Arrays, TransformState, check_state, over_leaves, with_derivative_of, zeros
+from fusedbun_jax.layout import COUNT, count_of, over_leaves, state_type, trees_of
+from fusedbun_jax.state import Arrays, with_derivative_of
 
 SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
 NAME = "round_stochastically"
+_STATE = state_type("RoundStochasticallyState", (COUNT,))
 
 
 def round_to_params() -> optax.GradientTransformationExtraArgs:
@@ -40,11 +41,9 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def to_nearest(path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
-    """One leaf's update as `round_to_params` makes it, and its counter one further."""
-    if not update.size:
-        return update, stored
-    return update if param is None else _round_to_nearest(update, jnp.asarray(param)), counted(stored)
+def to_nearest(path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
+    """One leaf's update as `round_to_params` makes it."""
+    return update if param is None or not update.size else _round_to_nearest(update, jnp.asarray(param)), arrays
 
 
 @injectable(choosing(SEED))
@@ -62,52 +61,43 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     Args:
         seed: any integer; with a leaf's path, joined by dots, and the number of steps it decides the noise.
 
-    State: one int32 number for each bfloat16 parameter, the number of steps.
+    State: one int32 number, of steps.
     """
     check(NAME, SEED, {"seed": seed})
 
-    def start(path: leaf.KeyPath, param: Any) -> Arrays:
-        param, _ = leaf.floating(path, "parameter", param)
-        return {STEP: zeros(COUNT, param)} if Rounding(True).at(param).stochastic else {}
-
-    def init(params: optax.Params) -> TransformState:
-        return TransformState(jax.tree_util.tree_map_with_path(start, params))
+    def init(params: optax.Params) -> Any:
+        return _STATE(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
-    ) -> tuple[optax.Updates, TransformState]:
-        if not isinstance(state, TransformState):
-            raise ValueError(
-                f"stochastic rounding counts the steps of each parameter in its state, but that is {state!r}; "
-                f"it belongs to an optimizer without it, so make one with init"
-            )
-        return over_leaves(partial(to_either, seed), updates, state, params)
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
+    ) -> tuple[optax.Updates, Any]:
+        count = count_of(trees_of(NAME, state).get(COUNT))
+        updates, _trees = over_leaves(NAME, partial(to_either, seed, count), updates, {}, params)
+        return updates, _STATE(count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def to_either(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
-    """One leaf's update as `round_stochastically` makes it."""
+def to_either(seed: int, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
+    """One leaf's update as `round_stochastically` makes it, after so many steps."""
     if param is None:
         raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")
     (param, _), update = leaf.floating(path, "parameter", param), leaf.as_array(path, "update", update)
     leaf.check_shape(path, update, param)
     rounding = Rounding(True, seed, leaf.name(path)).at(param)
     if not rounding.stochastic:
-        return to_nearest(path, update, param, stored)
+        return to_nearest(path, update, param, arrays)
     update = update.astype(jnp.float32)
     if not update.size:
-        return update, stored
-    check_state(NAME, path, {STEP: COUNT}, param, stored, by_dtype=True)
+        return update, arrays
     p = param.astype(jnp.float32)
     storage = Storage(xp, rounding, p, "bfloat16")
     # The choice keeps the sum apart from a product before it: contracted the two would have bits that the difference
     # below has no place for.
     exact = p + jnp.where(update == update, update, jnp.nan)
-    before = {STEP: jnp.asarray(stored[STEP])}
-    q = storage.round(exact, before)
+    q = storage.round(exact, {STEP: count})
     stepped = jnp.where(q == p, -0.0, q - p)  # an infinite parameter stays what it is, and so does -0
-    return with_derivative_of(update, stepped), counted(before)
+    return with_derivative_of(update, stepped), arrays
 
 
 def _round_to_nearest(update: Any, param: Any) -> Any:

@@ -1,14 +1,13 @@
-"""The state of transformations in JAX, made from the arrays that they declare."""
+"""The arrays of states in JAX, made and checked as transformations declare them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fusedbun.storage.codes import BLOCK, Stored
@@ -17,41 +16,8 @@ from fusedbun.transform import Shape, Slot, State
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 
-Arrays = dict[str, jax.Array]  # of one leaf's state, by name
-
-
-class TransformState(NamedTuple):
-    """A transformation's state: the tree of the parameters, at every leaf with the arrays that its slots are stored in.
-
-    A slot has one array under its own name, or codes there beside `<slot>.exponents` (`fusedbun.storage.codes`). Of a
-    transformation by itself `step` counts the steps, where that is needed; a whole chain has one counter, in a state of
-    its own behind the others.
-    """
-
-    slots: Any
-
-
-def over_leaves(
-    step: Callable[[leaf.KeyPath, Any, Any, Arrays], tuple[Any, Arrays]],
-    updates: optax.Updates,
-    state: TransformState,
-    params: optax.Params | None,
-    counter: TransformState | None = None,
-) -> tuple[optax.Updates, TransformState]:
-    """The updates and the state that `step(path, update, parameter or None, arrays)` gives leaf by leaf.
-
-    A counter apart from the state is among the arrays that `step` is given, but not among those that it gives.
-    """
-    leaves, tree = leaf.flatten(updates)
-    owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
-    stored = tree.flatten_up_to(state.slots)
-    counts: list[Arrays] = [{}] * len(leaves) if counter is None else tree.flatten_up_to(counter.slots)
-    stepped = [
-        step(path, u, p, {**arrays, **count})
-        for (path, u), p, arrays, count in zip(leaves, owners, stored, counts, strict=True)
-    ]
-    after = [{name: new[name] for name in arrays} for (_, new), arrays in zip(stepped, stored, strict=True)]
-    return tree.unflatten([u for u, _ in stepped]), TransformState(tree.unflatten(after))
+Arrays = dict[str, Any]  # of one leaf's state, by the names of their fields
+ABSENT = Stored("float32", ())  # one 0, where a leaf has no such array as others have in a tree
 
 
 def zeros(stored: Stored, param: Any) -> jax.Array:
@@ -76,7 +42,7 @@ def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
         return None
     if stored.is_by_blocks:
         return NamedSharding(mesh, PartitionSpec(*spec[:1], *_along_a_row(param.shape, spec[1:], mesh.shape)))
-    return NamedSharding(mesh, PartitionSpec(*(axis if i in stored.axes else None for i, axis in enumerate(spec))))
+    return NamedSharding(mesh, PartitionSpec(*(axis if i in stored.along else None for i, axis in enumerate(spec))))
 
 
 def _along_a_row(shape: Shape, trailing: tuple[Any, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
@@ -89,30 +55,36 @@ def _along_a_row(shape: Shape, trailing: tuple[Any, ...], sizes: Mapping[str, in
 
 
 def check_state(
-    owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, arrays: Mapping[str, Any], by_dtype: bool
+    owner: str, path: leaf.KeyPath, needed: Mapping[str, Stored], param: Any, arrays: Arrays, by_dtype: bool
 ) -> None:
     """Raises a ValueError where the arrays of a transformation's state do not have the shapes that it declares.
 
     Args:
         owner: the transformation's name.
         path: the leaf's.
-        needed: what the transformation declares.
+        needed: what the transformation declares for the leaf, by field; of the state's other fields it has `ABSENT`.
         param: the parameter, or an array of its shape.
         arrays: the state's.
         by_dtype: compare dtypes as well.
     """
-    shapes, right = {n: x.shape for n, x in arrays.items()}, {n: x.shape(param.shape) for n, x in needed.items()}
-    if shapes != right:
+    declared = {**dict.fromkeys(arrays, ABSENT), **needed}
+    shapes, right = {n: x.shape for n, x in arrays.items()}, {n: x.shape(param.shape) for n, x in declared.items()}
+    if wrong := [name for name in right if shapes.get(name) != right[name]]:
         raise ValueError(
-            f"{owner}: the state of {leaf.title(path)} holds {shapes or 'nothing'}, but {right or 'nothing'} "
-            f"is needed; it belongs to other parameters or other hyper-parameters, so make one with init"
+            f"{owner}: the state of {leaf.title(path)} holds {_only(wrong, shapes)}, but "
+            f"{_only([name for name in wrong if name in needed], right)} is needed; it belongs to other parameters or "
+            f"other hyper-parameters, so make one with init"
         )
-    for name, stored in needed.items():
+    for name, stored in declared.items():
         if by_dtype and (dtype := arrays[name].dtype.name) != stored.dtype:
             raise ValueError(
                 f"{owner}: the state {name!r} of {leaf.title(path)} is {dtype}, but {stored.dtype} is "
                 f"stored now; what it is stored in must not change in a run, so make one with init"
             )
+
+
+def _only(names: Sequence[str], shapes: Mapping[str, Shape]) -> str:
+    return str({name: shapes[name] for name in names if name in shapes} or "nothing")
 
 
 @jax.custom_jvp

@@ -18,11 +18,10 @@ from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import primitive
 from fusedbun_jax.definition import IrregularError, join_state, split_state, transformation
 from fusedbun_jax.injected import choosing, injectable
+from fusedbun_jax.layout import at_leaves, count_of, with_arrays
 from fusedbun_jax.leaf import flatten, names
-from fusedbun_jax.lift import Descend, lift
 from fusedbun_jax.operands import make_leaf
 from fusedbun_jax.rounding import SEED
-from fusedbun_jax.state import TransformState
 
 Implementation = Literal["kernel", "definition"]
 
@@ -118,11 +117,7 @@ class Driver:
         self, chain: Chain, learning_rate: optax.ScalarOrSchedule, made_by: tuple[str, Mapping[str, Any]] | None = None
     ) -> None:
         self.chain, self.learning_rate, self.made_by = chain, learning_rate, made_by
-        if callable(learning_rate):
-            scale = optax.chain(lift(Descend(1.0)), optax.scale_by_schedule(learning_rate))
-        else:
-            scale = lift(Descend(learning_rate))
-        self._definition = transformation(chain, scale)
+        self._definition = transformation(chain, learning_rate)
 
     def optimizer(self) -> SteppingTransformation:
         """The optimizer that it runs."""
@@ -139,28 +134,26 @@ class Driver:
         with_paths, tree = flatten(grads)
         if tree != jax.tree.structure(params):
             raise IrregularError("the gradients and the parameters are different trees")
-        states, rate_state = split_state(self.chain, state)
         try:
-            by_state = [tree.flatten_up_to(x.slots) for x in states]
-        except (TypeError, ValueError) as error:
-            raise IrregularError("the state and the parameters are different trees") from error
-        lr, rate_state = self._rate(rate_state)
+            states, count = split_state(self.chain, state)
+            count = count_of(count)
+            paths = [path for path, _ in with_paths]
+            by_state = [at_leaves(t.name, of, tree, paths) for t, of in zip(self.chain, states, strict=True)]
+        except ValueError as error:
+            raise IrregularError(str(error)) from error
+        by_leaf = [[arrays[i] for arrays in by_state] for i in range(len(paths))]
+        lr = jnp.asarray(self.learning_rate(count)) if callable(self.learning_rate) else plain(self.learning_rate)
         leaves = [
-            make_leaf(self.chain, lr, path, param, grad, [slots[i] for slots in by_state])
-            for i, ((path, grad), param) in enumerate(zip(with_paths, jax.tree.leaves(params), strict=True))
+            make_leaf(self.chain, lr, count, path, param, grad, arrays)
+            for (path, grad), param, arrays in zip(with_paths, jax.tree.leaves(params), by_leaf, strict=True)
         ]
         stepped = primitive.step(leaves, needs_kernels)
-        by_leaf = [leaf.slots(stored) for leaf, (_, *stored) in zip(leaves, stepped, strict=True)]
-        after = [TransformState(tree.unflatten([slots[i] for slots in by_leaf])) for i in range(len(states))]
-        return tree.unflatten([param for param, *_ in stepped]), join_state(after, rate_state)
-
-    def _rate(self, state: Any) -> tuple[Any, Any]:
-        """The learning rate of this step, and its state after it."""
-        if not callable(self.learning_rate):
-            return plain(self.learning_rate), state
-        descend, counted = state
-        _, after = optax.scale_by_schedule(lambda _: 1.0).update((), counted)
-        return jnp.asarray(self.learning_rate(counted.count)), (descend, after)
+        after = [x.by_state(stored) for x, (_, *stored) in zip(leaves, stepped, strict=True)]
+        trees = [
+            with_arrays(of, [before[i] | arrays[i] for before, arrays in zip(by_leaf, after, strict=True)])
+            for i, of in enumerate(states)
+        ]
+        return tree.unflatten([param for param, *_ in stepped]), join_state(self.chain, trees, count + 1)
 
 
 class Masked(Driver):

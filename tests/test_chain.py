@@ -233,7 +233,7 @@ class TestCodes:
             params = params + updates
             np.testing.assert_array_equal(params, expected)
         assert optimizer.state[parameter]["warm_up.count"].dtype == torch.int32
-        assert state[0].slots["count"].dtype == jnp.int32
+        assert state.warm_up.count.dtype == jnp.int32
 
 
 def test_one_step_is_the_update_times_the_learning_rate():

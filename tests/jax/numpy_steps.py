@@ -50,12 +50,15 @@ def rounding(chain: Chain, stochastic: bool, seed: int) -> Chain:
 
 def arrays(chain: Chain, name: str, params: Tree, state: Any) -> Arrays:
     """The arrays of one parameter in the state of an optimizer made from the chain, by the definition's names."""
-    found = {"param": np.asarray(params[name])}
-    for transform, part in zip(chain, state, strict=False):
-        own = {key: np.asarray(x) for key, x in part.slots[name].items()}
-        found |= {key if key == STEP else f"{transform.name}.{key}": x for key, x in own.items()}
-    of_all = state[-1].slots[name] if len(state) > len(chain.transforms) else {}
-    return found | {key: np.asarray(x) for key, x in of_all.items()}
+    param = np.asarray(params[name])
+    found, parts = {"param": param}, dict(zip((t.name for t in chain), state, strict=False))
+    for key, stored in chain.arrays(param.shape, param.dtype.name).items():
+        owner, _, slot = key.partition(".")
+        if key == STEP:
+            found[key] = np.full(stored.shape(param.shape), optax.tree.get(state, "count"))
+        else:
+            found[key] = np.asarray(getattr(parts[owner], slot.replace(".", "_"))[name])
+    return found
 
 
 @np.errstate(all="ignore")

@@ -56,13 +56,11 @@ def test_metrics_equal_plain_numpy(factory, x64):
         after, new = jitted(tx)(params, state, grads)
         plain = jitted(factory())(*plain, grads)
         chex.assert_trees_all_close((after, new.inner_state), plain, rtol=1e-12)
-        moments = [slots for _, slots in optax.tree.get_all_with_path(new.inner_state, "layer")]
+        moments = optax.tree.get(new.inner_state, "moment", {"layer": dict.fromkeys(params["layer"])})
         expected = {}
         for leaf in params["layer"]:
-            (moment,) = [s[leaf]["moment"] for s in moments if "moment" in s[leaf]] or [None]
-            expected |= by_numpy(
-                f"layer.{leaf}", params["layer"][leaf], after["layer"][leaf], grads["layer"][leaf], moment
-            )
+            arrays = (tree["layer"][leaf] for tree in (params, after, grads, moments))
+            expected |= by_numpy(f"layer.{leaf}", *arrays)
         assert new.metrics.keys() == state.metrics.keys() == expected.keys()
         for key, value in expected.items():
             np.testing.assert_allclose(new.metrics[key], value, rtol=1e-12, atol=1e-14, err_msg=key)

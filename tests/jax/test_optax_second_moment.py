@@ -139,7 +139,7 @@ def test_an_accumulator_at_the_end_of_one_of_our_chains_drops_its_second_moment(
     tx = from_chain(fusedbun.chain(SM3Accumulate(0.9)), learning_rate)
     updates, state = tx.update(gradients(params), tx.init(params), params)
     chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.1 * g, gradients(params)), rtol=1e-6)
-    assert jnp.all(state[0].slots["layer"]["kernel"]["axis0"] > 0)
+    assert jnp.all(state.sm3_accumulate.axis0["layer"]["kernel"] > 0)
 
 
 def test_our_own_chain_refuses_at_once():

@@ -115,9 +115,9 @@ def test_shardings_are_given_in_any_form():
     one = NamedSharding(MESH, P("a"))
     everywhere = state_shardings(tx, {"layers": shapes}, {"layers": one})
     assert everywhere == state_shardings(tx, {"layers": shapes}, one)
-    assert specs_of(everywhere)[".inner_state[1].slots['layers']['kernel']['axis0']"] == ("a", None)
+    assert specs_of(everywhere)[".inner_state.sm3_accumulate.axis0['layers']['kernel']"] == ("a", None)
     placed = jax.device_put(jnp.ones((4, 3)), NamedSharding(jax.make_mesh((1,), ("a",)), P("a")))
-    assert specs_of(state_shardings(tx, placed))[".inner_state[1].slots['axis0']"] == ("a", None)
+    assert specs_of(state_shardings(tx, placed))[".inner_state.sm3_accumulate.axis0"] == ("a", None)
 
 
 def test_state_made_under_jit_on_explicit_axes_lies_with_its_parameters():
@@ -127,7 +127,7 @@ def test_state_made_under_jit_on_explicit_axes_lies_with_its_parameters():
         w = jax.device_put(jnp.ones((8, 64)), P("a", "b"))
         made = jax.jit(tx.init)(w)
     assert specs_of(jax.tree.map(lambda x: x.sharding, made)) == specs_of(state_shardings(tx, w))
-    assert made[0].slots["axis1"].sharding.spec == P(None, "b")
+    assert made.sm3_accumulate.axis1.sharding.spec == P(None, "b")
 
 
 # ---- errors

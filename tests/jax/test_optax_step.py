@@ -354,6 +354,11 @@ def test_what_update_refuses_step_refuses_with_the_same_words():
         ({"words": np.zeros(3)}, "an attribute is missing"),
         ({"records": np.zeros(7, np.int64)}, "does not fit its arrays: records"),
         ({"lists": np.int64(7)}, "does not fit its arrays: lists"),
+        ({"firsts": np.array([2])}, "does not fit its arrays: arrays"),
+        ({"firsts": np.array([-1])}, "does not fit its arrays: arrays"),
+        ({"firsts": np.array([1, 1])}, "does not fit its arrays: records"),
+        ({"written": np.array([3])}, "does not fit its arrays: results"),
+        ({"written": np.array([2])}, "a result has memory of its own"),
         ({"records": np.array([0, 2, 4, 6, 8, 0, 5, 1, 1, 3])}, "does not fit its arrays: arrays"),
     ],
 )
@@ -367,6 +372,8 @@ def test_a_call_that_does_not_fit_is_an_error(changed, message):
     attributes = {
         "kernels": f"{name} ",
         "kinds": np.zeros(1, np.int64),
+        "firsts": np.ones(1, np.int64),
+        "written": np.ones(1, np.int64),
         "lists": np.int64(1),
         "records": np.array(record, np.int64),
         "words": np.array([0, 0, 4, 4, 12, 12, 0, 0, 3], np.int64),

@@ -136,7 +136,7 @@ struct Call {
     if ((int64_t)written->size != frame.rets.size) return malformed("results");
     for (int64_t i = 0; i < frame.rets.size; i++) {
       const int64_t of = ((const int64_t*)written->data)[i];
-      if (of >= frame.args.size) return malformed("results");
+      if (of < 0 || of >= frame.args.size) return malformed("results");
       if (result(i).data != operand(of).data) return malformed("a result has memory of its own");
     }
 
@@ -171,7 +171,7 @@ struct Call {
       Leaf leaf{(void* const*)at(0), at(1), at(2), (const Index* const*)at(3), at(4), numbers.data() + r[5],
                 r[6], r[7], r[8], r[9]};
       const int64_t first = ((const int64_t*)firsts->data)[n];
-      if (first + leaf.count > frame.args.size) return malformed("arrays");
+      if (first < 0 || first + leaf.count > frame.args.size) return malformed("arrays");
       for (Index a = 0; a < leaf.count; a++) at(0)[a] += (Index)operand(first + a).data;
       leaves.push_back(leaf);
       of_leaf.push_back(named.at(((const Index*)kinds->data)[n]));

@@ -3,7 +3,7 @@
 A key is refused where it is no entry of the optimizer's groups, but another optimizer of this package, torch's or
 optax's has an argument of this name, or an entry of these groups is called nearly so: whoever wrote it believes that it
 does something. 0, False and None are taken where the optimizer has nothing of the kind. All other keys are the user's
-own, or a scheduler's.
+own, a scheduler's, or those of an optimizer around this one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _CALLED = {  # what one thing is called by one or another
     "weight decay": ("weight_decay", "Lambda", "wd", "decay"),
     "momentum": ("momentum", "momentum_beta", "betas", "beta1", "b1"),
 }
+# What optimizers around another keep of their own in groups that they share with it, as SAM and its like do.
+_OF_WRAPPERS = frozenset({"rho", "alpha", "sigma", "lmbda"})
 _NEAR = 0.9  # schedulers' `max_momentum` and `base_momentum` are at most 0.8 near to `momentum`
 
 
@@ -101,6 +103,8 @@ def check_keys(owner: str, names: Collection[str], unknown: Mapping[str, Any]) -
         unknown: the others.
     """
     for key, value in unknown.items():
+        if key in _OF_WRAPPERS:
+            continue
         if key in OF_TORCH:
             check_flag(owner, key, value)
             continue

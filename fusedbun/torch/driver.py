@@ -153,6 +153,8 @@ class TransformOptimizer(torch.optim.Optimizer):
         """Loads what `state_dict` returned.
 
         The optimizer keeps its own `stochastic_rounding` and dtypes of state, and takes all other hyper-parameters.
+        Where parameters had names and have some now, state belongs to names, in whatever order they are, and a group's
+        hyper-parameters go with its parameters; otherwise each takes what was saved in its place.
 
         Args:
             state_dict: the saved dict.
@@ -162,6 +164,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         """
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            saved = loading.in_place(self, saved)
             merged = loading.with_own_settings(self, saved, convert)
             self._saved = loading.saved_state(self, saved, merged, convert)
             for group in merged["param_groups"]:
@@ -181,7 +184,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable")  # which torch sets for its own optimizers
+        self.defaults.pop("differentiable", None)  # which torch sets for its own optimizers
         self._steppers, self._products = self._new_steppers(), state.get("_products", {})
         if self.gradient_release:
             self.gradient_release.forget()

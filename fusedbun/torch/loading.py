@@ -24,11 +24,13 @@ from fusedbun.storage.codes import Stored
 from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
+from fusedbun.torch.flat import is_of_fsdp1
 from fusedbun.torch.leaf import Owner, chain_at, name_of
 from fusedbun.torch.sharding.placement import local, places_of
 from fusedbun.torch.state import State, arrays_of, compute_dtype, dtype_name, filled, stored_dtype, zeros
 
 Saved = dict[Tensor, dict[str, tuple[Stored, Tensor]]]
+_LISTED = 50  # names in one message
 
 
 def without_rules(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -39,12 +41,15 @@ def without_rules(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
                 del group[name]
 
 
-def with_own_settings(optimizer: Owner, state_dict: dict[str, Any], convert: bool) -> dict[str, Any]:
-    """A saved dict with what the optimizer's groups keep of their own: rules, and what state is stored in.
+def in_place(optimizer: Owner, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A saved dict whose parameters stand where this optimizer has those of the same names.
+
+    Where one of both has no names, all stand in their places. So do those that are not saved under numbers:
+    torch.distributed.checkpoint has named them itself, and FSDP1 numbered, and put them in their places. A group is the
+    saved one with its parameters; where these were in several, the one in its place.
 
     Raises:
-        ValueError: it is no optimizer's state, its groups are of other sizes, or its state is stored otherwise and is
-            not to be converted.
+        ValueError: it is no optimizer's state, is of parameters with other names, or its groups are of other sizes.
     """
     owner = type(optimizer).__name__
     if not {"state", "param_groups"} <= state_dict.keys():
@@ -53,16 +58,72 @@ def with_own_settings(optimizer: Owner, state_dict: dict[str, Any], convert: boo
             f"but this one has {', '.join(map(repr, state_dict)) or 'none'}"
         )
     ours, theirs = optimizer.param_groups, state_dict["param_groups"]
+    places = _places(optimizer, theirs)
     sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{owner}: the saved param groups have {sizes[0]} parameters, but this optimizer's have {sizes[1]}; "
             f"make it with the same groups as the one that was saved"
         )
+    if places is None:
+        return state_dict
     groups = []
     for mine, saved in zip(ours, theirs, strict=True):
+        found = [places[name] for name in mine["param_names"]]
+        homes = {g for g, _ in found}
+        of = theirs[homes.pop()] if len(homes) == 1 else saved
+        groups.append({**of, "params": [number for _, number in found]})
+    return {**state_dict, "param_groups": groups}
+
+
+def _places(optimizer: Owner, groups: list[dict[str, Any]]) -> dict[str, tuple[int, Any]] | None:
+    """By name, which saved group each parameter is in, and its number; None where they stand in their places."""
+    owner, ours = type(optimizer).__name__, optimizer.param_groups
+    names, saved = _names(ours), _names(groups)
+    numbers = [(g, number) for g, group in enumerate(groups) for number in group["params"]]
+    are_named = names and saved and all(isinstance(number, int) for _, number in numbers)
+    if not are_named or any(is_of_fsdp1(param) for group in ours for param in group["params"]):
+        return None
+    here, there = Counter(names), Counter(saved)
+    differing = {"missing in it": [*(here - there).elements()], "unexpected": [*(there - here).elements()]}
+    if problems := [f"{what}: {_listed(of)}" for what, of in differing.items() if of]:
+        raise ValueError(
+            f"{owner}: the saved state is of parameters with other names ({'; '.join(problems)}); make the optimizer "
+            f"from the named_parameters() of the same model, or rename the saved 'param_names' in a hook "
+            f"(register_load_state_dict_pre_hook)"
+        )
+    if names == saved:
+        return None
+    if twice := [name for name, count in here.items() if count > 1]:
+        raise ValueError(
+            f"{owner}: several parameters are called {_listed(twice)}, and they were saved in another order; rename "
+            f"them, or give them in the order that was saved"
+        )
+    return dict(zip(saved, numbers, strict=True))
+
+
+def _names(groups: list[dict[str, Any]]) -> list[str]:
+    """The names of all parameters, group by group; none where not all have one."""
+    names = [name for group in groups for name in group.get("param_names", ())]
+    return names if len(names) == sum(len(group["params"]) for group in groups) else []
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(repr, names[:_LISTED])) + more
+
+
+def with_own_settings(optimizer: Owner, state_dict: dict[str, Any], convert: bool) -> dict[str, Any]:
+    """A saved dict `in_place` with what the optimizer's groups keep of their own: rules, names, storage of state.
+
+    Raises:
+        ValueError: its state is stored otherwise and is not to be converted.
+    """
+    owner = type(optimizer).__name__
+    groups = []
+    for mine, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         names = optimizer.recipe.other_names  # a group may have been saved with one that was not read
-        saved = {name: value for name, value in saved.items() if names.get(name) not in saved}
+        saved = {name: x for name, x in saved.items() if names.get(name) not in saved and name != "param_names"}
         rules = {name: mine[name] for name in optimizer.defaults if callable(mine[name])}
         stored = {name: mine[name] for name in optimizer.defaults if chooses_storage(name)}
         for name, value in stored.items():

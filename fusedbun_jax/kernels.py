@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusedbun.compiler.cpp import build, native
-from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.compiler.trace import START, evaluate, hyperparameters
 from fusedbun_jax import namespace
 from fusedbun_jax.leaf import floating
 from fusedbun_jax.operands import Leaf
@@ -101,7 +101,10 @@ def _numbers(leaves: Sequence[Leaf], kernels: Sequence[native.Kernel]) -> tuple[
             places[key] = len(numbers)
             _, dtype = floating((), "parameter", leaf.param)
             named = hyperparameters(kernel.program, leaf.chain, leaf.lr)
-            cast = {name: x.astype(dtype) if isinstance(x, jax.Array) else x for name, x in named.items()}
+            cast = {
+                name: x.astype(dtype) if isinstance(x, jax.Array) and not name.endswith(START) else x
+                for name, x in named.items()
+            }
             numbers += evaluate(kernel.program.scalars, cast, namespace)
     with jax.enable_x64(True):  # the driver takes float64, whatever JAX's own precision: float32 cannot hold words
         if any(isinstance(x, jax.Array) for x in numbers):

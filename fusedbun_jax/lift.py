@@ -20,14 +20,14 @@ from fusedbun.transform import Array, Namespace, Signal, State, Transform
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.injected import choosing, injectable
-from fusedbun_jax.rounding import SEED
+from fusedbun_jax.rounding import SEED, as_word
 from fusedbun_jax.second_moment import WithSecondMoment
 from fusedbun_jax.state import Arrays, Differentiable, TransformState, check_state, over_leaves, zeros
 
 P = ParamSpec("P")
 
 
-def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def lift(transform: Transform, seed: int | jax.Array = 0) -> optax.GradientTransformationExtraArgs:
     """A transformation as one of optax's, to be chained with any of them.
 
     Its updates are float32 (float64 for float64 parameters) whatever the parameters' dtype, so that nothing is
@@ -37,10 +37,11 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     Args:
         transform: the transformation. A hyper-parameter declared as an axis may be a rule `(path, param) -> int`,
             where `path` is the tuple of the names that lead to the leaf.
-        seed: any integer; with the leaf's path, joined by dots, and the number of steps it decides the noise with
-            which state of fewer bits is rounded.
+        seed: any integer, or a 0-d array of one; with the leaf's path, joined by dots, and the number of steps it
+            decides the noise with which state of fewer bits is rounded.
     """
     check(transform.name, SEED, {"seed": seed})
+    word = as_word(seed)
 
     def init(params: optax.Params) -> TransformState:
         return TransformState(jax.tree_util.tree_map_with_path(partial(_start, transform), params))
@@ -48,7 +49,7 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     def update(
         updates: optax.Updates, state: TransformState, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, TransformState]:
-        return over_leaves(partial(update_leaf, transform, seed), updates, state, params)
+        return over_leaves(partial(update_leaf, transform, word), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -84,7 +85,7 @@ def _start(transform: Transform, path: leaf.KeyPath, param: Any) -> Arrays:
 
 
 def update_leaf(
-    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays
+    transform: Transform, seed: Any, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays
 ) -> tuple[Any, Arrays]:
     """One leaf's update, and its state after it: the arrays of the transformation and the counter of the steps.
 

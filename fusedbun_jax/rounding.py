@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fusedbun.chain import counted
-from fusedbun.hyper import Whole, check
+from fusedbun.hyper import Seed, check, plain
 from fusedbun.storage.codes import COUNT, STEP
 from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
@@ -19,7 +19,7 @@ from fusedbun_jax import namespace as xp
 from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.state import Arrays, TransformState, check_state, over_leaves, with_derivative_of, zeros
 
-SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
+SEED = {"seed": Seed}  # as `fusedbun.hyper.check` reads it
 NAME = "round_stochastically"
 
 
@@ -48,7 +48,7 @@ def to_nearest(path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> t
 
 
 @injectable(choosing(SEED))
-def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def round_stochastically(seed: int | jax.Array = 0) -> optax.GradientTransformationExtraArgs:
     """Updates with which `optax.apply_updates` rounds bfloat16 parameters to either neighbour, without a bias.
 
         u = q - p      in float32, q being p + u rounded up as often as it lies near to the number above
@@ -58,7 +58,8 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     learning rate before it.
 
     Args:
-        seed: any integer; with a leaf's path, joined by dots, and the number of steps it decides the noise.
+        seed: any integer, or a 0-d array of one; with a leaf's path, joined by dots, and the number of steps it
+            decides the noise.
 
     State: one int32 number for each parameter, the number of steps.
 
@@ -66,6 +67,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
         ValueError: a parameter is not bfloat16 (when it sees the parameters).
     """
     check(NAME, SEED, {"seed": seed})
+    word = as_word(seed)
 
     def init(params: optax.Params) -> TransformState:
         return TransformState(
@@ -80,9 +82,15 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
                 f"stochastic rounding counts the steps of each parameter in its state, but that is {state!r}; "
                 f"it belongs to an optimizer without it, so make one with init"
             )
-        return over_leaves(partial(to_either, seed), updates, state, params)
+        return over_leaves(partial(to_either, word), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def as_word(seed: Any) -> Any:
+    """A seed as noise begins with it: an integer, or an array of a word, whose value may not be known yet."""
+    seed = plain(seed)
+    return seed if isinstance(seed, int) else seed.astype(jnp.int32)
 
 
 def as_bfloat16(path: leaf.KeyPath, param: Any) -> Any:
@@ -96,7 +104,7 @@ def as_bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     return param
 
 
-def to_either(seed: int, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
+def to_either(seed: Any, path: leaf.KeyPath, update: Any, param: Any, stored: Arrays) -> tuple[Any, Arrays]:
     """One leaf's update as `round_stochastically` makes it."""
     if param is None:
         raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")

@@ -68,6 +68,7 @@ NonNegative = Annotated[Scalar, Interval(0)]
 Positive = Annotated[Scalar, Interval(0, open_low=True)]
 UnitInterval = Annotated[Scalar, Interval(0, 1)]
 StateAbove0 = Annotated[UnitInterval, "no state at 0"]  # so whether it is a plain 0 decides which arrays there are
+Seed = Annotated[Scalar, Whole(), "or an array"]  # of a framework, whose value may not be known yet
 Axis = Annotated[int, Whole()]  # from the front, or from the back where it is negative
 # What may differ between parameters: a value, or a rule (the names that lead to a parameter, the parameter) -> value.
 PerParam = Annotated[T, "or a rule"]
@@ -205,6 +206,8 @@ def _compared(kind: Any, value: Any) -> tuple[Any, bool, bool]:
         return allowed, isinstance(name, str), isinstance(name, str) and name in allowed.names
     if isinstance(allowed, Whole):
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if "or an array" in kind.__metadata__ and getattr(value, "shape", None) == () and _is_of_integers(value):
+            return allowed, True, True
         return allowed, is_whole, is_whole and int(value) in allowed
     is_array = getattr(value, "shape", None) == () and not isinstance(value, np.generic)
     is_number = not isinstance(value, (bool, np.bool_)) and (isinstance(value, Real) or is_array)
@@ -212,6 +215,10 @@ def _compared(kind: Any, value: Any) -> tuple[Any, bool, bool]:
         return allowed, is_number, is_number and float(value) in allowed
     except (TypeError, RuntimeError):  # a framework has not computed it yet
         return allowed, is_number, True
+
+
+def _is_of_integers(array: Any) -> bool:
+    return getattr(array.dtype, "kind", "") in ("i", "u")
 
 
 def _but(value: Any) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from fusedbun.chain import Chain
 from fusedbun.compiler.cpp import build, native
-from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.compiler.trace import START, evaluate, hyperparameters
 from fusedbun.storage.codes import STEP, computed_in
 from fusedbun_jax import namespace
 from fusedbun_jax.operands import Leaf
@@ -143,7 +143,10 @@ def _numbers(slices: Sequence[Slice], kernels: Sequence[native.Kernel]) -> tuple
             places[key] = len(numbers)
             named = hyperparameters(kernel.program, one.chain, one.lr)
             dtype = computed_in(one.dtype)
-            cast = {name: x.astype(dtype) if isinstance(x, jax.Array) else x for name, x in named.items()}
+            cast = {
+                name: x.astype(dtype) if isinstance(x, jax.Array) and not name.endswith(START) else x
+                for name, x in named.items()
+            }
             numbers += evaluate(kernel.program.scalars, cast, namespace)
     traced = [i for i, x in enumerate(numbers) if isinstance(x, jax.Array)]
     known = np.array([0.0 if isinstance(x, jax.Array) else x for x in numbers], np.float64)

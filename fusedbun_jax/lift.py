@@ -31,14 +31,14 @@ from fusedbun_jax.layout import (
     start,
     trees_of,
 )
-from fusedbun_jax.rounding import SEED
+from fusedbun_jax.rounding import SEED, as_word
 from fusedbun_jax.second_moment import WithSecondMoment
 from fusedbun_jax.state import Arrays, Differentiable, check_state
 
 P = ParamSpec("P")
 
 
-def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def lift(transform: Transform, seed: int | jax.Array = 0) -> optax.GradientTransformationExtraArgs:
     """A transformation as one of optax's, to be chained with any of them.
 
     Its updates are float32 (float64 for float64 parameters) whatever the parameters' dtype, so that nothing is
@@ -48,10 +48,11 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     Args:
         transform: the transformation. A hyper-parameter declared as an axis may be a rule `(path, param) -> int`,
             where `path` is the tuple of the names that lead to the leaf.
-        seed: any integer; with the leaf's path, joined by dots, and the number of steps it decides the noise with
-            which state of fewer bits is rounded.
+        seed: any integer, or a 0-d array of one; with the leaf's path, joined by dots, and the number of steps it
+            decides the noise with which state of fewer bits is rounded.
     """
     check(transform.name, SEED, {"seed": seed})
+    word = as_word(seed)
 
     counted = counts(transform)
 
@@ -67,7 +68,7 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
     ) -> tuple[optax.Updates, Any]:
         trees = trees_of(transform.name, state)
         count = count_of(trees.pop(COUNT, None)) if counted else None
-        step = partial(update_leaf, transform, seed, count)
+        step = partial(update_leaf, transform, word, count)
         updates, trees = over_leaves(transform.name, step, updates, trees, params)
         return updates, make_state(transform, trees, None if count is None else count + 1)
 
@@ -99,7 +100,7 @@ class Descend(Transform):
 
 
 def update_leaf(
-    transform: Transform, seed: int, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays
+    transform: Transform, seed: Any, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays
 ) -> tuple[Any, Arrays]:
     """One leaf's update, and its state after it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -118,11 +118,15 @@ def unpack(leaves: Sequence[Leaf], operands: Sequence[Any]) -> tuple[Leaf, ...]:
 
 
 def _mapped(function: Callable[[Any], Any], leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
-    """The leaves with a function of every array and hyper-parameter; those that share a chain share one again."""
+    """The leaves with a function of every array, seed and hyper-parameter; who shared a chain shares one again."""
     chains = {id(leaf.chain): leaf.chain for leaf in leaves}
     for key, chain in chains.items():
         changed = {name: y for name, x in chain.hyperparameters().items() if (y := function(x)) is not x}
-        chains[key] = chain.with_hyperparameters(**changed) if changed else chain
+        chain = chain.with_hyperparameters(**changed) if changed else chain
+        if (seed := function(chain.rounding.seed)) is not chain.rounding.seed:
+            starts = tuple((name, function(start)) for name, start in chain.rounding.starts)
+            chain = replace(chain, rounding=replace(chain.rounding, seed=seed, starts=starts))
+        chains[key] = chain
     return tuple(
         Leaf(chains[id(x.chain)], function(x.lr), function(x.count), tuple(map(function, x.arrays)), x.names)
         for x in leaves

@@ -19,6 +19,7 @@ from fusedbun.recipes import RECIPES
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
 from fusedbun_jax.injected import Arguments, choosing, injectable
+from fusedbun_jax.rounding import as_word
 from fusedbun_jax.step import ROUNDING, Driver, Masked, SteppingTransformation
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
@@ -28,10 +29,10 @@ _INITIAL_RATE = """\
 """
 _ROUNDING = """
 `stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest, so
-that steps much smaller than a parameter's precision still move it; it keeps an int32 number for each, and their updates
-are float32. Others are rounded to the nearest. `seed`, any integer, decides the noise of this and of all
-rounding of state; with the same seed, paths of the parameters and number of steps, it is the same on any device and in
-torch.
+that steps much smaller than a parameter's precision still move it; their updates are float32. Others are rounded to the
+nearest. `seed`, any integer, decides the noise of this and of all rounding of state; with the same seed, paths of the
+parameters and number of steps, it is the same on any device and in torch. A 0-d array of one serves as well: under
+jax.vmap each member of an ensemble has its own.
 """
 _STATIC = (
     "optax.inject_hyperparams leaves {static} as they are given: what chooses code or state, is constant or is no "
@@ -62,7 +63,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
             settings["mup"] = _types_by_name(settings["mup"])
         if notice := recipe.notice(settings):
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=3)
-        rounding = Rounding(bool(keywords["stochastic_rounding"]), int(keywords["seed"]))
+        rounding = Rounding(bool(keywords["stochastic_rounding"]), as_word(keywords["seed"]))
         chain = replace(recipe.make(**settings), rounding=rounding)
         made_by = (recipe.name, settings)
         return (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fusedbun.hyper import Whole, check
+from fusedbun.hyper import Seed, check, plain
 from fusedbun.storage.codes import STEP
 from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
@@ -19,7 +19,7 @@ from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.layout import COUNT, count_of, over_leaves, state_type, trees_of
 from fusedbun_jax.state import Arrays, with_derivative_of
 
-SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
+SEED = {"seed": Seed}  # as `fusedbun.hyper.check` reads it
 NAME = "round_stochastically"
 _STATE = state_type("RoundStochasticallyState", (COUNT,))
 
@@ -47,7 +47,7 @@ def to_nearest(path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> t
 
 
 @injectable(choosing(SEED))
-def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def round_stochastically(seed: int | jax.Array = 0) -> optax.GradientTransformationExtraArgs:
     """Updates with which `optax.apply_updates` rounds bfloat16 parameters to either neighbour, without a bias.
 
         u = q - p      in float32, q being p + u rounded up as often as it lies near to the number above
@@ -59,11 +59,13 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     learning rate before it.
 
     Args:
-        seed: any integer; with a leaf's path, joined by dots, and the number of steps it decides the noise.
+        seed: any integer, or a 0-d array of one; with a leaf's path, joined by dots, and the number of steps it
+            decides the noise.
 
     State: one int32 number, of steps.
     """
     check(NAME, SEED, {"seed": seed})
+    word = as_word(seed)
 
     def init(params: optax.Params) -> Any:
         return _STATE(jnp.zeros((), jnp.int32))
@@ -72,13 +74,19 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, Any]:
         count = count_of(trees_of(NAME, state).get(COUNT))
-        updates, _trees = over_leaves(NAME, partial(to_either, seed, count), updates, {}, params)
+        updates, _trees = over_leaves(NAME, partial(to_either, word, count), updates, {}, params)
         return updates, _STATE(count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def to_either(seed: int, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
+def as_word(seed: Any) -> Any:
+    """A seed as noise begins with it: an integer, or an array of a word, whose value may not be known yet."""
+    seed = plain(seed)
+    return seed if isinstance(seed, int) else seed.astype(jnp.int32)
+
+
+def to_either(seed: Any, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
     """One leaf's update as `round_stochastically` makes it, after so many steps."""
     if param is None:
         raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")

@@ -21,7 +21,7 @@ from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.layout import at_leaves, count_of, with_arrays
 from fusedbun_jax.leaf import flatten, names
 from fusedbun_jax.operands import make_leaf
-from fusedbun_jax.rounding import SEED
+from fusedbun_jax.rounding import SEED, as_word
 
 Implementation = Literal["kernel", "definition"]
 
@@ -89,7 +89,11 @@ ROUNDING = {"stochastic_rounding": bool, **SEED}  # as `fusedbun.hyper.check` re
 
 @injectable(choosing(ROUNDING))
 def from_chain(
-    chain: Chain, learning_rate: optax.ScalarOrSchedule, *, stochastic_rounding: bool = False, seed: int = 0
+    chain: Chain,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int | jax.Array = 0,
 ) -> SteppingTransformation:
     """An optimizer from a chain of transformations: `p = p - learning_rate*u`.
 
@@ -97,10 +101,10 @@ def from_chain(
         chain: the chain, `fusedbun.chain(...)`.
         learning_rate: a number in [0, inf), or a schedule.
         stochastic_rounding: round bfloat16 parameters without a bias, by float32 updates, instead of to the nearest.
-        seed: any integer; it decides the noise of all rounding.
+        seed: any integer, or a 0-d array of one; it decides the noise of all rounding.
     """
     check("from_chain", ROUNDING, {"stochastic_rounding": stochastic_rounding, "seed": seed})
-    rounded = replace(chain, rounding=Rounding(bool(stochastic_rounding), int(seed)))
+    rounded = replace(chain, rounding=Rounding(bool(stochastic_rounding), as_word(seed)))
     return Driver(rounded, learning_rate).optimizer()
 
 

@@ -35,14 +35,26 @@ def mix(h: Array) -> Array:
     return h ^ shifted(h, 16)
 
 
-@lru_cache(maxsize=1 << 16)
-def start(seed: int, name: str, stream: int) -> int:
+def start(seed: Array | int, name: str, stream: int) -> Array | int:
     """Where the noise of one array begins: a word made of the run's seed, the parameter's name and the stream.
 
-    mix(mix(seed + stream*GOLDEN) + crc32(name))
+        mix(mix(seed + stream*GOLDEN) + crc32(name))
+
+    Args:
+        seed: any integer, or a framework's array of one as a word.
+        name: the parameter's.
+        stream: a number of the array.
     """
-    seeded = mix(np.array([word(seed + stream * GOLDEN)], np.int32))
-    return int(mix(seeded + np.int32(word(zlib.crc32(name.encode()))))[0])
+    return _start_of(seed, name, stream) if isinstance(seed, int) else _start(seed, name, stream)
+
+
+@lru_cache(maxsize=1 << 16)
+def _start_of(seed: int, name: str, stream: int) -> int:
+    return int(_start(np.array([word(seed)], np.int32), name, stream)[0])
+
+
+def _start(seed: Array, name: str, stream: int) -> Array:
+    return mix(mix(seed + word(stream * GOLDEN)) + word(zlib.crc32(name.encode())))
 
 
 def draw(start: Array | int, step: Array, index: Sequence[Array], stack: Sequence[Array | int] = ()) -> Array:

@@ -20,12 +20,12 @@ class Rounding:
     """How a step's results are rounded where they are stored in fewer bits than they are computed in."""
 
     stochastic: bool = False  # round bfloat16 parameters to either neighbour, without a bias, not to the nearest
-    seed: int = 0  # any integer; with the parameter's name and the number of steps it decides the noise of all rounding
+    seed: Any = 0  # any integer, or a word; with the parameter's name and the number of steps it decides all noise
     name: str = ""  # the parameter's; `Chain.at` puts it here
-    starts: tuple[tuple[str, int], ...] = ()  # where the noise of arrays begins, by name, as far as it is known already
+    starts: tuple[tuple[str, Any], ...] = ()  # where the noise of arrays begins, by name, as far as it is known already
     place: tuple[Any, ...] = ()  # of a slice in its stack, along the axes that all of its elements have in front
 
-    def start(self, key: str) -> int:
+    def start(self, key: str) -> Any:
         """Where the noise of an array begins, the parameter's or a slot's (`fusedbun.storage.noise.start`)."""
         for known, start in self.starts:
             if known == key:

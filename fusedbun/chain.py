@@ -68,17 +68,8 @@ class Chain:
 
         Of a stack, that of a slice.
         """
-        of = self.slice_shape(shape)
+        of = slice_shape(shape, self.stacked)
         return {f"{t.name}.{name}": slot for t in self for name, slot in slots_of(t, of).items()}
-
-    def slice_shape(self, shape: Shape) -> Shape:
-        """The shape of a slice of a stack of this shape; of what is no stack, its own."""
-        if self.stacked > len(shape):
-            raise ValueError(
-                f"stacked={self.stacked} says how many leading axes are a stack's, but a parameter of shape {shape} "
-                f"has {len(shape)}; give a rule (path, param) -> number where parameters differ"
-            )
-        return shape[self.stacked :]
 
     def arrays(self, shape: Shape, dtype: str) -> dict[str, Stored]:
         """The arrays that the state of such a parameter is stored in, by `<transformation>.<slot>` and what follows.
@@ -111,15 +102,10 @@ class Chain:
             return chain
         return replace(chain, rounding=rounding.of(".".join(path) if name is None else name, keys))
 
-    def stacked_at(self, path: tuple[str, ...], param: Any) -> int:
-        """How many of a parameter's axes are a stack's."""
-        stacked: int = plain(self.stacked(path, param) if callable(self.stacked) else self.stacked)
-        return stacked
-
     def _without_rules(self, path: tuple[str, ...], param: Any) -> Chain:
-        chain = replace(self, stacked=self.stacked_at(path, param))
-        of = Slice(param, chain.slice_shape(tuple(param.shape))) if chain.stacked else param
-        return replace(chain, transforms=tuple(t.at(path, of) for t in self))
+        stacked = stacked_at(self.stacked, path, param)
+        of = slice_of(param, stacked)
+        return replace(self, stacked=stacked, transforms=tuple(t.at(path, of) for t in self))
 
     def named_as(self, other: Chain) -> Chain:
         """This chain with the rounding and place of the parameter that `other` was made for; they have one state."""
@@ -158,6 +144,27 @@ class Chain:
     def with_hyperparameters(self, **values: Any) -> Chain:
         """The same chain with other hyper-parameters, by the names that `hyperparameters` gives."""
         return replace(self, transforms=tuple(replace(t, **entries_of(t, values)) for t in self))
+
+
+def stacked_at(stacked: Stacked, path: tuple[str, ...], param: Any) -> int:
+    """How many of a parameter's axes are a stack's: the number, or what the rule says."""
+    number: int = plain(stacked(path, param) if callable(stacked) else stacked)
+    return number
+
+
+def slice_shape(shape: Shape, stacked: int) -> Shape:
+    """The shape of a slice of a stack of this shape; of what is no stack, its own."""
+    if stacked > len(shape):
+        raise ValueError(
+            f"stacked={stacked} says how many leading axes are a stack's, but a parameter of shape {shape} has "
+            f"{len(shape)}; give a rule (path, param) -> number where parameters differ"
+        )
+    return shape[stacked:]
+
+
+def slice_of(param: Any, stacked: int) -> Any:
+    """What a rule is shown of a parameter: of a stack, a slice."""
+    return Slice(param, slice_shape(tuple(param.shape), stacked)) if stacked else param
 
 
 class Slice:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusedbun import namespace
-from fusedbun.chain import Chain, step
+from fusedbun.chain import Chain, slice_shape, step
 from fusedbun.storage.codes import STEP
 from fusedbun.storage.rounding import TO_NEAREST
 from fusedbun.storage.storage import Storage
@@ -43,7 +43,7 @@ def exact_step(xp: Any, chain: Chain, lr: Any, param: Array, grad: Array, state:
 
 def start(chain: Chain, shape: Shape) -> State:
     """The state of a parameter before its first step, and the counter."""
-    stack, of = shape[: chain.stacked], chain.slice_shape(shape)
+    stack, of = shape[: chain.stacked], slice_shape(shape, chain.stacked)
     slots = {key: np.zeros((*stack, *slot.shape(of))) for key, slot in chain.slots(shape).items()}
     return slots | {STEP: np.zeros(stack)}
 

@@ -55,9 +55,9 @@ def transformation(chain: Chain, learning_rate: optax.ScalarOrSchedule) -> optax
         trees, count = split_state(chain, state)
         count = count_of(count)
         for i, transform in enumerate(chain):
-            step = partial(update_leaf, transform, seed, count)
+            step = partial(update_leaf, transform, seed, chain.stacked, count)
             updates, trees[i] = over_leaves(transform.name, step, updates, trees[i], params)
-        updates, _ = over_leaves(descend.name, partial(update_leaf, descend, seed, count), updates, {}, params)
+        updates, _ = over_leaves(descend.name, partial(update_leaf, descend, seed, 0, count), updates, {}, params)
         if callable(learning_rate):
             updates = _scaled(updates, learning_rate(count))
         rounded = partial(to_either, seed, count) if chain.rounding.stochastic else to_nearest

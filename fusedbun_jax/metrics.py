@@ -14,9 +14,11 @@ from fusedbun.transform import Shape
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.layout import TransformState, field_of
+from fusedbun_jax.lift import over_stack
 from fusedbun_jax.state import ABSENT, Arrays
 
 FUNCTIONS = metrics.functions(xp)
+BLOCKED = 3  # the axes of an array by blocks: rows, blocks, and what is in one
 
 
 class MetricsState(NamedTuple):
@@ -69,7 +71,7 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
         vectors = {"param": q, "update": p - q, "grad": g}
         if moment := _present(moments.get(path, {}), p.shape):
-            vectors["moment"] = codes.recognised(moment, p.shape).decode(xp, moment, p.shape, dtype)
+            vectors["moment"] = _decoded(moment, p.shape, dtype)
         products = {pair: x.reshape(()) for pair, x in metrics.inner_products(xp, vectors).items()}
         measured |= metrics.measured(FUNCTIONS, products, leaf.name(path))
     return measured
@@ -88,6 +90,17 @@ def _moments(state: Any) -> dict[leaf.KeyPath, Arrays]:
 
 def _has_moment(node: Any) -> bool:
     return isinstance(node, TransformState) and "moment" in node._fields
+
+
+def _decoded(moment: Arrays, shape: Shape, dtype: Any) -> Any:
+    """The numbers of a leaf's moment; of a stack, whose arrays have its axes in front, slice by slice."""
+    stacked = moment[codes.EXPONENTS].ndim - BLOCKED if codes.EXPONENTS in moment else 0
+    of = shape[stacked:]
+
+    def decode(_: Any, of_slice: Arrays) -> Any:
+        return codes.recognised(of_slice, of).decode(xp, of_slice, of, dtype)
+
+    return over_stack(decode, shape[:stacked])(moment)
 
 
 def _present(moment: Arrays, shape: Shape) -> Arrays:

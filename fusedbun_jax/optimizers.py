@@ -13,14 +13,14 @@ from typing import Any, get_args
 
 import jax
 
-from fusedbun.hyper import check, hints, is_concrete_zero, is_stateless_at_0, is_structural
+from fusedbun.hyper import check, hints, is_concrete_zero, is_stateless_at_0, is_structural, plain
 from fusedbun.recipe import INITIAL_LR, KEYWORD, POSITIONAL, Recipe
 from fusedbun.recipes import RECIPES
 from fusedbun.storage.rounding import Rounding
 from fusedbun_jax import leaf
 from fusedbun_jax.injected import Arguments, choosing, injectable
 from fusedbun_jax.rounding import as_word
-from fusedbun_jax.step import ROUNDING, Driver, Masked, SteppingTransformation
+from fusedbun_jax.step import OPTIONS, Driver, Masked, SteppingTransformation
 
 _RATE = "    learning_rate: a number in [0, inf), or a schedule.\n"
 _INITIAL_RATE = """\
@@ -34,13 +34,17 @@ nearest. `seed`, any integer, decides the noise of this and of all rounding of s
 parameters and number of steps, it is the same on any device and in torch. A 0-d array of one serves as well: under
 jax.vmap each member of an ensemble has its own.
 """
+_STACKED = """
+`stacked` says how many leading axes make a parameter a stack of several of one kind, such as layers under `nn.scan`: a
+number, or a rule `(path, param) -> number` as `flax_stacked` is one. Each slice is stepped as a parameter of its own.
+"""
 _STATIC = (
     "optax.inject_hyperparams leaves {static} as they are given: what chooses code or state, is constant or is no "
     "number cannot be scheduled."
 )
 _STATIC_AT_0 = " So it does {names} where that is given as 0, which needs no state."
 _BETAS = ("b1", "b2")  # as optax.adamw calls them
-_KEYWORDS = {"stochastic_rounding": False, "seed": 0}  # the driver's own arguments
+_KEYWORDS = {"stochastic_rounding": False, "seed": 0, "stacked": 0}  # the driver's own arguments
 _INJECTED = """
 For parameters of 16 bits give it hyperparam_dtype=jnp.float32, or it rounds the numbers to the parameters' dtype.
 """
@@ -58,13 +62,13 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
         if recipe.like_optax:
             settings["betas"] = tuple(settings.pop(name) for name in _BETAS)
         keywords = {name: settings.pop(name) for name in _KEYWORDS}
-        check(make.__name__, ROUNDING, keywords)
+        check(make.__name__, OPTIONS, keywords)
         if "mup" in settings:
             settings["mup"] = _types_by_name(settings["mup"])
         if notice := recipe.notice(settings):
             warnings.warn(f"{make.__name__}: {notice}", stacklevel=3)
         rounding = Rounding(bool(keywords["stochastic_rounding"]), as_word(keywords["seed"]))
-        chain = replace(recipe.make(**settings), rounding=rounding)
+        chain = replace(recipe.make(**settings), rounding=rounding, stacked=plain(keywords["stacked"]))
         made_by = (recipe.name, settings)
         return (
             Driver(chain, learning_rate, made_by) if mask is None else Masked(chain, learning_rate, made_by, mask)
@@ -82,7 +86,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     make.other_names = recipe.other_names  # type: ignore[attr-defined]  # for `by_name`
     arguments = ("" if recipe.fixed_lr else _RATE) + (_INITIAL_RATE if recipe.wants_initial_lr else "")
     declared = _declared(recipe)
-    remarks = _ROUNDING + _remark(declared, signature.parameters) + ("" if recipe.fixed_lr else _INJECTED)
+    remarks = _ROUNDING + _STACKED + _remark(declared, signature.parameters) + ("" if recipe.fixed_lr else _INJECTED)
     instead = {"betas": _BETAS, "weight_decay": ("weight_decay", "mask")} if recipe.like_optax else {}
     make.__doc__ = recipe.documentation(arguments, remarks, instead)
     return injectable(partial(_known, recipe, choosing(declared)))(make)
@@ -90,7 +94,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
 
 def _declared(recipe: Recipe) -> dict[str, Any]:
     """The annotations of a factory's arguments, but for the learning rate."""
-    declared = {**hints(recipe.make), "mask": Any, "initial_learning_rate": Any, **ROUNDING}
+    declared = {**hints(recipe.make), "mask": Any, "initial_learning_rate": Any, **OPTIONS}
     return declared | (dict(zip(_BETAS, get_args(declared["betas"]), strict=True)) if recipe.like_optax else {})
 
 

@@ -213,7 +213,7 @@ class Located:
         split = ((key, *key.split(".", 1)) for key in keys)
         self.addresses[name] = {key: by_state[title][field_of(slot)] for key, title, slot in split}
         of_chain = entries.slots_of(chain, shape, dtype)
-        self.parameters.append(Parameter(name, shape, dtype, len(self.groups), of_chain))
+        self.parameters.append(Parameter(name, shape, dtype, len(self.groups), of_chain, chain.stacked))
 
 
 def _node(owner: str, state: Any, addresses: list[Address]) -> Any:

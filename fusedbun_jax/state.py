@@ -41,7 +41,9 @@ def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
     if isinstance(param, jax.core.Tracer) and all(axis is None for axis in spec):
         return None
     if stored.is_by_blocks:
-        return NamedSharding(mesh, PartitionSpec(*spec[:1], *_along_a_row(param.shape, spec[1:], mesh.shape)))
+        before = stored.stacked + 1  # the stack's axes and a slice's leading one
+        along_a_row = _along_a_row(param.shape[stored.stacked :], spec[before:], mesh.shape)
+        return NamedSharding(mesh, PartitionSpec(*spec[:before], *along_a_row))
     return NamedSharding(mesh, PartitionSpec(*(axis if i in stored.along else None for i, axis in enumerate(spec))))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fusedbun.chain import Chain
+from fusedbun.chain import Chain, Stacked
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun.hyper import check, plain
 from fusedbun.storage.rounding import Rounding
@@ -20,6 +20,7 @@ from fusedbun_jax.definition import IrregularError, join_state, split_state, tra
 from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.layout import at_leaves, count_of, with_arrays
 from fusedbun_jax.leaf import flatten, names
+from fusedbun_jax.lift import STACKED
 from fusedbun_jax.operands import make_leaf
 from fusedbun_jax.rounding import SEED, as_word
 
@@ -84,16 +85,17 @@ class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ig
         return optax.apply_updates(params, updates), state
 
 
-ROUNDING = {"stochastic_rounding": bool, **SEED}  # as `fusedbun.hyper.check` reads it
+OPTIONS = {"stochastic_rounding": bool, **SEED, **STACKED}  # as `fusedbun.hyper.check` reads it
 
 
-@injectable(choosing(ROUNDING))
+@injectable(choosing(OPTIONS))
 def from_chain(
     chain: Chain,
     learning_rate: optax.ScalarOrSchedule,
     *,
     stochastic_rounding: bool = False,
     seed: int | jax.Array = 0,
+    stacked: Stacked = 0,
 ) -> SteppingTransformation:
     """An optimizer from a chain of transformations: `p = p - learning_rate*u`.
 
@@ -102,10 +104,12 @@ def from_chain(
         learning_rate: a number in [0, inf), or a schedule.
         stochastic_rounding: round bfloat16 parameters without a bias, by float32 updates, instead of to the nearest.
         seed: any integer, or a 0-d array of one; it decides the noise of all rounding.
+        stacked: how many leading axes make a parameter a stack, each slice of which is stepped as a parameter of its
+            own: a number, or a rule `(path, param) -> number`. 0: what the chain says.
     """
-    check("from_chain", ROUNDING, {"stochastic_rounding": stochastic_rounding, "seed": seed})
-    rounded = replace(chain, rounding=Rounding(bool(stochastic_rounding), as_word(seed)))
-    return Driver(rounded, learning_rate).optimizer()
+    check("from_chain", OPTIONS, {"stochastic_rounding": stochastic_rounding, "seed": seed, "stacked": stacked})
+    rounding = Rounding(bool(stochastic_rounding), as_word(seed))
+    return Driver(replace(chain, rounding=rounding, stacked=plain(stacked) or chain.stacked), learning_rate).optimizer()
 
 
 class Driver:

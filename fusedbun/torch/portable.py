@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbun.chain import Chain
+from fusedbun.chain import Chain, stacked_at
 from fusedbun.hyper import hints
 from fusedbun.portable import entries
 from fusedbun.portable.entries import UNKNOWN, Group, Parameter, portable
@@ -152,7 +152,7 @@ def _places(owner: str, optimizer: TransformOptimizer, names: NamedParameters | 
                     f"has none; make the optimizer from model.named_parameters(), or give "
                     f"names=model.named_parameters()"
                 )
-            shape, stacked = tuple(param.shape), chain.stacked_at(path_of(group, i), param)
+            shape, stacked = tuple(param.shape), stacked_at(chain.stacked, path_of(group, i), param)
             places.append(Place(param, i, Parameter(name, shape, dtype_name(param.dtype), g, None, stacked)))
     counts = Counter(place.unstepped.name for place in places)
     if twice := sorted(name for name, count in counts.items() if count > 1):

@@ -299,13 +299,18 @@ PLAIN = '("float32", {}, GRID),'
 CODED = '("float32", {"momentum_dtype": "int8"}, LINE),'
 ROUNDED = '("bfloat16", {"stochastic_rounding": True}, LINE),'
 BOTH = '("bfloat16", {"stochastic_rounding": True, "momentum_dtype": "int4"}, GRID),'
+STACKED = '("bfloat16", {"stochastic_rounding": True, "stacked": lambda path, p: max(0, p.ndim - 2)}, GRID),'
 MEANS = ["fusedbun", "recommended", "clipped-lagged", "flax", "fusedbunw"]  # their statistics are means
 OTHERS = [name for name in FACTORIES if name not in (*MEANS, "sm3-momentum")]  # maxima, or one element at a time
 
 
 @sweep(
     ("names", "variants"),
-    [(["sm3-momentum"], BOTH), (["sm3-momentum"], PLAIN + CODED + ROUNDED), (OTHERS, PLAIN + CODED + ROUNDED + BOTH)],
+    [
+        (["sm3-momentum"], BOTH),
+        (["sm3-momentum"], PLAIN + CODED + ROUNDED + STACKED),
+        (OTHERS, PLAIN + CODED + ROUNDED + BOTH + STACKED),
+    ],
     short=lambda names, variants: variants is BOTH,
     ids=["few", "plain", "others"],
 )

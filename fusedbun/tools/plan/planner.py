@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from fusedbun.chain import Chain, Stacked
+from fusedbun.chain import Chain, Stacked, slice_shape
 from fusedbun.compiler.graph import UnschedulableError
 from fusedbun.recipes import RECIPES
 from fusedbun.storage.rounding import Rounding
@@ -195,7 +195,7 @@ class _Planner:
         state = state_bytes(chain, shape, dtype)
         if not size:  # there is nothing to step
             return _Needs(0, state)
-        of, leaves = chain.slice_shape(shape), math.prod(shape[: chain.stacked])
+        of, leaves = slice_shape(shape, chain.stacked), math.prod(shape[: chain.stacked])
         chain = chain.slice((0,) * chain.stacked)
         try:
             return _Needs(size, state, temporaries.room(chain, of, dtype), leaves=leaves)

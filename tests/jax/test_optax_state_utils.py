@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from factories import every_factory, gradients, jitted, jitted_update, over, run
-from factories import sweep_of_descending as descending
+from factories import every_factory, gradients, jitted, jitted_update, over, run, sweep_of_descending
 from test_optax_masks import MASKS, parameters
 
 few = over(["recommended", "sm3-momentum", "mup_adamw"], ["sm3-momentum"])
@@ -60,7 +59,7 @@ def until_ten(step):
     return jnp.where(step < 10, 0.1, 0.0)
 
 
-@descending
+@sweep_of_descending
 def test_the_count_of_a_schedule_is_found_and_set(factory):
     """By its name, also in compiled code; the next step has the learning rate of the step that was set."""
     params = factory.parameters()

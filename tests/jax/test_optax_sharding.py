@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from factories import gradients, jitted, sweep_of_factories
+from factories import FACTORIES, gradients, jitted, sweep_of_factories
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sweeps import only, sweep
 
@@ -58,6 +58,25 @@ for name in sys.argv[1:]:
         assert len(compiled) - before == (i == 0), (name, i, compiled[before:])
 """
 
+EXPLICIT_AXES = """
+import sys
+
+import jax, jax.numpy as jnp
+from factories import FACTORIES, described
+
+mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+with jax.set_mesh(mesh):
+    params = jnp.zeros((2, 8, 4), "float16", out_sharding=jax.sharding.NamedSharding(mesh, jax.P(None, "x")))
+    for name in sys.argv[1:]:
+        tx = FACTORIES[name]()
+        state = tx.init(params)
+        updates, after = tx.update(params, state, params)
+        assert described(after) == described(state), name
+        assert described(updates) == described(params), name
+        assert described(jax.jit(tx.init)(params)) == described(state), name
+        assert described(jax.jit(tx.update)(params, state, params)) == described((updates, after)), name
+"""
+
 
 @sweep_of_factories
 def test_the_parameters_sharding_is_kept(factory):
@@ -72,11 +91,10 @@ def test_the_parameters_sharding_is_kept(factory):
         assert p.sharding.is_equivalent_to(sharding, p.ndim)
 
 
-@sweep("name", ["recommended", "sm3-momentum", "mup_sgd", "ternary_vote"], short=only("sm3-momentum"))
-def test_four_devices_compute_what_one_does_and_compile_once(name):
-    """Parameters, state and metrics; no array of the state changes its place after the first step."""
+def on_devices(number, program, *names):
+    """Runs a program with so many devices and these arguments."""
     here = str(Path(__file__).parent)
-    flags = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
+    flags = f"--xla_force_host_platform_device_count={number} --xla_cpu_multi_thread_eigen=false"
     environment = {
         **os.environ,
         "XLA_FLAGS": flags,
@@ -84,10 +102,21 @@ def test_four_devices_compute_what_one_does_and_compile_once(name):
         "PYTHONPATH": os.pathsep.join([here, *sys.path]),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(FOUR_DEVICES), name],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *names],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@sweep("name", ["recommended", "sm3-momentum", "mup_sgd", "ternary_vote"], short=only("sm3-momentum"))
+def test_four_devices_compute_what_one_does_and_compile_once(name):
+    """Parameters, state and metrics; no array of the state changes its place after the first step."""
+    on_devices(4, FOUR_DEVICES, name)
+
+
+@sweep("names", [("decoupled_lionw", "sm3-momentum"), tuple(FACTORIES)], short=lambda names: len(names) == 2, ids=len)
+def test_types_on_explicit_axes_are_the_same_before_and_after_a_step_and_under_jit(names):
+    on_devices(8, EXPLICIT_AXES, *names)

@@ -22,6 +22,7 @@ from fusedbun.chain import Chain, entries_of
 from fusedbun.hyper import plain
 from fusedbun.recipe import Recipe
 from fusedbun.storage.codes import STEP, Stored
+from fusedbun.torch.flat import check_axes
 from fusedbun.torch.sharding.placement import check_placement, is_sharded
 from fusedbun.torch.state import State, arrays_of, dtype_name, stored_dtype
 
@@ -195,6 +196,7 @@ def make_leaves(owner: Owner, groups: list[Group], places: Iterable[Place]) -> l
         name = name_of(owner.param_groups[g], g, i)
         owner.check_parameter(name, param)
         chain = chain_at(group.chain, owner.param_groups, g, i)
+        check_axes(title, name, path_of(owner.param_groups[g], i), group.chain, chain, param)
         check_gradient(title, name, param, grad)
         if grad.is_sparse and owner.densifies_sparse_gradients:
             grad = grad.to_dense()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from makers import assert_same, gradient, parameters
 from processes import placed
-from sweeps import sweep
+from sweeps import long, sweep
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -89,11 +89,22 @@ def check_mixed(make, names, split=torch.clone, run=run):
 
 @sweep(
     ("name", "implementation"),
-    [(name, implementation) for name in MAKE for implementation in (None, *IMPLEMENTATIONS)],
-    short=lambda name, implementation: name == "sm3" and implementation != "compiled",
+    [
+        (name, implementation)
+        for name in MAKE
+        for implementation in (None, *IMPLEMENTATIONS)
+        if implementation != "compiled"
+    ],
+    short=lambda name, implementation: name == "sm3",
 )
 def test_each_is_rounded_as_in_a_group_of_its_kind(name, implementation):
     check_mixed(partial(MAKE[name], implementation=implementation), leaves_of(name))
+
+
+@long
+def test_compiled_too():
+    make, leaves = partial(MAKE["scaled_optum"], implementation="compiled"), ["weight", "adapter", "norm"]
+    check_mixed(make, leaves, run=partial(run, changes=CHANGES[:2]))
 
 
 @sweep("name", MAKE, short=lambda name: name == "sm3")

@@ -21,7 +21,7 @@ from makers import (
 from torch.optim import lr_scheduler as schedules
 from torch.optim import swa_utils as averages
 
-from fusedbun import ChainOptimizer, ScaledOptum
+from fusedbun import ChainOptimizer, ScaledOptum, TernaryVote
 from fusedbun.transforms import Sign
 
 SCHEDULES = {
@@ -156,7 +156,8 @@ def test_a_cycle_moves_the_momentum_of_every_optimizer_that_has_one(make, cycle)
 
 @every_cycle
 def test_a_cycle_for_an_optimizer_without_momentum_is_told_what_to_give(cycle):
-    for optimizer in (ScaledOptum(parameters((2,))), ChainOptimizer(parameters((2,)), [Sign()], 0.1)):
+    p = torch.nn.Parameter(torch.ones(2))
+    for optimizer in (ScaledOptum([p]), TernaryVote([p]), ChainOptimizer([p], [Sign()], 0.1)):
         with pytest.raises(ValueError, match="`cycle_momentum`"):
             cycle(optimizer)
 

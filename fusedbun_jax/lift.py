@@ -21,6 +21,7 @@ from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.layout import (
     COUNT,
+    apart,
     by_field,
     count_of,
     counts,
@@ -32,7 +33,7 @@ from fusedbun_jax.layout import (
 )
 from fusedbun_jax.rounding import SEED
 from fusedbun_jax.second_moment import WithSecondMoment
-from fusedbun_jax.state import Arrays, Differentiable, check_state
+from fusedbun_jax.state import Arrays, Differentiable, check_state, no_steps
 
 P = ParamSpec("P")
 
@@ -51,23 +52,22 @@ def lift(transform: Transform, seed: int = 0) -> optax.GradientTransformationExt
             which state of fewer bits is rounded.
     """
     check(transform.name, SEED, {"seed": seed})
-
     counted = counts(transform)
 
     def init(params: optax.Params) -> Any:
         leaves, tree = leaf.flatten(params)
         made = [leaf.floating(path, "parameter", param) for path, param in leaves]
         needed = [by_field(_at_leaf(transform, path, *x)[1]) for (path, _), x in zip(leaves, made, strict=True)]
-        trees = start(transform, tree, [param for param, _ in made], needed)
-        return make_state(transform, trees, jnp.zeros((), jnp.int32) if counted else None)
+        params = [param for param, _ in made]
+        return make_state(transform, start(transform, tree, params, needed), no_steps(params) if counted else None)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, Any]:
         trees = trees_of(transform.name, state)
         count = count_of(trees.pop(COUNT, None)) if counted else None
-        step = partial(update_leaf, transform, seed, count)
-        updates, trees = over_leaves(transform.name, step, updates, trees, params)
+        step, counts = partial(update_leaf, transform, seed), apart(count, len(jax.tree.leaves(updates)))
+        updates, trees = over_leaves(transform.name, step, updates, trees, params, counts)
         return updates, make_state(transform, trees, None if count is None else count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -98,18 +98,18 @@ class Descend(Transform):
 
 
 def update_leaf(
-    transform: Transform, seed: int, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays
+    transform: Transform, seed: int, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays, count: Any
 ) -> tuple[Any, Arrays]:
     """One leaf's update, and its state after it.
 
     Args:
         transform: the transformation, with its rules.
         seed: of the noise.
-        count: the steps so far; None where nothing asks for them.
         path: the leaf's.
         update: what the transformation before it hands on.
         param: the parameter, or None.
         arrays: its state's, by field.
+        count: the steps so far; None where nothing asks for them.
     """
     if param is None and transform.reads_param:
         raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")
@@ -131,7 +131,7 @@ def update_leaf(
     check_state(transform.name, path, by_field(needed), like, arrays, by_dtype=param is not None)
     before = {f"{transform.name}.{key}": arrays[field_of(key)] for key in needed if key != STEP}
     if STEP in needed:
-        before[STEP] = count
+        before[STEP] = jnp.broadcast_to(count, needed[STEP].shape(like.shape))
     storage = Differentiable(xp, Rounding(seed=seed, name=leaf.name(path)), u, like.dtype.name)
     p = None if param is None else like.astype(dtype)
     signal, after = advance(transform, storage, signal._replace(update=u), before, p)

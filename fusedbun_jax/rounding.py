@@ -15,8 +15,8 @@ from fusedbun.storage.rounding import Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
-from fusedbun_jax.layout import COUNT, count_of, over_leaves, state_type, trees_of
-from fusedbun_jax.state import Arrays, with_derivative_of
+from fusedbun_jax.layout import COUNT, apart, count_of, over_leaves, state_type, trees_of
+from fusedbun_jax.state import Arrays, no_steps, with_derivative_of
 
 SEED = {"seed": Annotated[int, Whole()]}  # as `fusedbun.hyper.check` reads it
 NAME = "round_stochastically"
@@ -40,7 +40,7 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def to_nearest(path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
+def to_nearest(path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays, count: Any) -> tuple[Any, Arrays]:
     """One leaf's update as `round_to_params` makes it."""
     return update if param is None or not update.size else _round_to_nearest(update, jnp.asarray(param)), arrays
 
@@ -65,14 +65,14 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     check(NAME, SEED, {"seed": seed})
 
     def init(params: optax.Params) -> Any:
-        jax.tree_util.tree_map_with_path(as_bfloat16, params)
-        return _STATE(jnp.zeros((), jnp.int32))
+        return _STATE(no_steps([as_bfloat16(path, param) for path, param in leaf.flatten(params)[0]]))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, Any]:
         count = count_of(trees_of(NAME, state).get(COUNT))
-        updates, _trees = over_leaves(NAME, partial(to_either, seed, count), updates, {}, params)
+        counts = apart(count, len(jax.tree.leaves(updates)))
+        updates, _trees = over_leaves(NAME, partial(to_either, seed), updates, {}, params, counts)
         return updates, _STATE(count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -89,7 +89,7 @@ def as_bfloat16(path: leaf.KeyPath, param: Any) -> Any:
     return param
 
 
-def to_either(seed: int, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
+def to_either(seed: int, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays, count: Any) -> tuple[Any, Arrays]:
     """One leaf's update as `round_stochastically` makes it, after so many steps."""
     if param is None:
         raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")

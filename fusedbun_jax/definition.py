@@ -17,6 +17,7 @@ from fusedbun_jax.layout import (
     COUNT,
     Needed,
     Trees,
+    apart,
     by_field,
     count_of,
     make_state,
@@ -27,6 +28,7 @@ from fusedbun_jax.layout import (
 )
 from fusedbun_jax.lift import Descend, update_leaf
 from fusedbun_jax.rounding import to_either, to_nearest
+from fusedbun_jax.state import no_steps
 
 
 class IrregularError(Exception):
@@ -47,21 +49,22 @@ def transformation(chain: Chain, learning_rate: optax.ScalarOrSchedule) -> optax
         made = [leaf.floating(path, "parameter", param)[0] for path, param in leaves]
         needed = [_needed(chain, path, param) for (path, _), param in zip(leaves, made, strict=True)]
         trees = [start(t, tree, made, [arrays[t.name] for arrays in needed]) for t in chain]
-        return join_state(chain, trees, jnp.zeros((), jnp.int32))
+        return join_state(chain, trees, no_steps(made))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, Any]:
         trees, count = split_state(chain, state)
         count = count_of(count)
+        counts = apart(count, len(jax.tree.leaves(updates)))
         for i, transform in enumerate(chain):
-            step = partial(update_leaf, transform, seed, chain.stacked, count)
-            updates, trees[i] = over_leaves(transform.name, step, updates, trees[i], params)
-        updates, _ = over_leaves(descend.name, partial(update_leaf, descend, seed, 0, count), updates, {}, params)
+            step = partial(update_leaf, transform, seed, chain.stacked)
+            updates, trees[i] = over_leaves(transform.name, step, updates, trees[i], params, counts)
+        updates, _ = over_leaves(descend.name, partial(update_leaf, descend, seed, 0), updates, {}, params, counts)
         if callable(learning_rate):
             updates = _scaled(updates, learning_rate(count))
-        rounded = partial(to_either, seed, count) if chain.rounding.stochastic else to_nearest
-        updates, _ = over_leaves(STEP, rounded, updates, {}, params)
+        rounded = partial(to_either, seed) if chain.rounding.stochastic else to_nearest
+        updates, _ = over_leaves(STEP, rounded, updates, {}, params, counts)
         return updates, join_state(chain, trees, count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)

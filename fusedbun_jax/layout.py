@@ -152,16 +152,17 @@ def _check_paths(owner: str, name: str, found: Sequence[leaf.KeyPath], paths: Se
 
 def over_leaves(
     owner: str,
-    step: Callable[[leaf.KeyPath, Any, Any, Arrays], tuple[Any, Arrays]],
+    step: Callable[[leaf.KeyPath, Any, Any, Arrays, Any], tuple[Any, Arrays]],
     updates: optax.Updates,
     trees: Trees,
     params: optax.Params | None,
+    counts: Sequence[Any],
 ) -> tuple[optax.Updates, dict[str, Any]]:
-    """The updates and the trees that `step(path, update, parameter or None, arrays by field)` gives leaf by leaf."""
+    """The updates and trees that `step(path, update, parameter or None, arrays by field, count)` gives leaf by leaf."""
     leaves, tree = leaf.flatten(updates)
     owners = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
     stored = at_leaves(owner, trees, tree, [path for path, _ in leaves])
-    stepped = [step(path, u, p, arrays) for (path, u), p, arrays in zip(leaves, owners, stored, strict=True)]
+    stepped = [step(path, u, *rest) for (path, u), *rest in zip(leaves, owners, stored, counts, strict=True)]
     return tree.unflatten([u for u, _ in stepped]), with_arrays(trees, [arrays for _, arrays in stepped])
 
 
@@ -179,6 +180,16 @@ def count_of(count: Any) -> Any:
             f"{count.shape}; it belongs to another optimizer, so make one with init"
         )
     return count.astype(jnp.int32)
+
+
+def apart(count: Any, number: int) -> Sequence[Any]:
+    """The count for each of so many leaves, and to the compiler another one.
+
+    What follows from one count it would compute once for all leaves, and then otherwise than for each: the last bits of
+    a leaf's numbers would depend on what other leaves there are.
+    """
+    counts: Sequence[Any] = (None,) * number if count is None else jax.lax.optimization_barrier((count,) * number)
+    return counts
 
 
 def trees_of(owner: str, state: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fusedbun_jax import namespace as xp
 from fusedbun_jax.injected import choosing, injectable
 from fusedbun_jax.layout import (
     COUNT,
+    apart,
     by_field,
     count_of,
     counts,
@@ -34,7 +35,7 @@ from fusedbun_jax.layout import (
 )
 from fusedbun_jax.rounding import SEED, as_word
 from fusedbun_jax.second_moment import WithSecondMoment
-from fusedbun_jax.state import Arrays, Differentiable, check_state
+from fusedbun_jax.state import Arrays, Differentiable, check_state, no_steps
 
 P = ParamSpec("P")
 STACKED = {"stacked": Stacked}  # as `fusedbun.hyper.check` reads it
@@ -59,7 +60,6 @@ def lift(
     """
     check(transform.name, {**SEED, **STACKED}, {"seed": seed, "stacked": stacked})
     word = as_word(seed)
-
     counted = counts(transform)
 
     def init(params: optax.Params) -> Any:
@@ -67,16 +67,16 @@ def lift(
         made = [leaf.floating(path, "parameter", param) for path, param in leaves]
         at_leaves = [_at_leaf(transform, path, *x, stacked) for (path, _), x in zip(leaves, made, strict=True)]
         needed = [by_field(arrays) for _, arrays, _ in at_leaves]
-        trees = start(transform, tree, [param for param, _ in made], needed)
-        return make_state(transform, trees, jnp.zeros((), jnp.int32) if counted else None)
+        params = [param for param, _ in made]
+        return make_state(transform, start(transform, tree, params, needed), no_steps(params) if counted else None)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, Any]:
         trees = trees_of(transform.name, state)
         count = count_of(trees.pop(COUNT, None)) if counted else None
-        step = partial(update_leaf, transform, word, stacked, count)
-        updates, trees = over_leaves(transform.name, step, updates, trees, params)
+        step, counts = partial(update_leaf, transform, word, stacked), apart(count, len(jax.tree.leaves(updates)))
+        updates, trees = over_leaves(transform.name, step, updates, trees, params, counts)
         return updates, make_state(transform, trees, None if count is None else count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -110,11 +110,11 @@ def update_leaf(
     transform: Transform,
     seed: Any,
     stacked: Stacked,
-    count: Any,
     path: leaf.KeyPath,
     update: Any,
     param: Any,
     arrays: Arrays,
+    count: Any,
 ) -> tuple[Any, Arrays]:
     """One leaf's update, and its state after it.
 
@@ -122,11 +122,11 @@ def update_leaf(
         transform: the transformation, with its rules.
         seed: of the noise.
         stacked: how many of its leading axes are a stack's, or a rule.
-        count: the steps so far; None where nothing asks for them.
         path: the leaf's.
         update: what the transformation before it hands on.
         param: the parameter, or None.
         arrays: its state's, by field.
+        count: the steps so far; None where nothing asks for them.
     """
     if param is None and transform.reads_param:
         raise ValueError(f"{transform.name} needs the parameters: call update(updates, state, params)")

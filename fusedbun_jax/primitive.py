@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from fusedbun.compiler.cpp.build import BuildError
 from fusedbun.compiler.cpp.native import KernelError
 from fusedbun_jax import kernels
 from fusedbun_jax.definition import join_state, split_state, transformation
+from fusedbun_jax.layout import apart
 from fusedbun_jax.operands import Leaf, pack, unpack
 
 
@@ -54,7 +55,9 @@ def _by_kernels(*operands: Any, step: Step) -> list[Any]:
 
 
 def _by_definition(*operands: Any, step: Step) -> list[Any]:
-    return [x for leaf in unpack(step.leaves, operands) for x in _updated(leaf)]
+    leaves = unpack(step.leaves, operands)
+    counts = apart(leaves[0].count, len(leaves)) if leaves else ()
+    return [x for leaf, count in zip(leaves, counts, strict=True) for x in _updated(replace(leaf, count=count))]
 
 
 def _updated(leaf: Leaf) -> list[Any]:

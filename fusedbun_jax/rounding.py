@@ -16,8 +16,8 @@ from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.injected import choosing, injectable
-from fusedbun_jax.layout import COUNT, count_of, over_leaves, state_type, trees_of
-from fusedbun_jax.state import Arrays, with_derivative_of
+from fusedbun_jax.layout import COUNT, apart, count_of, over_leaves, state_type, trees_of
+from fusedbun_jax.state import Arrays, no_steps, with_derivative_of
 
 SEED = {"seed": Seed}  # as `fusedbun.hyper.check` reads it
 NAME = "round_stochastically"
@@ -41,7 +41,7 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def to_nearest(path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
+def to_nearest(path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays, count: Any) -> tuple[Any, Arrays]:
     """One leaf's update as `round_to_params` makes it."""
     return update if param is None or not update.size else _round_to_nearest(update, jnp.asarray(param)), arrays
 
@@ -68,13 +68,14 @@ def round_stochastically(seed: int | jax.Array = 0) -> optax.GradientTransformat
     word = as_word(seed)
 
     def init(params: optax.Params) -> Any:
-        return _STATE(jnp.zeros((), jnp.int32))
+        return _STATE(no_steps([leaf.floating(path, "parameter", param)[0] for path, param in leaf.flatten(params)[0]]))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
     ) -> tuple[optax.Updates, Any]:
         count = count_of(trees_of(NAME, state).get(COUNT))
-        updates, _trees = over_leaves(NAME, partial(to_either, word, count), updates, {}, params)
+        counts = apart(count, len(jax.tree.leaves(updates)))
+        updates, _trees = over_leaves(NAME, partial(to_either, word), updates, {}, params, counts)
         return updates, _STATE(count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -86,7 +87,7 @@ def as_word(seed: Any) -> Any:
     return seed if isinstance(seed, int) else seed.astype(jnp.int32)
 
 
-def to_either(seed: Any, count: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays) -> tuple[Any, Arrays]:
+def to_either(seed: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Arrays, count: Any) -> tuple[Any, Arrays]:
     """One leaf's update as `round_stochastically` makes it, after so many steps."""
     if param is None:
         raise ValueError("stochastic rounding needs the parameters: call update(updates, state, params)")
@@ -94,7 +95,7 @@ def to_either(seed: Any, count: Any, path: leaf.KeyPath, update: Any, param: Any
     leaf.check_shape(path, update, param)
     rounding = Rounding(True, seed, leaf.name(path)).at(param)
     if not rounding.stochastic:
-        return to_nearest(path, update, param, arrays)
+        return to_nearest(path, update, param, arrays, count)
     update = update.astype(jnp.float32)
     if not update.size:
         return update, arrays

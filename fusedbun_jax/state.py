@@ -27,6 +27,13 @@ def zeros(stored: Stored, param: Any) -> jax.Array:
     return jnp.zeros(stored.shape(param.shape), stored.dtype, device=_sharding(stored, param))
 
 
+def no_steps(params: Sequence[Any]) -> jax.Array:
+    """The count of steps at its start, on the devices of these parameters."""
+    shardings = filter(None, (_sharding(ABSENT, param) for param in params))
+    device = next((NamedSharding(x.mesh, PartitionSpec()) for x in shardings), None)
+    return jnp.zeros((), jnp.int32, device=device)
+
+
 def _sharding(stored: Stored, param: Any) -> NamedSharding | None:
     """The array's sharding; None where the parameter's is not known: under jit the compiler chooses then.
 

@@ -37,7 +37,8 @@ for name in sys.argv[1:]:
     step = jitted(tx)
     placed = place(plain)
     params, state = placed, tx.init(placed)
-    for path, x in jax.tree.leaves_with_path(state.inner_state):
+    assert state.inner_state.count.sharding.is_equivalent_to(NamedSharding(mesh, P()), 0)
+    for path, x in jax.tree.leaves_with_path(state.inner_state._replace(count=None)):
         leaf = [k.key for k in path if getattr(k, "key", None) in specs][0]
         spec = [*specs[leaf], None][: x.ndim]
         expected = P(*(axis if x.shape[i] == shapes[leaf][i] else None for i, axis in enumerate(spec)))

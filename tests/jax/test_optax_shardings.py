@@ -67,18 +67,17 @@ def test_state_is_cut_as_its_parameter_is(factory, dtype):
 
 def test_codes_are_cut_with_whole_blocks():
     found = state_shardings(fj.sm3(0.1, momentum=0.9, momentum_dtype="int8"), abstract())
-    specs = {path.split("slots")[1]: spec for path, spec in specs_of(found).items() if "moment" in path}
-    assert specs["['kernel']['moment']"] == ("a", "b")
-    assert specs["['kernel']['moment.exponents']"] == ("a", "b", None)  # 4 parts of 2 blocks
-    assert specs["['wide']['moment']"] == (None, ("a", "b"))
-    assert specs["['wide']['moment.exponents']"] == (None, None, None)  # a part of 40 is no number of blocks
-    assert specs["['cube']['moment.exponents']"] == ("b", None, None)
-    counters = [spec for path, spec in specs_of(found).items() if "step" in path]
-    assert counters == [(None, None, None), (None, None), (None, None)]
-    found = state_shardings(fj.sm3(0.1, momentum=0.9, momentum_dtype="int4"), abstract())
-    specs = {path.split("slots")[1]: spec for path, spec in specs_of(found).items() if "moment" in path}
-    assert specs["['kernel']['moment']"] == ("a", "b", None)
-    assert specs["['wide']['moment']"] == (None, None, None)
+    codes, exponents = (found.momentum.moment, found.momentum.moment_exponents)
+    assert codes["kernel"].spec == P("a", "b")
+    assert exponents["kernel"].spec == P("a", "b", None)  # 4 parts of 2 blocks
+    assert codes["wide"].spec == P(None, ("a", "b"))
+    assert exponents["wide"].spec == P(None, None, None)  # a part of 40 is no number of blocks
+    assert exponents["cube"].spec == P("b", None, None)
+    assert exponents["bias"].spec == P(None)  # there are none
+    assert found.count.spec == P()
+    codes = state_shardings(fj.sm3(0.1, momentum=0.9, momentum_dtype="int4"), abstract()).momentum.moment
+    assert codes["kernel"].spec == P("a", "b", None)
+    assert codes["wide"].spec == P(None, None, None)
 
 
 WRAPPED = {

@@ -28,7 +28,7 @@ from benchmarks.behaviour.in_torch import (
     values,
 )
 from benchmarks.behaviour.torch_schedules import FIXED
-from benchmarks.behaviour.uses import Contender, Part
+from benchmarks.behaviour.uses import EVERYONE, Contender, Part
 
 COMPILED = Part("torch.compile")
 MODELS = Part("Models")
@@ -50,6 +50,20 @@ def compiled_step(contender: Contender) -> None:
         loss(model, i).backward()
         step()
     assert_same(model, trained(contender), off=1e-5)
+
+
+@COMPILED.use(
+    "`torch.compile(optimizer.step, fullgraph=True)`",
+    reasons={EVERYONE: "Checks and kernels stand outside of the graph; leave `fullgraph` out."},
+)
+def compiled_whole(contender: Contender) -> None:
+    """The step is one graph, and is the eager one."""
+    torch.compiler.reset()
+    model = network(contender)
+    optimizer = contender(model.parameters())
+    loss(model, 0).backward()
+    torch.compile(optimizer.step, fullgraph=True)()
+    assert_same(model, trained(contender, 1), off=1e-5)
 
 
 def compiled_training(contender: Contender, schedule: Callable[[Any], Any] | None, steps: int) -> nn.Module:

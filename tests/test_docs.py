@@ -21,7 +21,10 @@ TEXTS = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.r
 BLOCKS = {
     name: found for name, text in TEXTS.items() if (found := re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
 }
-LONG = ("tutorial-jax.md", "how-to/configuration.md", "how-to/torch-to-jax.md", "how-to/memory-budget.md")
+LONG = (
+    *("tutorial-jax.md", "how-to/torch-to-jax.md", "how-to/memory-budget.md", "how-to/configuration.md"),
+    *("how-to/lora.md", "how-to/torch-compile.md"),
+)
 MATHEMATICS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## )", TEXTS["mathematics.md"], re.M | re.S))
 TRANSFORMS = [getattr(transforms, name) for name in transforms.__all__]
 

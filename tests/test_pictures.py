@@ -98,7 +98,7 @@ def test_covers_are_drawn(monkeypatch, made_up):
 
 def test_the_pictures_are_there_and_small():
     pictures = {path.name: path for path in FOLDER.iterdir() if path.suffix in (".png", ".gif")}
-    text = (FOLDER.parent / "behaviour.md").read_text()
+    text = (FOLDER.parent / "what-it-looks-like.md").read_text()
     assert set(pictures) == {
         "rosenbrock.png",
         "rastrigin.png",

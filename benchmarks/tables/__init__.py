@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable
 from importlib import import_module
 
-from benchmarks.tables import memory, speed
+from benchmarks.tables import behaviour, memory, speed
 from benchmarks.tables.results import SHAPES, SPEED
 
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/memory.md", "docs/quality.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/memory.md", "docs/quality.md", "docs/behaviour.md")
 _BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w ]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -55,6 +55,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality measured": quality("measured"),
     "quality whole": quality("whole"),
     "quality in place": quality("in_short", "in_place"),
+    "behaviour measured": behaviour.behaviour_measured,
+    "behaviour in torch": lambda: behaviour.behaviour_of("torch"),
     "quality in place whole": quality("whole", "in_place"),
 }
 

@@ -15,6 +15,7 @@ NAMES = "it is about finding classes by their names"
 
 INFO, SUITE = "torch/test_torch_optimizer_info.py::", "torch/test_torch_optimizer_suite.py::"
 BASE, API = "torch/test_torch_optimizer_base.py::", "torch/test_torch_api.py::"
+STATES = "torch/test_torch_optimizer_states.py::"
 SCHEDULES, PEER = "torch/test_torch_schedules.py::", "torch/test_torch_pytorch_optimizer.py::"
 ERRORS, TENSORS = "torch/test_torch_errors.py::", "torch/test_torch_tensors.py::"
 HOOKS = f"{BASE}test_hooks_of_state_dicts_do_what_they_do_to_torchs_own"
@@ -52,10 +53,10 @@ TORCH = {
     "test_step_is_noop_when_params_have_no_grad": f"{SUITE}test_without_a_gradient_a_step_does_nothing",
     "test_step_is_noop_for_zero_grads": f"{SUITE}test_a_gradient_of_zero_moves_nothing",
     "test_optimizer_can_be_printed": f"{API}test_is_a_torch_optimizer_that_prints_its_groups",
-    "test_state_dict_deterministic": f"{SUITE}test_a_loaded_state_continues_and_is_the_same",
-    "test_can_load_older_state_dict": f"{SUITE}test_a_state_from_before_later_options_is_loaded",
-    "test_can_load_from_to_named_state_dict": f"{SUITE}test_a_loaded_state_continues_and_is_the_same",
-    "test_save_load_equality_with_weights_only": f"{SUITE}test_a_state_goes_through_a_file_without_code",
+    "test_state_dict_deterministic": f"{STATES}test_a_loaded_state_continues_and_is_the_same",
+    "test_can_load_older_state_dict": f"{STATES}test_a_state_from_before_later_options_is_loaded",
+    "test_can_load_from_to_named_state_dict": f"{STATES}test_a_loaded_state_continues_and_is_the_same",
+    "test_save_load_equality_with_weights_only": f"{STATES}test_a_state_goes_through_a_file_without_code",
     "test_load_nontensor_step": (
         "its counters were numbers once, and are taken so still; ours never were, and are refused by name, as "
         "test_a_counter_that_is_no_tensor_is_refused says"
@@ -70,7 +71,7 @@ TORCH = {
     "test_step_post_hook": STEP_HOOKS,
     "test_step_pre_hook": STEP_HOOKS,
     "test_step_all_hooks": STEP_HOOKS,
-    "test_deepcopy_copies_all_public_attrs": f"{SUITE}test_a_copy_equals_its_original_in_every_attribute",
+    "test_deepcopy_copies_all_public_attrs": f"{STATES}test_a_copy_equals_its_original_in_every_attribute",
     "test_second_order_optims_return_consistent_types": "no optimizer of ours asks the closure twice",
     "test_fused_cpu_matches_cuda": GPU,
     "test_defaults_changed_to_foreach": "torch/test_torch_implementations.py::test_the_best_of_each_device",

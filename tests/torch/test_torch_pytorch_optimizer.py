@@ -1,6 +1,6 @@
 """What the suite of the package pytorch_optimizer asks of an optimizer; its wrappers and schedulers around ours.
 
-`tests/test_peers.py` says of each of its tests where it is.
+`tests/peers.py` says of each of its tests where it is.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def in_place(optimizer: Owner, state_dict: dict[str, Any]) -> dict[str, Any]:
         return state_dict
     groups = []
     for mine, saved in zip(ours, theirs, strict=True):
-        found = [places[name] for name in mine["param_names"]]
+        found = [places[name] for name in mine.get("param_names", ())]
         homes = {g for g, _ in found}
         of = theirs[homes.pop()] if len(homes) == 1 else saved
         groups.append({**of, "params": [number for _, number in found]})

@@ -27,9 +27,9 @@ def fitted(tree: Any, stored: Sequence[Stored]) -> Any:
     structure: Any
     nodes, structure = jax.tree.flatten(tree, is_leaf=_is_box)
     each = iter(stored)
-    of = [[next(each) for _ in jax.tree.leaves(node)] for node in nodes]
+    of = [[next(each) for _ in jax.tree.leaves(node)] for node in nodes]  # none in the box of a masked parameter
     return structure.unflatten(
-        [_fitted(node, x) if _is_box(node) else node for node, (x, *_) in zip(nodes, of, strict=True)]
+        [_fitted(node, x[0]) if x and _is_box(node) else node for node, x in zip(nodes, of, strict=True)]
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fusedbun.storage.codes import BLOCK, Stored
@@ -29,6 +30,9 @@ class TransformState(NamedTuple):
     """
 
     slots: Any
+
+
+export.register_namedtuple_serialization(TransformState, serialized_name="fusedbun_jax.TransformState")
 
 
 def over_leaves(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 
 from fusedbun.chain import arrays_of, slots_of
 from fusedbun.storage.codes import BLOCK, STEP, Stored
@@ -51,7 +52,9 @@ def state_type(name: str, names: tuple[str, ...]) -> Any:
             f"{name} cannot have the fields {', '.join(map(repr, names))}: {error}; they are called as transformations "
             f"and slots are, so choose other names for these"
         ) from None
-    return type(name, (fields, TransformState), {"__slots__": ()})
+    made = type(name, (fields, TransformState), {"__slots__": ()})
+    export.register_namedtuple_serialization(made, serialized_name=f"fusedbun_jax.{name}({', '.join(names)})")
+    return made
 
 
 def _restored(name: str, values: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 
 from fusedbun import metrics
 from fusedbun.storage import codes
@@ -26,6 +27,9 @@ class MetricsState(NamedTuple):
 
     inner_state: Any
     metrics: dict[str, jax.Array]
+
+
+export.register_namedtuple_serialization(MetricsState, serialized_name="fusedbun_jax.MetricsState")
 
 
 def with_metrics(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -20,6 +20,19 @@ single, real, whole, block_max = in_numpy.single, in_numpy.real, in_numpy.whole,
 from_blocks, pack = codes.from_blocks, codes.pack
 
 
+@jax.custom_jvp
+def sqrt(x: Array, /) -> Array:
+    """The root, whose derivative at 0 is 0: an infinite one makes NaN of all that it is multiplied by 0 for."""
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    root = sqrt(*primals)
+    is_zero = root == 0
+    return root, jnp.where(is_zero, 0.0, 0.5 / jnp.where(is_zero, 1.0, root)) * tangents[0]
+
+
 def bits(x: Array, /) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 

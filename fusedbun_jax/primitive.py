@@ -2,7 +2,7 @@
 
 Which of the two is decided when a program is lowered, for only then are its devices known: kernels on one CPU, under
 jit and its control flow. On several devices XLA partitions the definition, on GPUs and TPUs it compiles it, and vmap
-and derivatives are those of the definition.
+and derivatives are those of the definition. So is what jax.export keeps: whoever runs it may not have the kernels.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step, where: str
 
 def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, step: Step) -> Any:
     where = "for more than one device, or under shard_map"
-    if getattr(ctx.module_context.axis_context, "num_devices", None) == 1:
+    if ctx.module_context.lowering_parameters.for_export:
+        where = "in what jax.export keeps, for who runs it may not have them"
+    elif getattr(ctx.module_context.axis_context, "num_devices", None) == 1:
         try:
             return mlir.lower_fun(_by_kernels, multiple_results=True)(ctx, *operands, step=step)
         except BuildError as error:

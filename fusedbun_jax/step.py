@@ -57,7 +57,8 @@ class SteppingTransformation(optax.GradientTransformationExtraArgs):  # type: ig
         state, as above, where they are also returned so: otherwise they trade places, which takes copies.)
 
         Everywhere else it is the definition that runs, as XLA compiles it: on GPUs and TPUs, on several devices, under
-        vmap, for derivatives, without a C++ compiler, and for a chain that no schedule expresses.
+        vmap, for derivatives, in what jax.export keeps, without a C++ compiler, and for a chain that no schedule
+        expresses.
 
         Args:
             grads: the gradients.

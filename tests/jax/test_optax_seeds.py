@@ -15,7 +15,7 @@ from fusedbun.storage.noise import start
 from fusedbun.transforms import Momentum
 
 NOISY = {"momentum_dtype": "int8", "stochastic_rounding": True}
-SEEDS = [5, 6, -1, 2**31 - 1]
+SEEDS = [5, -1]
 PARAMS = {"a": jnp.linspace(-1, 1, 24 * 40, dtype=jnp.bfloat16).reshape(24, 40), "b": jnp.ones(40, jnp.bfloat16)}
 MAKE = {
     "factory": lambda seed: fj.fusedbun(0.01, seed=seed, **NOISY),

@@ -17,6 +17,7 @@ from factories import (
     run,
     stepper,
     sweep_of_descending,
+    sweep_of_factories,
 )
 from optax import contrib
 from sweeps import sweep
@@ -27,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Accumulation
 
 
-@every_factory
+@sweep_of_factories
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accumulated_steps_have_the_types_of_others(factory, dtype):
     """Whatever dtype the gradients have. Without a dtype for what is accumulated optax takes float32 alone."""

@@ -5,7 +5,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from factories import every_factory, gradients, jitted, jitted_update, over, run, sweep_of_descending
+from factories import (
+    every_factory,
+    gradients,
+    jitted,
+    jitted_update,
+    over,
+    run,
+    sweep_of_descending,
+    sweep_of_factories,
+)
 from test_optax_masks import MASKS, parameters
 
 few = over(["recommended", "sm3-momentum", "mup_adamw"], ["sm3-momentum"])
@@ -44,7 +53,7 @@ def test_what_is_of_parameters_and_what_is_not_make_up_the_state(factory):
         assert (arrays[0] > 0) == any(x.ndim for x in jax.tree.leaves(state)), name
 
 
-@every_factory
+@sweep_of_factories
 def test_hyperparameters_are_not_of_parameters(factory):
     """They stay where all that is of parameters is made one larger."""
     tx, params = factory.injected(), parameters(factory)

@@ -82,6 +82,45 @@ def test_so_they_are_with_a_tensor_for_the_learning_rate(make, lr):
     clusters.train(plain(clusters, make(clusters.params, lr=torch.tensor(lr))), 10)
 
 
+# Learning rates at which it goes along Rosenbrock's valley in a thousand steps.
+IN_THE_VALLEY = {
+    "fusedbun": 1e-3,
+    "fusedbun-recommended": 3e-3,
+    "fusedbun-clipped-lagged": 0.01,
+    "chain": 0.3,
+    "fusedbunw": 0.3,
+    "sm3": 1.0,
+    "sm3-momentum": 0.3,
+    "scaled-optum": 3e-3,
+    "mup-adam": 0.3,
+    "mup-adamw": 0.3,
+    "mup-sgd": 3e-3,
+    "decoupled-lionw": 0.03,
+}
+
+
+@sweep(("name", "lr"), IN_THE_VALLEY.items(), short=lambda name, lr: name == "fusedbunw", ids=IN_THE_VALLEY)
+def test_the_valley_of_rosenbrock(name, lr):
+    """From a loss of 62.5, round the bend that is at 5."""
+    point = torch.tensor([-1.5, 1.5], requires_grad=True)
+    optimizer = MAKERS[name]([point], lr=lr)
+    (group,) = optimizer.param_groups
+    if "weight_decay" in group:
+        group["weight_decay"] = 0.0
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1000)
+
+    def loss():
+        x, y = point
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+    assert loss() < 3.0
+
+
 @every_optimizer
 def test_groups_of_which_some_parameters_have_no_gradient(make):
     """Gradients with graphs of their own, groups with and without a parameter that is trained, a closure's number."""

@@ -53,7 +53,7 @@ def test_a_kernel_that_is_asked_for_is_an_error():
 def test_derivatives_of_an_exported_step():
     tx, params = FACTORIES["mup_adamw"](), parameters()
     grads = gradients(params)
-    _, state = tx.step(gradients(params, 1), tx.init(params), params)  # of a first step they are differences of rounding
+    _, state = tx.step(gradients(params, 1), tx.init(params), params)  # those of a first step are noise of rounding
 
     def end(step):
         return jax.grad(lambda g: sum(jnp.sum(p**2) for p in jax.tree.leaves(step(g, state, params)[0])))

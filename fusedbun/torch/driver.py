@@ -181,7 +181,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable")  # which torch sets for its own optimizers
+        self.defaults.pop("differentiable", None)  # which torch sets for its own optimizers
         self._steppers, self._products = self._new_steppers(), state.get("_products", {})
         if self.gradient_release:
             self.gradient_release.forget()

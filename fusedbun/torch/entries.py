@@ -32,7 +32,7 @@ _CALLED = {  # what one thing is called by one or another
     "momentum": ("momentum", "momentum_beta", "betas", "beta1", "b1"),
 }
 # What optimizers around another keep of their own in groups that they share with it, as SAM and its like do.
-_OF_WRAPPERS = frozenset({"rho", "alpha", "sigma", "lmbda"})
+_OF_WRAPPERS = frozenset({"rho", "alpha", "lmbda"})
 _NEAR = 0.9  # schedulers' `max_momentum` and `base_momentum` are at most 0.8 near to `momentum`
 
 

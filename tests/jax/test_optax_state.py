@@ -4,12 +4,14 @@ import copy
 import pickle
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
-from factories import described, every_factory, gradients, jitted, over, run
+from factories import described, every_factory, gradients, jitted, over, representative, run, stepper
 
 import fusedbun_jax as fj
 from fusedbun import Signal, Slot, Transform
@@ -38,12 +40,19 @@ def trees(state):
 @pytest.mark.parametrize("rate", [None, SCHEDULE], ids=["number", "schedule"])
 def test_every_field_is_a_tree_like_the_parameters_and_there_is_one_count(factory, rate):
     tx, params = factory(rate), of_every_rank(factory)
-    _, state = run(tx, params, 2)
+    _, state = jax.eval_shape(stepper(tx), params, tx.init(params), params)
     for tree in trees(state).values():
         assert jax.tree.structure(tree) == jax.tree.structure(params)
     count = optax.tree.get(state, "count")  # a KeyError where there are several
-    assert (count.dtype, count.shape, int(count)) == (jnp.int32, (), 2)
+    assert (count.dtype, count.shape) == (jnp.int32, ())
     assert described(tx.init(params)) == described(state)
+
+
+@representative
+@pytest.mark.parametrize("rate", [None, SCHEDULE], ids=["number", "schedule"])
+def test_the_count_is_of_the_steps(factory, rate):
+    _, state = run(factory(rate), factory.parameters(), 3)
+    assert optax.tree.get(state, "count") == 3
 
 
 @every_factory
@@ -174,3 +183,53 @@ def test_it_is_refused(wrong, how):
     }
     with pytest.raises(ValueError, match=says[wrong]):
         getattr(tx, how)(params, state, params)
+
+
+# ---- bytes that are another's
+
+NAMED = {"w": (3, 40), "b": (40,)}
+OTHERS = {
+    "other codes": fj.fusedbunw(0.1, momentum_dtype="int4"),
+    "codes of other arrays": fj.fusedbunw(0.1, momentum_dtype=None),
+    "another optimizer": fj.sm3(0.1, momentum=0.9),
+    "optax's": optax.adamw(0.1),
+}
+
+
+def filled(shapes):
+    return {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+
+def refusal(load, tx):
+    """What is said of bytes that are loaded, or at latest of the first step with them."""
+    params = filled(NAMED)
+    with pytest.raises((ValueError, KeyError)) as error:
+        tx.update(params, jax.tree.map(jnp.asarray, load(tx.init(params))), params)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_bytes_of_another_state_are_refused(other, tmp_path):
+    tx, state = fj.fusedbunw(0.1), OTHERS[other].init(filled(NAMED))
+    data = flax.serialization.to_bytes(state)
+    said = refusal(lambda target: flax.serialization.from_bytes(target, data), tx)
+    if other == "other codes":
+        assert "momentum: the state of leaf \"['w']\" holds {'moment': (3, 2, 16)}" in said
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        refusal(lambda target: checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: target)), tx)
+
+
+@pytest.mark.parametrize("shapes", [{"w": (3, 40)}, {"w": (3, 41), "b": (40,)}])
+def test_bytes_of_another_tree_are_refused(shapes):
+    tx = fj.fusedbunw(0.1)
+    data = flax.serialization.to_bytes(tx.init(filled(shapes)))
+    assert "'w'" in (said := refusal(lambda target: flax.serialization.from_bytes(target, data), tx)) or "keys" in said
+
+
+def test_bytes_of_another_dtype_are_refused():
+    tx, params = fj.sm3(0.1, momentum=0.9, momentum_dtype="bfloat16"), filled(NAMED)
+    data = flax.serialization.to_bytes(fj.sm3(0.1, momentum=0.9).init(params))
+    said = refusal(lambda target: flax.serialization.from_bytes(target, data), tx)
+    assert "the state 'moment' of leaf \"['b']\" is float32, but bfloat16 is stored now" in said

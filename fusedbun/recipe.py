@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ParamSpec
 
 from fusedbun.chain import Chain
-from fusedbun.hyper import UnitInterval, checked, hints, is_structural
+from fusedbun.hyper import UnitInterval, checked
 from fusedbun.storage.rounding import Rounding
 
 P = ParamSpec("P")
@@ -116,12 +116,6 @@ class Recipe:
     def defaults(self) -> dict[str, Any]:
         """The hyper-parameters and their defaults."""
         return {name: p.default for name, p in self.parameters.items()}
-
-    @cached_property
-    def structural(self) -> tuple[str, ...]:
-        """The hyper-parameters that choose code or state, so that they must be known when a step is traced."""
-        declared = hints(self.make)
-        return tuple(name for name in self.parameters if is_structural(declared[name]))
 
     @cached_property
     def wants_initial_lr(self) -> bool:

@@ -35,7 +35,7 @@ def value_of(x: Any) -> Any:
 class Signature(inspect.Signature):
     """A signature that binds with the defaults, and as `Known` what `known` says of the arguments."""
 
-    known: Callable[[Arguments], Arguments] = dict
+    known: Callable[[Arguments], Arguments] = staticmethod(lambda arguments: {})
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)

@@ -101,11 +101,11 @@ def _declared(recipe: Recipe) -> dict[str, Any]:
 def _remark(declared: Mapping[str, Any], names: Iterable[str]) -> str:
     """What of these arguments optax.inject_hyperparams leaves as it is."""
     static, at_0 = (
-        " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]]))
+        [f"`{name}`" for name in names if name in declared and chooses(declared[name])]
         for chooses in (is_structural, is_stateless_at_0)
-        for named in [[f"`{name}`" for name in names if name in declared and chooses(declared[name])]]
     )
-    stays = _STATIC.format(static=static) + (_STATIC_AT_0.format(names=at_0) if at_0 else "")
+    stays = _STATIC.format(static=f"{', '.join(static[:-1])} and {static[-1]}")
+    stays += _STATIC_AT_0.format(names=" and ".join(at_0)) if at_0 else ""
     return f"\n{textwrap.fill(stays, 120)}\n"
 
 

@@ -11,7 +11,7 @@ import fusedbun
 import fusedbun_jax
 from fusedbun import namespace as in_numpy
 from fusedbun import recipes
-from fusedbun.hyper import NonNegative
+from fusedbun.hyper import NonNegative, hints, is_stateless_at_0, is_structural
 from fusedbun.reference import exact_step
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
@@ -179,8 +179,12 @@ def test_the_recipe_is_the_chain_of_the_specification():
 
 
 def test_structural_hyperparameters():
-    names = ("centralize", "use_rms", "nesterov", "lagged", "channel_axis", "momentum_dtype")
-    assert recipes.RECIPES["fusedbun"].structural == names
+    declared = {
+        name: hint for name, hint in hints(recipes.fusedbun).items() if name in recipes.RECIPES["fusedbun"].defaults
+    }
+    structural = ["centralize", "use_rms", "nesterov", "lagged", "channel_axis", "momentum_dtype"]
+    assert [name for name, hint in declared.items() if is_structural(hint)] == structural
+    assert [name for name, hint in declared.items() if is_stateless_at_0(hint)] == ["momentum_beta"]
 
 
 @dataclass(frozen=True)

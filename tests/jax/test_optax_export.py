@@ -50,6 +50,7 @@ def test_a_kernel_that_is_asked_for_is_an_error():
         export.export(step_of(tx, "kernel"))(gradients(params), tx.init(params), params)
 
 
+@pytest.mark.long
 def test_derivatives_of_an_exported_step():
     tx, params = FACTORIES["mup_adamw"](), parameters()
     grads = gradients(params)
@@ -84,6 +85,7 @@ np.savez(folder / "after.npz", *kept.call(*(given[name] for name in given.files)
 """
 
 
+@pytest.mark.long
 def test_an_exported_step_runs_where_we_are_not(tmp_path):
     pytest.importorskip("flatbuffers")
     tx, params = fj.fusedbunw(0.125, momentum_dtype="int4"), {"w": jnp.ones((8, 40))}

@@ -54,7 +54,7 @@ def differ(a, b):
     return any(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x != y).any()), a, b)))
 
 
-@pytest.mark.parametrize("make", [MAKE["factory"], *PARTS.values()], ids=["factory", *PARTS])
+@pytest.mark.parametrize("make", [MAKE["chain"], *PARTS.values()], ids=["chain", *PARTS])
 def test_members_of_an_ensemble_round_by_their_own_seeds(make):
     """Each as it does alone with its seed, which is known or is not."""
     got = jax.jit(jax.vmap(lambda seed: by_update(make(seed))))(jnp.array(SEEDS))
@@ -75,7 +75,7 @@ def test_a_kernel_takes_a_seed_that_is_not_known_yet(make):
 
 
 def test_steps_of_an_ensemble_are_the_definitions():
-    make = MAKE["factory"]
+    make = MAKE["chain"]
     got = jax.jit(jax.vmap(lambda seed: by_step(make(seed))))(jnp.array([5, 6]))
     for i, seed in enumerate((5, 6)):
         chex.assert_trees_all_equal(member(got, i), jax.jit(lambda seed=seed: by_step(make(seed), "definition"))())

@@ -162,3 +162,21 @@ def test_why_0d_parameters_are_stepped_eagerly():
     torch.testing.assert_close(compiled[1], eager[1], rtol=1e-5, atol=0.0)  # its bias correction is float32
     assert (eager[0] - before[0]).abs() > 0.09
     assert_same(compiled[0].detach(), before[0])
+
+
+def test_metrics_of_a_compiled_step():
+    found = []
+    for compiled in (False, True):
+        params = parameters((3, 40), (5,))
+        optimizer = FusedbunW([(str(i), p) for i, p in enumerate(params)], lr=0.1, seed=1)
+        optimizer.record_metrics = True
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        for index in range(2):
+            set_gradients(params, index)
+            step()
+        metrics = {}
+        for i, p in enumerate(params):
+            optimizer.report_per_parameter_metrics(p, str(i), metrics)
+        found.append(metrics)
+    assert len(found[0]) == 12
+    torch.testing.assert_close(found[1], found[0])

@@ -222,6 +222,22 @@ def test_a_threshold_out_of_range(value, error):
 # ScaledOptum
 
 
+@pytest.mark.parametrize("implementation", ["kernel", "tiles", "definition"])
+def test_slices_of_a_stack_vote_by_themselves(implementation):
+    (stack,) = parameters((3, 4, 5))
+    stack.data.sign_()
+    slices = [x.clone().requires_grad_() for x in stack.detach()]
+    one = TernaryVote([stack], threshold=2, stacked=1, implementation=implementation)
+    many = TernaryVote(slices, threshold=2, implementation=implementation)
+    for step in range(4):
+        stack.grad = gradient(stack, step)
+        for p, grad in zip(slices, stack.grad, strict=True):
+            p.grad = grad.clone()
+        one.step()
+        many.step()
+    assert torch.equal(stack, torch.stack(slices))
+
+
 def test_scaled_optum_keeps_nothing():
     params = parameters(*SHAPES)
     optimizer = ScaledOptum(params, weight_decay=0.1)

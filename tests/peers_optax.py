@@ -173,9 +173,7 @@ OPTAX: dict[str, str | dict[str, str]] = {
     "transforms/_monitoring_test.py": {"test_snapshot": IN_A_CHAIN, "test_monitor": OWN},
     "tree_utils/_state_utils_test.py": {
         "test_dict_based_optimizers": f"{UTILS}test_what_is_of_parameters_and_what_is_not_make_up_the_state",
-        "test_adam": (
-            "a spec for each parameter is none for its axes' statistics; `fusedbun_jax.state_shardings` gives theirs"
-        ),
+        "test_adam": "jax/test_optax_boxes.py::test_a_rule_over_specs_makes_the_shardings_of_the_state",
         "test_inject_hparams": f"{UTILS}test_hyperparameters_are_not_of_parameters",
         "test_map_params_to_none": f"{UTILS}test_what_is_of_parameters_and_what_is_not_make_up_the_state",
         "test_map_non_params_to_none": f"{UTILS}test_what_is_of_parameters_and_what_is_not_make_up_the_state",

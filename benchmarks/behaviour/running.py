@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.behaviour import (
+    in_jax,
     in_torch,
+    jax_programs,
+    jax_state,
+    jax_wrappers,
     torch_libraries,
     torch_models,
     torch_schedules,
@@ -28,8 +32,19 @@ PARTS: dict[str, list[Part]] = {
         torch_libraries.ADAPTERS,
         torch_libraries.LIBRARIES,
     ],
+    "jax": [
+        jax_programs.PROGRAMS,
+        jax_wrappers.PART,
+        jax_wrappers.SCHEDULED,
+        jax_state.STATE,
+        jax_programs.TREES,
+        jax_state.FLAX,
+    ],
 }
-CONTENDERS: dict[str, list[Contender]] = {"torch": in_torch.contenders()}  # that of the framework itself first
+CONTENDERS: dict[str, list[Contender]] = {  # AdamW first
+    "torch": in_torch.contenders(),
+    "jax": in_jax.contenders(),
+}
 USES: dict[tuple[str, str], tuple[Part, Use]] = {  # by framework and title
     (framework, use.title): (part, use) for framework, parts in PARTS.items() for part in parts for use in part.uses
 }

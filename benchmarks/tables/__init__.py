@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality in place": quality("in_short", "in_place"),
     "behaviour measured": behaviour.behaviour_measured,
     "behaviour in torch": lambda: behaviour.behaviour_of("torch"),
+    "behaviour in JAX": lambda: behaviour.behaviour_of("jax"),
     "quality in place whole": quality("whole", "in_place"),
 }
 

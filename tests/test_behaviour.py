@@ -17,7 +17,6 @@ FEW = {
     ("torch", "sparse gradients (`nn.Embedding(sparse=True)`)"),
     ("torch", "`DistributedDataParallel`"),
     ("jax", "`masked`"),
-    ("jax", "`linear_schedule`"),
     ("jax", "complex parameters"),
 }
 

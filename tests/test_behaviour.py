@@ -16,8 +16,7 @@ FEW = {
     ("torch", "`foreach=True`"),
     ("torch", "sparse gradients (`nn.Embedding(sparse=True)`)"),
     ("torch", "`DistributedDataParallel`"),
-    ("jax", "`masked`"),
-    ("jax", "`linear_schedule`"),
+    ("jax", "`optax.tree_map_params`"),
     ("jax", "complex parameters"),
 }
 

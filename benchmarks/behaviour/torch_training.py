@@ -25,12 +25,10 @@ from benchmarks.behaviour.torch_schedules import FIXED
 from benchmarks.behaviour.uses import Contender, Part, is_ours
 
 PART = Part("Around a step")
-HASTY = {
-    "TernaryVote": "A `threshold` of 1 moves every weight in every step, which these uses want and descent does not."
-}
+COARSE = {"TernaryVote": "A step of a weight is a whole 1, which is too coarse for a network of eight units."}
 
 
-@PART.use("a loop that descends", reasons=HASTY)
+@PART.use("a loop that descends", reasons=COARSE)
 def descends(contender: Contender) -> None:
     """After steps on one batch the loss is lower."""
     model = network(contender)

@@ -112,14 +112,14 @@ def trainer(folder, model, name):
 
 
 @sweep(
-    ("name", "kind"),
-    [(name, kind) for name in OPTIMIZERS for kind in BASES],
-    short=only(("fusedbunw", "four bits")),
+    ("name", "kind", "rank"),
+    [(name, kind, rank) for name in OPTIMIZERS for kind in BASES for rank in (1, 4, 64)],
+    short=only(("fusedbunw", "four bits", 4)),
 )
-def test_the_trainer_resumes_to_the_bit(base, tmp_path, name, kind):
-    whole = trainer(tmp_path, adapted(base, kind, 4), name)
+def test_the_trainer_resumes_to_the_bit(base, tmp_path, name, kind, rank):
+    whole = trainer(tmp_path, adapted(base, kind, rank), name)
     whole.train()
-    resumed = trainer(tmp_path, adapted(base, kind, 4), name)
+    resumed = trainer(tmp_path, adapted(base, kind, rank), name)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same(numbers(resumed.model), numbers(whole.model))
     logs = [[entry["loss"] for entry in x.state.log_history if "loss" in entry] for x in (whole, resumed)]

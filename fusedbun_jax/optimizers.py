@@ -26,9 +26,9 @@ _INITIAL_RATE = """\
 """
 _ROUNDING = """
 `stochastic_rounding=True` rounds bfloat16 parameters to either neighbour, without a bias, instead of to the nearest, so
-that steps much smaller than a parameter's precision still move it; it keeps an int32 number for each, and the updates
-are float32. `seed`, an integer (None: 0), decides the noise of this and of all rounding of state; with the same seed,
-paths of the parameters and number of steps, it is the same on any device and in torch.
+that steps much smaller than a parameter's precision still move it; the updates are float32 then. `seed`, an integer
+(None: 0), decides the noise of this and of all rounding of state; with the same seed, paths of the parameters and
+number of steps, it is the same on any device and in torch.
 """
 _STATIC = """
 Under optax.inject_hyperparams give static_args={static}: these choose code or state, and cannot be scheduled.

@@ -18,7 +18,7 @@ from fusedbun.storage.codes import BLOCK, STEP, Stored
 from fusedbun.transform import Transform
 from fusedbun_jax import leaf
 from fusedbun_jax.boxes import fitted
-from fusedbun_jax.state import ABSENT, Arrays, zeros
+from fusedbun_jax.state import Arrays, absent, zeros
 
 COUNT = "count"  # the field with the number of steps: one for all leaves
 AXES = 4  # a state has the fields of parameters of up to so many axes, whatever parameters it is made for
@@ -88,7 +88,7 @@ def start(transform: Transform, tree: Any, params: Sequence[Any], needed: Sequen
     """
     made = {}
     for name in dict.fromkeys([*_possible(transform), *(name for arrays in needed for name in arrays)]):
-        stored = [arrays.get(name, ABSENT) for arrays in needed]
+        stored = [arrays.get(name, absent(param)) for arrays, param in zip(needed, params, strict=True)]
         arrays = [zeros(x, param) for x, param in zip(stored, params, strict=True)]
         made[name] = fitted(tree.unflatten(arrays), stored)
     return made
@@ -119,7 +119,7 @@ def _arrays(transform: Transform) -> dict[str, Stored]:
         except (TypeError, ValueError):  # not for such parameters, or not without the rule's answer
             continue
         for dtype in ("float32", "bfloat16"):
-            found = {**found, **arrays_of(slots, dtype, transform.counts)}
+            found |= arrays_of(slots, dtype, transform.counts)
     return found
 
 

@@ -11,12 +11,11 @@ from jax import export
 
 from fusedbun import metrics
 from fusedbun.storage import codes
-from fusedbun.transform import Shape
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.layout import TransformState, field_of
 from fusedbun_jax.lift import over_stack
-from fusedbun_jax.state import ABSENT, Arrays
+from fusedbun_jax.state import Arrays, absent
 
 FUNCTIONS = metrics.functions(xp)
 BLOCKED = 3  # the axes of an array by blocks: rows, blocks, and what is in one
@@ -74,7 +73,7 @@ def _measure(params: Any, after: Any, grads: Any, state: Any) -> dict[str, jax.A
         _, dtype = leaf.floating(path, "parameter", p)
         p, q, g = p.astype(dtype), q.astype(dtype), g.astype(dtype)
         vectors = {"param": q, "update": p - q, "grad": g}
-        if moment := _present(moments.get(path, {}), p.shape):
+        if moment := _present(moments.get(path, {}), p):
             vectors["moment"] = _decoded(moment, p.shape, dtype)
         products = {pair: x.reshape(()) for pair, x in metrics.inner_products(xp, vectors).items()}
         measured |= metrics.measured(FUNCTIONS, products, leaf.name(path))
@@ -107,9 +106,8 @@ def _decoded(moment: Arrays, shape: Shape, dtype: Any) -> Any:
     return over_stack(decode, shape[:stacked])(moment)
 
 
-def _present(moment: Arrays, shape: Shape) -> Arrays:
-    """The arrays that a leaf of this shape has of these."""
-    absent = ABSENT.dtype, ABSENT.shape(shape)
-    return {
-        part: x for part, x in moment.items() if (x.dtype.name, x.shape) != absent or (not part and x.shape == shape)
-    }
+def _present(moment: Arrays, param: Any) -> Arrays:
+    """The arrays that a leaf has of these."""
+    none, own = absent(param), {"": param.shape}
+    lacking = none.dtype, none.shape(param.shape)
+    return {part: x for part, x in moment.items() if (x.dtype.name, x.shape) != lacking or x.shape == own.get(part)}

@@ -94,7 +94,8 @@ def load_state(
             rule from a name in the file to either. Names that are not in it stay as they are. `flax_mapping` makes
             one. Codes of 8 and 4 bits stay what they are bit for bit in one layout; from one to another they are
             rounded to the nearest.
-        partial: load the parameters that are both here and in the file, and leave the state of the others.
+        partial: load the parameters that are both here and in the file, and leave the state of the others. The count
+            of steps is the file's.
         steps: how many steps came before, which a schedule, bias corrections and noise go on from; None: what the file
             says. One of torch's may not know it, or have another number for each parameter.
 

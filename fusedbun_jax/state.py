@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fusedbun.storage.codes import BLOCK, Stored
+from fusedbun.storage.codes import BLOCK, COUNT, Stored, computed_in
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Shape, Slot, State
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 
 Arrays = dict[str, Any]  # of one leaf's state, by the names of their fields
-ABSENT = Stored("float32", ())  # one 0, where a leaf has no such array as others have in a tree
+
+
+def absent(param: Any) -> Stored:
+    """What a leaf has where it has no such array as others have in a tree: one 0, in what it is computed in."""
+    return Stored(computed_in(param.dtype.name), ())
 
 
 def zeros(stored: Stored, param: Any) -> jax.Array:
@@ -29,7 +33,7 @@ def zeros(stored: Stored, param: Any) -> jax.Array:
 
 def no_steps(params: Sequence[Any]) -> jax.Array:
     """The count of steps at its start, on the devices of these parameters."""
-    shardings = filter(None, (_sharding(ABSENT, param) for param in params))
+    shardings = filter(None, (_sharding(COUNT, param) for param in params))
     device = next((NamedSharding(x.mesh, PartitionSpec()) for x in shardings), None)
     return jnp.zeros((), jnp.int32, device=device)
 
@@ -71,12 +75,12 @@ def check_state(
     Args:
         owner: the transformation's name.
         path: the leaf's.
-        needed: what the transformation declares for the leaf, by field; of the state's other fields it has `ABSENT`.
+        needed: what the transformation declares for the leaf, by field; what it has of other fields is `absent`.
         param: the parameter, or an array of its shape.
         arrays: the state's.
         by_dtype: compare dtypes as well.
     """
-    declared = {**dict.fromkeys(arrays, ABSENT), **needed}
+    declared = {**dict.fromkeys(arrays, absent(param)), **needed}
     shapes, right = {n: x.shape for n, x in arrays.items()}, {n: x.shape(param.shape) for n, x in declared.items()}
     if wrong := [name for name in right if shapes.get(name) != right[name]]:
         raise ValueError(

@@ -316,6 +316,25 @@ def test_a_schedule_is_told_how_many_steps_came_before(tmp_path):
     assert Torch(partial(SM3, lr=0.7), start()).load(tmp_path / "b").optimizer.param_groups[0]["lr"] == 0.7
 
 
+def test_one_count_stands_for_the_counters_of_all_parameters(tmp_path):
+    run = Torch(partial(fusedbun.FusedbunW, lr=0.1), start()).run(range(2))
+    run.save(tmp_path / "even")
+    for p in run.params.values():
+        p.grad = None
+    run.params["bias"].grad = torch.ones(17)
+    run.optimizer.step()
+    run.save(tmp_path / "uneven")
+    here = Jax(partial(fj.fusedbunw, 0.1), start())
+    said = unchanged(here, tmp_path / "uneven")
+    for part in ("different numbers of steps", "3 of 'bias'", "2 of 'scalar'", "one count; give steps="):
+        assert part in said
+    assert here.load(tmp_path / "uneven", steps=3).state.count == 3
+    assert here.load(tmp_path / "even").state.count == 2
+    here.run(range(2, 4)).save(tmp_path / "back")
+    back = Torch(partial(fusedbun.FusedbunW, lr=0.1), start()).load(tmp_path / "back")
+    assert {int(back.optimizer.state[p]["step"].max()) for p in back.params.values()} == {4}
+
+
 def test_a_parameter_without_a_step_begins_at_the_start(tmp_path):
     run = Torch(partial(SM3, momentum=0.9), start())
     run.params["bias"].grad = torch.ones(17)

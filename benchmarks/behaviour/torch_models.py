@@ -267,7 +267,18 @@ def _fsdp1(model: nn.Module, original: bool) -> nn.Module:
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
 
 
-@SPREAD.use("`FullyShardedDataParallel` (FSDP1), `use_orig_params=True`")
+FLATTENED = {
+    **dict.fromkeys(
+        ("FusedbunW", "Fusedbun", "SM3"),
+        "an axis' statistic of a flattened matrix is another optimizer's: shard with `fully_shard`",
+    ),
+    **dict.fromkeys(
+        ("MupAdam", "MupAdamW", "MupSGD"), "the rule that gives u-μP's types here goes by the parameters' axes"
+    ),
+}
+
+
+@SPREAD.use("`FullyShardedDataParallel` (FSDP1), `use_orig_params=True`", reasons=FLATTENED)
 def fsdp1(contender: Contender) -> None:
     """The parameters, which are flat there, move, and are finite."""
     with alone():
@@ -277,7 +288,7 @@ def fsdp1(contender: Contender) -> None:
             assert_moved(copy.deepcopy(model.module), contender)
 
 
-@SPREAD.use("`FullyShardedDataParallel` (FSDP1), one flat parameter")
+@SPREAD.use("`FullyShardedDataParallel` (FSDP1), one flat parameter", reasons=FLATTENED)
 def fsdp1_flat(contender: Contender) -> None:
     """It moves, and is finite."""
     with alone():

@@ -14,7 +14,8 @@ from fusedbun.storage.rounding import PARAM, TO_NEAREST, Rounding
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Array, Shape, Signal, Slot, State, Transform
 
-Stacked = PerParam[Annotated[int, Whole(0)]]
+Axes = Annotated[int, Whole(0)]
+Stacked = PerParam[Axes]
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,13 @@ class Chain:
 
 
 def stacked_at(stacked: Stacked, path: tuple[str, ...], param: Any) -> int:
-    """How many of a parameter's axes are a stack's: the number, or what the rule says."""
+    """How many of a parameter's axes are a stack's: the number, or what the rule says.
+
+    Raises:
+        TypeError, ValueError: what it says is no number of axes.
+    """
     number: int = plain(stacked(path, param) if callable(stacked) else stacked)
+    check("the rule", {"stacked": Axes}, {"stacked": number})
     return number
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import optax
 
+from fusedbun.chain import slice_of, stacked_at
 from fusedbun.groups import Rules, overrides
 from fusedbun.recipe import own_names
 from fusedbun_jax import leaf
@@ -35,14 +36,17 @@ def by_name(
         rules: hyper-parameters by pattern ("encoder.*", "*.bias") on the path joined by dots; of several that match, a
             later one prevails.
         no_decay: the factory's name for weight decay ("weight_decay" or Fusedbun's "Lambda"), which is set to 0 for
-            biases, norms and embeddings unless a rule says otherwise; None: decay is left as it is.
+            biases, norms and embeddings, of a stack by its slices, unless a rule says otherwise; None: decay is left
+            as it is.
         hyperparameters: what every parameter has where no rule says otherwise.
 
     Raises:
-        TypeError: a hyper-parameter is given under two of its names.
+        TypeError: `make` is no factory, or a hyper-parameter is given under two of its names.
         ValueError: the factory has no argument called as `no_decay` says, or a pattern matches no parameter (when the
             optimizer sees the parameters).
     """
+    if not callable(make):
+        raise TypeError(f"by_name: make must be a factory, such as fusedbun_jax.sm3, but it is {make!r}")
     title, names = getattr(make, "__name__", "make"), getattr(make, "other_names", {})
     rules = {pattern: own_names(title, names, given) for pattern, given in (rules or {}).items()}
     if no_decay is not None:
@@ -98,14 +102,21 @@ class Groups:
 
     def groups(self, tree: Any) -> tuple[list[str], dict[str, Any]]:
         """The group of each leaf, and the optimizers by group."""
-        leaves = [(leaf.name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-        settings = overrides((name for name, _ in leaves), self.rules)
-        for name, x in leaves:
-            if self.no_decay is not None and is_spared_from_decay(name, x):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        names = [leaf.name(path) for path, _ in leaves]
+        settings = overrides(names, self.rules)
+        for name, (path, x) in zip(names, leaves, strict=True):
+            if self.no_decay is not None and is_spared_from_decay(name, self._slice(path, x, settings[name])):
                 settings[name] = {self.no_decay: 0.0} | settings[name]
-        labels = [repr(sorted(settings[name].items())) for name, _ in leaves]
-        by_label = {label: settings[name] for label, (name, _) in zip(labels, leaves, strict=True)}
+        labels = [repr(sorted(settings[name].items())) for name in names]
+        by_label = {label: settings[name] for label, name in zip(labels, names, strict=True)}
         return labels, {label: self.make(**{**self.hyperparameters, **x}) for label, x in by_label.items()}
+
+    def _slice(self, path: leaf.KeyPath, param: Any, settings: Mapping[str, Any]) -> Any:
+        """What is asked whether a parameter decays: of a stack, a slice."""
+        with leaf.noted(path):
+            stacked = {**self.hyperparameters, **settings}.get("stacked", 0)
+            return slice_of(param, stacked_at(stacked, leaf.names(path), param))
 
 
 def only_group(label: str, labels: list[str], tree: Any) -> Any:

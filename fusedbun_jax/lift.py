@@ -170,7 +170,6 @@ def _at_leaf(
     """
     with leaf.noted(path):
         stack = stacked_at(stacked, leaf.names(path), param)
-        check(transform.name, STACKED, {"stacked": stack})
         of = slice_of(param, stack)
         transform = transform.at(leaf.names(path), of)
         arrays = {name: jnp.asarray(x, dtype) for name, x in vars(transform).items() if isinstance(x, jax.Array)}

@@ -108,6 +108,10 @@ def from_chain(
         stacked: how many leading axes make a parameter a stack, each slice of which is stepped as a parameter of its
             own: a number, or a rule `(path, param) -> number`. 0: what the chain says.
     """
+    if not isinstance(chain, Chain):
+        raise TypeError(
+            f"from_chain takes a chain, `fusedbun.chain(...)`, but it is {chain!r} ({type(chain).__name__})"
+        )
     check("from_chain", OPTIONS, {"stochastic_rounding": stochastic_rounding, "seed": seed, "stacked": stacked})
     rounding = Rounding(bool(stochastic_rounding), as_word(seed))
     return Driver(replace(chain, rounding=rounding, stacked=plain(stacked) or chain.stacked), learning_rate).optimizer()

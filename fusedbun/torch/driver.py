@@ -271,7 +271,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         arguments = {name: group[name] for name in self._hyperparameters}
         if self.recipe.wants_initial_lr:
             arguments[INITIAL_LR] = float(group.get(FIRST_LR, group["lr"]))
-        rounding = Rounding(group["stochastic_rounding"], group["seed"])
+        rounding = Rounding(group["stochastic_rounding"], plain(group["seed"]))
         return replace(self.recipe.make(**arguments), rounding=rounding, stacked=plain(group["stacked"]))
 
     def _entries(self, entries: Mapping[str, Any]) -> Entries:

@@ -76,6 +76,10 @@ class Entries(dict[str, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
+    def __ior__(self, other: Any) -> Entries:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
 
 def without_flags(owner: str, names: Collection[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without those of torch's own optimizers that this one, whose names these are, does not have.

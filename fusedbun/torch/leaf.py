@@ -262,7 +262,8 @@ def check_state(chain: Chain, name: str, param: Tensor, state: State, arrays: Ma
         if kept.shape != declared.shape(shape):
             raise ValueError(
                 f"the state {key!r} of {name} has shape {tuple(kept.shape)}, but a parameter of shape {shape} keeps "
-                f"{declared.shape(shape)}; its shape has changed, so delete its entry of the optimizer's state"
+                f"{declared.shape(shape)}; its shape, or what chooses its state (stacked, channel_axis), has "
+                f"changed; delete its entry of the optimizer's state to begin again"
             )
         if kept.dtype != stored_dtype(declared):
             raise ValueError(

@@ -21,7 +21,7 @@ from fusedbun.chain import Chain
 from fusedbun.hyper import plain
 from fusedbun.storage import codes
 from fusedbun.storage.codes import Stored
-from fusedbun.storage.rounding import Rounding
+from fusedbun.storage.rounding import TO_NEAREST
 from fusedbun.storage.storage import Storage
 from fusedbun.torch import namespace as xp
 from fusedbun.torch.flat import is_of_fsdp1
@@ -157,7 +157,7 @@ def saved_state(optimizer: Owner, state_dict: dict[str, Any], merged: dict[str, 
     for g, (theirs, group) in enumerate(zip(state_dict["param_groups"], merged["param_groups"], strict=True)):
         rules = {name: value for name, value in group.items() if callable(value)}
         as_saved = {**optimizer.defaults, **rules, **theirs}
-        chain_then = replace(optimizer.chain(as_saved), rounding=Rounding(seed=as_saved["seed"]))
+        chain_then = replace(optimizer.chain(as_saved), rounding=TO_NEAREST)  # what was saved is only decoded
         chain_now = optimizer.chain(group)
         for i, (param, index) in enumerate(zip(ours[g]["params"], theirs["params"], strict=True)):
             if index not in state_dict["state"]:

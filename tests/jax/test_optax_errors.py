@@ -126,6 +126,19 @@ def test_a_chain_of_something_else_is_a_type_error(not_a_chain):
         fusedbun_jax.chain(*not_a_chain)
 
 
+@pytest.mark.parametrize(
+    "not_a_chain", [None, [Momentum()], Momentum(), optax.scale(1.0)], ids=lambda x: type(x).__name__
+)
+def test_from_chain_takes_a_chain(not_a_chain):
+    with pytest.raises(TypeError, match=r"from_chain takes a chain, `fusedbun.chain\(...\)`, but it is "):
+        fusedbun_jax.from_chain(not_a_chain, 0.1)
+
+
+def test_by_name_takes_a_factory():
+    with pytest.raises(TypeError, match=r"make must be a factory, such as fusedbun_jax\.sm3, but it is 'sm3'"):
+        fusedbun_jax.by_name("sm3")
+
+
 @every_factory
 def test_parameters_that_are_not_real_numbers(factory):
     for dtype in ("int32", "uint8", "bool", "complex64"):

@@ -286,6 +286,31 @@ def test_under_inject_hyperparams_and_by_name():
         assert shapes == {(3, 4, 1), (3, 1, 5), (4, 1), (1, 5)}
 
 
+@pytest.mark.parametrize("stacked", [1, lambda path, param: int("layers" in path)], ids=["number", "rule"])
+def test_biases_and_norms_of_stacked_layers_are_spared_from_decay(stacked):
+    params = {"layers": {"kernel": numbers((3, 4, 5), 0), "bias": numbers((3, 5), 1)}}
+    given = {"learning_rate": 0.1, "weight_decay": 0.5}
+    rules = {"layers.*": {"stacked": stacked}}
+    txs = [
+        fj.by_name(fj.fusedbunw, no_decay="weight_decay", stacked=stacked, **given),
+        fj.by_name(fj.fusedbunw, rules, no_decay="weight_decay", **given),
+        fj.by_name(fj.fusedbunw, {"*.bias": {"weight_decay": 0.0}}, stacked=stacked, **given),
+    ]
+    found = [tx.update(params, tx.init(params), params)[0] for tx in txs]
+    for updates in found[:2]:
+        jax.tree.map(np.testing.assert_array_equal, updates, found[2])
+
+
+@pytest.mark.parametrize("answer", [-1, 1.0, True, None, "all"])
+def test_a_rule_that_gives_no_number_of_axes(answer):
+    for tx in (fj.sm3(0.1, stacked=lambda path, param: answer), fj.lift(Momentum(), stacked=lambda *_: answer)):
+        with pytest.raises(
+            (TypeError, ValueError), match=f"stacked must be an integer from 0 up, but it is {answer!r}"
+        ) as raised:
+            tx.init({"kernel": jnp.ones((3, 4))})
+        assert "leaf \"['kernel']\"" in "".join(raised.value.__notes__)
+
+
 @pytest.mark.parametrize(
     ("stacked", "error", "message"),
     [

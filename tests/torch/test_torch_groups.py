@@ -297,6 +297,8 @@ def test_weight_decay_is_lambda_in_the_constructor_in_groups_and_between_steps()
         again.load_state_dict(optimizers[2].state_dict())
         again.param_groups[0].update(weight_decay=0.0, momentum=0.5)
         assert (again.param_groups[0]["Lambda"], again.param_groups[0]["momentum_beta"]) == (0.0, 0.5)
+        again.param_groups[0] |= {"weight_decay": 0.25}
+        assert again.param_groups[0]["Lambda"] == 0.25
 
 
 def test_one_thing_under_two_names():

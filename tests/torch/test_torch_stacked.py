@@ -281,6 +281,19 @@ def test_what_is_no_number_of_axes_is_refused(stacked, error, text):
         FusedbunW(parameters((4, 5)), lr=0.1, stacked=stacked)
 
 
+@pytest.mark.parametrize("implementation", ["kernel", "tiles", "definition"])
+def test_what_was_stepped_as_a_stack_stays_one(implementation):
+    (param,) = parameters((3, 4, 5))
+    optimizer = FusedbunW([param], lr=0.1, stacked=1, implementation=implementation)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["stacked"] = 0
+    with pytest.raises(ValueError, match=r"or what chooses its state \(stacked, channel_axis\), has changed"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
 def test_gradients_of_a_stack_are_dense():
     table = torch.nn.Embedding(6, 4, sparse=True)
     optimizer = SM3(table.parameters(), lr=0.1, stacked=1)

@@ -264,6 +264,18 @@ def test_the_seed_and_the_names_decide_the_noise():
     assert not torch.equal(after(), after(["a", "b", "c", "d"]))
 
 
+@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "compiled"])
+def test_a_seed_of_numpys_is_the_same_integer(implementation):
+    def after(seed):
+        params = parameters()
+        given = {"momentum_dtype": "int8", "stochastic_rounding": True, "implementation": implementation}
+        run(fusedbun.DecoupledLionW(params, lr=1e-2, seed=seed, **given), 2)
+        return params
+
+    for seed in (np.int64(2**31 - 5), np.uint8(200)):
+        assert all(map(torch.equal, after(seed), after(int(seed))))
+
+
 def test_rounded_without_bias_small_steps_add_up():
     """Steps of 1/100 of the spacing: to the nearest nothing moves."""
     shape, steps = (64, 64), 200

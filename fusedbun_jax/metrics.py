@@ -11,6 +11,7 @@ from jax import export
 
 from fusedbun import metrics
 from fusedbun.storage import codes
+from fusedbun.transform import Shape
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
 from fusedbun_jax.layout import TransformState, field_of

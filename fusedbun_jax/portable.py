@@ -132,10 +132,9 @@ def _count(located: Located, group: int, loading: Loading, matches: Mapping[str,
     """How many steps a group's state has counted, by the file; where it does not say, a problem more."""
     file = loading.file
     taken = {p.name: matches[p.name] for p in located.parameters if p.group == group and p.name in matches}
-    counters = {
-        name: f"{match.saved.name}/{match.origins[STEP]}" for name, match in taken.items() if STEP in match.origins
-    }
-    counted = {name: int(file.opened.read(key).max(initial=0)) for name, key in counters.items()}
+    counting = {name: x for name, x in taken.items() if STEP in x.origins and 0 not in x.saved.shape}
+    counters = {name: file.opened.read(f"{x.saved.name}/{x.origins[STEP]}") for name, x in counting.items()}
+    counted = {name: int(counter.max()) for name, counter in counters.items()}
     numbers = {*counted.values()} | ({file.steps} if taken and file.steps is not None else set())
     if len(numbers) > 1:
         told = ", ".join(f"{n} of {name!r}" for n, name in {n: name for name, n in counted.items()}.items())

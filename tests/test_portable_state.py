@@ -335,6 +335,16 @@ def test_one_count_stands_for_the_counters_of_all_parameters(tmp_path):
     assert {int(back.optimizer.state[p]["step"].max()) for p in back.params.values()} == {4}
 
 
+def test_what_has_no_elements_is_not_asked_for_its_steps(tmp_path):
+    run = Torch(partial(fusedbun.FusedbunW, lr=0.1), {"empty": np.zeros((0, 3)), "w": np.ones(3)})
+    for p in run.params.values():
+        p.grad = torch.ones_like(p)
+    run.optimizer.step()
+    run.save(tmp_path / "a")
+    here = Jax(partial(fj.fusedbunw, 0.1), {"empty": np.zeros((0, 3)), "w": np.ones(3)}).load(tmp_path / "a")
+    assert here.state.count == 1
+
+
 def test_a_parameter_without_a_step_begins_at_the_start(tmp_path):
     run = Torch(partial(SM3, momentum=0.9), start())
     run.params["bias"].grad = torch.ones(17)

@@ -18,9 +18,15 @@ def behaviour_of(framework: str) -> str:
     parts = []
     for title in dict.fromkeys(row["part"] for row in rows):
         those = [row for row in rows if row["part"] == title]
-        heads = ("use", "it works if", *(f"`{name}`" for name in rows[0]["cells"]))
-        lines = [[row["use"], row["works_if"], *(_cell(row, name, notes) for name in row["cells"])] for row in those]
-        parts.append(f"### {title}\n\n{table(heads, lines, left=2)}")
+        heads = ("use, and when it works", *(f"`{name}`" for name in rows[0]["cells"]))
+        lines = [
+            [
+                f"{row['use']}: {row['works_if'][:1].lower()}{row['works_if'][1:]}",
+                *(_cell(row, name, notes) for name in row["cells"]),
+            ]
+            for row in those
+        ]
+        parts.append(f"### {title}\n\n{table(heads, lines)}")
     said = [f"{number}. {message}{f' – {reason}' if reason else ''}" for (message, reason), number in notes.items()]
     listed = "\n".join(said)
     return "\n\n".join([*parts, f"### What is said where it does not work\n\n{listed}"])

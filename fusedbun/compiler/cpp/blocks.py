@@ -82,8 +82,8 @@ class CodedRows(Rows):
                     self._assign(v)
                     self.save(v)
                 for v in (v for v in self.sweep.reductions if v.args[0] in full):
-                    taken = TAKEN if v in self.places.partial else self.along_taken
-                    self.line(reduced(taken, v, self.read(v.args[0])))
+                    of = self.read(v.args[0])
+                    self.line(reduced(TAKEN, v, of) if v in self.places.partial else self.taken(v, of))
 
     def _assign(self, v: Value) -> None:
         if v in self._held:

@@ -12,6 +12,7 @@ register of columns; r7_ and c7_ point to small vectors, and a7 is %7 while it i
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import ClassVar
@@ -20,6 +21,7 @@ from fusedbun.compiler.cpp.dialect import REDUCE, Cpp
 from fusedbun.compiler.graph import REDUCTIONS, Span, Value
 from fusedbun.compiler.printer import full_arrays, is_single, name_of
 from fusedbun.compiler.schedule import Pass, Schedule, Sweep
+from fusedbun.compiler.trace import used
 
 INLINED = "__attribute__((always_inline))"
 EACH_K = f"each<K>([&](auto k) {INLINED} {{"
@@ -57,12 +59,17 @@ class Way(Cpp):
     along_taken: ClassVar[str] = "q{0}[k] = lanes.only({1}::of(q{0}[k], {2}), q{0}[k]);"
     along_ended: ClassVar[str] = "q{0}[k]"
     total: ClassVar[str] = "{2}"
+    # one over a whole tile, of whose rows nothing else needs to know; where there is no text, it is one along the tile
+    over: ClassVar[str] = ""
+    over_taken: ClassVar[str] = "q{0} = lanes.only({1}::of(q{0}, {2}), q{0});"
+    over_ended: ClassVar[str] = "fold<{1}>(q{0})"
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(schedule)
         spans = (Span.ROW, Span.COLUMN)
         self.of_tile, self.small = spans if schedule.tiles == "rows" else spans[::-1]
         self.work, self.sweep = Pass([]), Sweep()
+        self.whole: set[Value] = set()  # the reductions along a tile that are taken over all of it at once
 
     @abstractmethod
     def tiles(self, t: int) -> AbstractContextManager[None]:
@@ -72,6 +79,7 @@ class Way(Cpp):
         work = self.schedule.passes[t]
         self.hoist([v for sweep in work.sweeps for v in (*sweep.tile, *sweep.full)] + work.after, is_single)
         self.work = work
+        self.whole = self._whole() if self.over else set()
         self.line(*self.opening)
         for v in self.small_vectors(work.sweeps):
             self.line(self.vector.format(name_of(v), self.pointer(v), "Word" if v.is_word else "T"))
@@ -97,18 +105,34 @@ class Way(Cpp):
             along = [v for v in sweep.reductions if v not in self.places.partial]
             self.sweep = sweep
             self._read(sweep.tile)
-            self.line(*(reduced(self.along, v) for v in along))
+            self.line(*(reduced(self.over if v in self.whole else self.along, v) for v in along))
             self.go_over(asks)
             for v in along:
-                self.declare(v, reduced(self.along_ended, v))
-        self._read(work.after)
+                if v not in self.whole:
+                    self.declare(v, reduced(self.along_ended, v))
+        self._read(v for v in work.after if v not in self.whole)
         for v in work.keeps:
             self._store(v, self._kept(v))
         for v in work.totals:
-            total = reduced(self.total, v, self.read(v.args[0]))
-            self.line(f"T& a{v.number} = *{self.places.partial[v]};", each(reduced(self.crossing_taken, v, total)))
+            of = v.args[0]
+            total = reduced(self.over_ended, of) if of in self.whole else reduced(self.total, v, self.read(of))
+            taken = reduced(self.crossing_taken, v, total)
+            self.line(f"T& a{v.number} = *{self.places.partial[v]};", taken if of in self.whole else each(taken))
         for name, v in work.stores:
             self._store(v, self.array(name))
+
+    def _whole(self) -> set[Value]:
+        """The reductions along a tile that only the same one over the chunk is made of."""
+        users = Counter(a for v in used(self.program.outputs.values()) for a in v.args)
+        outputs = {*self.program.outputs.values()}
+        ends = [(v, v.args[0]) for v in self.work.totals]
+        return {
+            a for v, a in ends if a.op in REDUCTIONS and a.detail == v.detail and users[a] == 1 and a not in outputs
+        }
+
+    def taken(self, v: Value, of: str) -> str:
+        """The line that takes an element up into a reduction along the tile."""
+        return reduced(self.over_taken if v in self.whole else self.along_taken, v, of)
 
     def _read(self, values: Iterable[Value]) -> None:
         for v in values:
@@ -152,8 +176,8 @@ class Way(Cpp):
                     self.read(v)
                     self.save(v)
                 for v in sweep.reductions:
-                    taken = self.crossing_taken if v in crossing else self.along_taken
-                    self.line(reduced(taken, v, self.read(v.args[0])))
+                    of = self.read(v.args[0])
+                    self.line(reduced(self.crossing_taken, v, of) if v in crossing else self.taken(v, of))
                 for name, v in stores:
                     self.line(f"o{self.numbers[name]}[k] = {self.read(v)};")
             for v in crossing:

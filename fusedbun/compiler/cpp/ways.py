@@ -31,6 +31,7 @@ class Rows(Way):
     crossing = "T* const a{0}_ = {2};"
     along = BEGUN
     along_ended = "fold<{1}>(q{0}[k])"
+    over = "Vector<T> q{0} = wide<Vector<T>>({1}::start<T>);"
 
     @contextmanager
     def tiles(self, t: int) -> Iterator[None]:

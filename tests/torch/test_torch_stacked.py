@@ -325,6 +325,10 @@ def cut_and_whole(rank):
                         p.grad = split(gradient(torch.empty(shape), step))
                         optimizer.step()
                     results.append({"p": p.detach(), **optimizer.state[p]})
+                    if name == "fusedbunw":  # whose codes are the same whole numbers, however they come about
+                        other = make([("p", p)], lr=0.01, stacked=stacked, momentum_dtype="bfloat16")
+                        other.load_state_dict(optimizer.state_dict(), convert=True)
+                        results[-1]["converted"] = other.state[p]["momentum.moment"]
                 is_exact = cut.is_replicate() or cut.dim < stacked
                 for key, whole in results[1].items():
                     part = results[0][key]

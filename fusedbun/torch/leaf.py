@@ -159,7 +159,11 @@ def chain_at(chain: Chain, groups: Sequence[Mapping[str, Any]], g: int, i: int) 
     Where parameters have no names, their place among all decides the noise of their rounding.
     """
     param, path = groups[g]["params"][i], path_of(groups[g], i)
-    return chain.at(path, param, None if path else str(sum(len(group["params"]) for group in groups[:g]) + i))
+    try:
+        return chain.at(path, param, None if path else str(sum(len(group["params"]) for group in groups[:g]) + i))
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This is at {name_of(groups[g], g, i)}.")
+        raise
 
 
 def path_of(group: Mapping[str, Any], i: int) -> tuple[str, ...]:

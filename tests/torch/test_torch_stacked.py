@@ -277,8 +277,10 @@ def test_gradients_can_be_released():
     ],
 )
 def test_what_is_no_number_of_axes_is_refused(stacked, error, text):
-    with pytest.raises(error, match=text):
-        FusedbunW(parameters((4, 5)), lr=0.1, stacked=stacked)
+    with pytest.raises(error, match=text) as raised:
+        FusedbunW([("weight", *parameters((4, 5)))], lr=0.1, stacked=stacked)
+    if callable(stacked) or stacked == 3:
+        assert raised.value.__notes__ == ["This is at parameter 'weight'."]
 
 
 @pytest.mark.parametrize("implementation", ["kernel", "tiles", "definition"])

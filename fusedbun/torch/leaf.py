@@ -123,8 +123,9 @@ def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> G
     chain_may_change = any(map(_may_change, arguments))
     values = () if chain_may_change or _may_change(lr) else tuple(entries.values())
     is_same_chain = old and identical(arguments, old.arguments) and not chain_may_change
-    if not (old and is_same_chain and identical(entries["params"], old.params) and names == old.names):
-        params, chain = tuple(entries["params"]), owner.chain(entries)
+    has_same_params = old and identical(entries["params"], old.params) and names == old.names
+    if not (old and is_same_chain and has_same_params):
+        params, chain = old.params if old and has_same_params else tuple(entries["params"]), owner.chain(entries)
         return Group(params, names, values, arguments, chain, lr, _rate(lr), entries["maximize"])
     owner.check_lr(lr)
     rate = _rate(lr)

@@ -215,9 +215,11 @@ def _has_same_code(group: Group, before: Group) -> bool:
     if group.params is not before.params or group.maximize != before.maximize or group.rate is None:
         return False
     chain = group.chain
+    if chain is before.chain:
+        return True
+    if chain.has_rules or chain.stacked != before.chain.stacked or not is_of_numbers(chain):
+        return False
     try:
-        return chain is before.chain or (
-            not chain.has_rules and is_of_numbers(chain) and native.structure(chain) == native.structure(before.chain)
-        )
+        return native.structure(chain) == native.structure(before.chain)
     except UnschedulableError:
         return False

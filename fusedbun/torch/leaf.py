@@ -123,8 +123,9 @@ def read_group(owner: Owner, entries: Mapping[str, Any], old: Group | None) -> G
     chain_may_change = any(map(_may_change, arguments))
     values = () if chain_may_change or _may_change(lr) else tuple(entries.values())
     is_same_chain = old and identical(arguments, old.arguments) and not chain_may_change
-    if not (old and is_same_chain and identical(entries["params"], old.params) and names == old.names):
-        params, chain = tuple(entries["params"]), owner.chain(entries)
+    has_same_params = old and identical(entries["params"], old.params) and names == old.names
+    if not (old and is_same_chain and has_same_params):
+        params, chain = old.params if old and has_same_params else tuple(entries["params"]), owner.chain(entries)
         return Group(params, names, values, arguments, chain, lr, _rate(lr), entries["maximize"])
     owner.check_lr(lr)
     rate = _rate(lr)
@@ -159,7 +160,11 @@ def chain_at(chain: Chain, groups: Sequence[Mapping[str, Any]], g: int, i: int) 
     Where parameters have no names, their place among all decides the noise of their rounding.
     """
     param, path = groups[g]["params"][i], path_of(groups[g], i)
-    return chain.at(path, param, None if path else str(sum(len(group["params"]) for group in groups[:g]) + i))
+    try:
+        return chain.at(path, param, None if path else str(sum(len(group["params"]) for group in groups[:g]) + i))
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This is at {name_of(groups[g], g, i)}.")
+        raise
 
 
 def path_of(group: Mapping[str, Any], i: int) -> tuple[str, ...]:

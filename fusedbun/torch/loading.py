@@ -244,11 +244,10 @@ def _converted(then: Chain, now: Chain, param: Tensor, entries: Mapping[str, Ten
     counter = {codes.STEP: torch.zeros((), dtype=torch.int32, device=param.device)}  # noise as before the first step
     as_saved = {key: arrays[key]._replace(dtype=dtype_name(x.dtype)) for key, x in entries.items()}
     old_parts = {key: local(filled(as_saved[key], param, x)) for key, x in entries.items()}
+    behind = [along[(0,) * n] for along in places[n:]] or None  # without the stack's axes
     for place in product(*map(range, whole[:n])) if like.numel() else ():
         at = tuple(int(along.flatten()[i]) for along, i in zip(places, place, strict=False)) or place
-        storage_then, storage_now = (
-            Storage(xp, chain.slice(at).rounding, like, name, places[n:] or None) for chain in (then, now)
-        )
+        storage_then, storage_now = (Storage(xp, chain.slice(at).rounding, like, name, behind) for chain in (then, now))
         old, new = ({key: x[place] for key, x in of.items()} for of in (old_parts, parts))
         for key, slot in then.slots(shape).items():
             if key in slots and key in entries:

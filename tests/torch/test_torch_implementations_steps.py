@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from makers import MAKERS, copies, parameters, run, set_gradients
 from twins import assert_near_run, sweep_of_makes, twins
 
-from fusedbun import Fusedbun, MupAdamW
+from fusedbun import ChainOptimizer, Fusedbun, MupAdamW
 from fusedbun.compiler.cpp import native
+from fusedbun.transforms import Centralize
 
 # What changes between steps
 
@@ -210,6 +212,28 @@ def test_a_steady_step_asks_no_rule_and_calls_the_driver_once(monkeypatch):
         run(optimizer, 1)
     assert asked == []
     assert len(calls) == 4
+
+
+def test_leaves_are_not_described_anew_for_other_numbers(monkeypatch):
+    """As schedules give them that cycle the momentum."""
+    described, describe = [], native.Leaves.__init__
+    monkeypatch.setattr(
+        native.Leaves, "__init__", lambda self, *args: (described.append(args), describe(self, *args))[1]
+    )
+    optimizer = Fusedbun(parameters((4, 3), (5,)), lr=0.1)
+    for step in range(4):
+        optimizer.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.9 - 0.1 * step)
+        run(optimizer, range(step, step + 1))
+    assert len(described) == 1
+
+
+def test_what_keeps_no_state_may_become_a_stack():
+    optimizers = twins(partial(ChainOptimizer, transforms=[Centralize()], lr=0.1), parameters((3, 4, 5)))
+    for optimizer in optimizers:
+        for step, stacked in enumerate((0, 1, 1, 0)):
+            optimizer.param_groups[0]["stacked"] = stacked
+            run(optimizer, range(step, step + 1))
+    assert_near_run(*optimizers)
 
 
 def test_gradients_are_let_go_after_the_step():

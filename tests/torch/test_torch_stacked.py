@@ -277,8 +277,10 @@ def test_gradients_can_be_released():
     ],
 )
 def test_what_is_no_number_of_axes_is_refused(stacked, error, text):
-    with pytest.raises(error, match=text):
-        FusedbunW(parameters((4, 5)), lr=0.1, stacked=stacked)
+    with pytest.raises(error, match=text) as raised:
+        FusedbunW([("weight", *parameters((4, 5)))], lr=0.1, stacked=stacked)
+    if callable(stacked) or stacked == 3:
+        assert raised.value.__notes__ == ["This is at parameter 'weight'."]
 
 
 @pytest.mark.parametrize("implementation", ["kernel", "tiles", "definition"])
@@ -325,6 +327,10 @@ def cut_and_whole(rank):
                         p.grad = split(gradient(torch.empty(shape), step))
                         optimizer.step()
                     results.append({"p": p.detach(), **optimizer.state[p]})
+                    if name == "fusedbunw":  # whose codes are the same whole numbers, however they come about
+                        other = make([("p", p)], lr=0.01, stacked=stacked, momentum_dtype="bfloat16")
+                        other.load_state_dict(optimizer.state_dict(), convert=True)
+                        results[-1]["converted"] = other.state[p]["momentum.moment"]
                 is_exact = cut.is_replicate() or cut.dim < stacked
                 for key, whole in results[1].items():
                     part = results[0][key]

@@ -32,7 +32,8 @@ def make(**arguments):
 
 
 def test_every_argument_has_a_row_here():
-    assert {*NUMBERS, *FLAGS, "channel_axis", "momentum_dtype", "seed"} == set(inspect.signature(fusedbun).parameters)
+    others = {"channel_axis", "momentum_dtype", "seed", "stacked"}
+    assert {*NUMBERS, *FLAGS, *others} == set(inspect.signature(fusedbun).parameters)
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
@@ -73,6 +74,11 @@ def test_what_is_not_a_flag_is_a_type_error(name, value):
 @pytest.mark.parametrize("value", [None, True, 0.0, "0"], ids=repr)
 def test_what_is_not_an_axis_is_a_type_error(value):
     check(TypeError, "channel_axis", value, "must be an integer")
+
+
+@pytest.mark.parametrize("value", [None, True, 1.0, "1", jnp.ones((), int)], ids=repr)
+def test_what_is_not_a_number_of_axes_is_a_type_error(value):
+    check(TypeError, "stacked", value, "must be an integer from 0 up or a rule")
 
 
 @pytest.mark.parametrize("value", [True, 0.0, "0", np.zeros(1, int)], ids=repr)

@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from fusedbun.hyper import is_concrete_zero, is_stateless_at_0, is_structural
+from fusedbun.recipe import own_names
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,12 +35,13 @@ def value_of(x: Any) -> Any:
 
 
 class Signature(inspect.Signature):
-    """A signature that binds with the defaults, and as `Known` what `known` says of the arguments."""
+    """A signature that binds with the defaults, by all names, and as `Known` what `known` says of the arguments."""
 
     known: Callable[[Arguments], Arguments] = staticmethod(lambda arguments: {})
+    other_names: Mapping[str, str] = MappingProxyType({})  # of arguments, and which they are of
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        bound = super().bind(*args, **kwargs)
+        bound = super().bind(*args, **own_names("inject_hyperparams", self.other_names, kwargs))
         bound.apply_defaults()
         arguments = {name: value_of(x) for name, x in bound.arguments.items()}
         bound.arguments |= {name: Known(x) for name, x in self.known(arguments).items()}
@@ -46,19 +49,22 @@ class Signature(inspect.Signature):
 
     def replace(self, **changes: Any) -> Signature:
         """The signature with changes, as functools.partial makes them."""
-        return _with(super().replace(**changes), self.known)
+        return _with(super().replace(**changes), self.known, self.other_names)
 
 
-def _with(signature: Signature, known: Callable[[Arguments], Arguments]) -> Signature:
-    signature.known = known
+def _with(signature: Signature, known: Callable[[Arguments], Arguments], other_names: Mapping[str, str]) -> Signature:
+    signature.known, signature.other_names = known, other_names
     return signature
 
 
-def injectable(known: Callable[[Arguments], Arguments]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def injectable(
+    known: Callable[[Arguments], Arguments], other_names: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function fit for optax.inject_hyperparams without `static_args`.
 
     Args:
         known: the arguments, of those that are bound, that must stay as they are, with their values.
+        other_names: other names of arguments, and which they are of.
     """
 
     def decorate(make: Callable[P, R]) -> Callable[P, R]:
@@ -70,7 +76,7 @@ def injectable(known: Callable[[Arguments], Arguments]) -> Callable[[Callable[P,
         plain = inspect.signature(make)
         signature = Signature(list(plain.parameters.values()), return_annotation=plain.return_annotation)
         # to mypy a function has no signature of its own to set
-        injected.__signature__ = _with(signature, known)  # type: ignore[attr-defined]
+        injected.__signature__ = _with(signature, known, other_names)  # type: ignore[attr-defined]
         return injected
 
     return decorate

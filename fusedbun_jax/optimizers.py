@@ -89,7 +89,7 @@ def factory(recipe: Recipe) -> Callable[..., SteppingTransformation]:
     remarks = _ROUNDING + _STACKED + _remark(declared, signature.parameters) + ("" if recipe.fixed_lr else _INJECTED)
     instead = {"betas": _BETAS, "weight_decay": ("weight_decay", "mask")} if recipe.like_optax else {}
     make.__doc__ = recipe.documentation(arguments, remarks, instead)
-    return injectable(partial(_known, recipe, choosing(declared)))(make)
+    return injectable(partial(_known, recipe, choosing(declared)), recipe.other_names)(make)
 
 
 def _declared(recipe: Recipe) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def test_what_is_not_an_axis_is_a_type_error(value):
     check(TypeError, "channel_axis", value, "must be an integer")
 
 
-@pytest.mark.parametrize("value", [None, True, 0.0, "0"], ids=repr)
+@pytest.mark.parametrize("value", [None, True, 1.0, "1", jnp.ones((), int)], ids=repr)
 def test_what_is_not_a_number_of_axes_is_a_type_error(value):
-    check(TypeError, "stacked", value, "must be an integer from 0 up")
+    check(TypeError, "stacked", value, "must be an integer from 0 up or a rule")
 
 
 @pytest.mark.parametrize("value", [True, 0.0, "0", np.zeros(1, int)], ids=repr)

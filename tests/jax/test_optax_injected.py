@@ -168,6 +168,17 @@ def test_static_args_are_still_taken():
     assert "b1" not in state.hyperparams
 
 
+def test_other_names_are_those_of_the_factory():
+    inject = optax.inject_hyperparams
+    params = {"w": jnp.ones(3)}
+    for make in (inject(fj.fusedbun), inject(partial(fj.fusedbun, use_rms=True))):
+        numbers = make(0.1, weight_decay=0.5, momentum=lambda count: 0.25).init(params).hyperparams
+        assert (numbers["Lambda"], numbers["momentum_beta"]) == (0.5, 0.25)
+        assert numbers.keys() == make(0.1).init(params).hyperparams.keys()
+    with pytest.raises(TypeError, match="weight_decay is another name for Lambda, and both are given"):
+        inject(fj.fusedbun)(0.1, weight_decay=0.5, Lambda=0.5)
+
+
 def test_a_signature_binds_what_is_known_once():
     signature = inspect.signature(fj.fusedbun)
     once = signature.bind(0.1, channel_axis=-1)

@@ -100,5 +100,5 @@ def test_the_table_shows_a_message_once(monkeypatch):
     }
     monkeypatch.setattr(behaviour, "load", lambda name: {"rows": [shown]})
     text = behaviour.behaviour_of("torch")
-    assert "| a use | It does. | ✓ | (1) | (1) | – | (2) |" in text
+    assert "| a use: it does. | ✓ | (1) | (1) | – | (2) |" in text
     assert "1. ``ValueError: … cannot`` – So it is.\n2. It does not hold: ``off``" in text

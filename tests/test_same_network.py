@@ -10,7 +10,7 @@ import fusedbun_jax
 from fusedbun.recipes import RECIPES
 from fusedbun.tools.train import in_flax, in_torch
 from fusedbun.tools.train.network import batches, digits, initial_weights
-from fusedbun.tools.train.optimizers import OPTIMIZERS, in_dtype
+from fusedbun.tools.train.optimizers import OPTIMIZERS, in_dtype, with_settings
 
 STEPS = 50
 
@@ -32,6 +32,8 @@ def difference(a, b):
 # A sign that rounding turns moves a weight by twice the learning rate. In float64 none of the 50 steps has a gradient
 # so close to zero (one that is zero, of a dead unit, is zero in both); in float32 that hangs on the processor.
 BY_SIGNS = ("scaled_optum", "decoupled_lionw")
+# So is Adam's first step, where a gradient is not large beside eps: its own, 1e-8, is of the size of float32's rounding.
+BY_ADAM = ("mup_adam", "mup_adamw")
 BOUNDS = [(name, "float64", 1e-9) for name in OPTIMIZERS] + [
     (name, "float32", 1e-3) for name in OPTIMIZERS if name not in BY_SIGNS
 ]
@@ -44,6 +46,8 @@ BOUNDS = [(name, "float64", 1e-9) for name in OPTIMIZERS] + [
 )
 def test_torch_and_flax_train_to_the_same_weights(optimizer, dtype, tolerance):
     entry = in_dtype(optimizer, "float64")  # codes share exponents along rows, which Flax lays out otherwise
+    if optimizer in BY_ADAM and dtype == "float32":
+        entry = with_settings(optimizer, eps=1e-6)
     in_both = [trained(framework, entry, entry.learning_rate, dtype) for framework in (in_torch, in_flax)]
     moved = min(np.abs(value - initial_weights(0)[name]).max() for name, value in in_both[0].items())
     assert moved > 1e-2  # so every weight took part

@@ -68,10 +68,14 @@ def _adamw() -> Entry:
 def in_dtype(name: str, dtype: str) -> Entry:
     """The optimizer for a network of this dtype: in float64, which is to leave no rounding, no moment is in codes."""
     if dtype == "float64" and OPTIMIZERS[name].hyperparameters.get("momentum_dtype"):
-        recipe = RECIPES[name]
-        uncoded = replace(recipe, recommended={**recipe.recommended, "momentum_dtype": None})
-        return _ours(uncoded, OPTIMIZERS[name].learning_rate)
+        return with_settings(name, momentum_dtype=None)
     return OPTIMIZERS[name]
+
+
+def with_settings(name: str, **settings: Any) -> Entry:
+    """One of fusedbun's optimizers with these hyper-parameters beside its recommended ones."""
+    recipe = RECIPES[name]
+    return _ours(replace(recipe, recommended={**recipe.recommended, **settings}), OPTIMIZERS[name].learning_rate)
 
 
 OPTIMIZERS = {name: _ours(r, r.training_lr) for name, r in RECIPES.items() if r.training_lr is not None}

@@ -32,7 +32,7 @@ def difference(a, b):
 # A sign that rounding turns moves a weight by twice the learning rate. In float64 none of the 50 steps has a gradient
 # so close to zero (one that is zero, of a dead unit, is zero in both); in float32 that hangs on the processor.
 BY_SIGNS = ("scaled_optum", "decoupled_lionw")
-# So is Adam's first step, where a gradient is not large beside eps: its own, 1e-8, is of the size of float32's rounding.
+# So is Adam's first step, where a gradient is not large beside eps, whose default, 1e-8, is lost in float32's rounding.
 BY_ADAM = ("mup_adam", "mup_adamw")
 BOUNDS = [(name, "float64", 1e-9) for name in OPTIMIZERS] + [
     (name, "float32", 1e-3) for name in OPTIMIZERS if name not in BY_SIGNS

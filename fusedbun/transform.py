@@ -152,7 +152,7 @@ def others(x: Array, axis: int) -> Shape:
 
 def count(x: Array, axes: Shape) -> Scalar:
     """How many elements `x` has along these axes: for a kernel or a shard a number that is known when it runs."""
-    return math.prod(x.shape[i] for i in axes)
+    return math.prod([x.shape[i] for i in axes])  # a list, which torch's compiler takes
 
 
 def from_start(xp: Namespace, beta: Scalar, n: Array) -> Array:

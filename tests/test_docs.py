@@ -23,7 +23,7 @@ BLOCKS = {
 }
 LONG = (
     *("tutorial-jax.md", "how-to/torch-to-jax.md", "how-to/memory-budget.md", "how-to/configuration.md"),
-    *("how-to/lora.md", "how-to/torch-compile.md"),
+    *("how-to/lora.md", "how-to/torch-compile.md", "how-to/stacks.md"),
 )
 MATHEMATICS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## )", TEXTS["mathematics.md"], re.M | re.S))
 TRANSFORMS = [getattr(transforms, name) for name in transforms.__all__]

@@ -159,6 +159,7 @@ def test_equals_the_reference():
         np.testing.assert_allclose(got, reference.params["p"], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.long
 def test_a_transformation_by_itself():
     p, grad = numbers((3, 4, 5), 0), numbers((3, 4, 5), 1)
     tx = optax.chain(*(fj.lift(t, stacked=1) for t in (SM3Accumulate(0.9), RMSScale(), Momentum(0.9))))
@@ -202,6 +203,7 @@ def test_layers_of_linen():
             chex.assert_trees_all_equal(after[i], alone)
 
 
+@pytest.mark.long
 def test_layers_of_nnx():
     class Stack(nnx.Module):
         def __init__(self, rngs):
@@ -245,6 +247,7 @@ def test_on_a_mesh_with_explicit_axes():
     chex.assert_trees_all_close(got, jax.jit(tx.update)(grad, tx.init(p), p)[0], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_metrics_of_a_stack_in_codes():
     p, grad = {"p": numbers((3, 4, 40), 0)}, {"p": numbers((3, 4, 40), 1)}
     found = {}

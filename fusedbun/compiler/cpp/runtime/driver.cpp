@@ -35,6 +35,20 @@ struct Free { void operator()(char* p) const { ::operator delete(p, ALIGNED); } 
 using Memory = std::unique_ptr<char, Free>;
 Memory memory(Index bytes) { return Memory(bytes ? (char*)::operator new(up(bytes, ALIGNMENT), ALIGNED) : nullptr); }
 
+// What a thread works at its chunks in, one after the other: as large as the largest so far.
+struct Buffer {
+  Memory held;
+  Index bytes = 0;
+
+  char* of(Index needed) {
+    if (needed > bytes) {
+      held.reset();  // before there is another
+      held = memory(bytes = needed);
+    }
+    return held.get();
+  }
+};
+
 bool in_order(const Leaf& leaf) {  // whether the elements of every array follow one another
   return std::all_of(leaf.steps, leaf.steps + leaf.count, [](const Index* s) { return !s; });
 }
@@ -105,14 +119,14 @@ struct Task {
     ready.store(0, std::memory_order_release);
   }
 
-  void run(Index item) {
+  void run(Index item, Buffer& buffer) {
     const Index pass = item / chunks;
     // Every other pass goes backwards, for what was read last is still in the cache.
     const Index c = pass % 2 ? chunks - 1 - item % chunks : item % chunks;
     if (item == 0) start();
     for (int spins = 0; ready.load(std::memory_order_acquire) < pass;)
       if (++spins > 1000) std::this_thread::yield();
-    run_chunk(pass, c);
+    run_chunk(pass, c, buffer);
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == (pass + 1) * chunks) {
       schedule->between[pass + 1](work);
       if (pass + 1 == schedule->passes) held.reset();
@@ -120,12 +134,11 @@ struct Task {
     }
   }
 
-  void run_chunk(Index pass, Index c) {
+  void run_chunk(Index pass, Index c, Buffer& buffer) {
     Work w = work;
     w.partial = (char*)work.partial + c * work.partial_bytes;
     const Index begin = c * chunk, end = std::min(extent, begin + chunk);
-    const Memory buffer = memory(schedule->buffer(*leaf));
-    w.buffer = buffer.get();
+    w.buffer = buffer.of(schedule->buffer(*leaf));
     schedule->begin[pass](w);
     if (scattered.empty()) schedule->pass[pass](w, begin, end);
     else run_copies(w, pass, begin, end);
@@ -164,9 +177,10 @@ struct Job {
   std::atomic<Index> next{0};
 
   void work() {
+    Buffer buffer;
     for (Index item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
       const Index t = std::upper_bound(first.begin(), first.end(), item) - first.begin() - 1;
-      tasks[t]->run(item - first[t]);
+      tasks[t]->run(item - first[t], buffer);
     }
   }
 };

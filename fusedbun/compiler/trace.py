@@ -118,7 +118,7 @@ def _measured(
         raise UnschedulableError("float16 is rounded when it is stored, after a kernel has measured")
     if storage.dtype == "bfloat16" and not storage.rounding.stochastic:
         param = to_nearest_bfloat16(storage.xp, param)
-    vectors = {"param": param, "update": before - param, "grad": grad}  # type: ignore[operator]
+    vectors = {"param": param, "update": before - param, "grad": grad}  # type: ignore[operator]  # from the table
     for key, slot in metrics.moments(chain.slots(storage.like.shape)).items():
         vectors["moment"] = storage.decode(key, slot, state)
     return metrics.inner_products(storage.xp, vectors)

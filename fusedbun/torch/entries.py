@@ -76,7 +76,7 @@ class Entries(dict[str, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
-    def __ior__(self, other: Any) -> Entries:  # type: ignore[override, misc]
+    def __ior__(self, other: Any) -> Entries:  # type: ignore[override, misc]  # a dict's has overloads
         self.update(other)
         return self
 

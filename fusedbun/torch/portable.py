@@ -69,7 +69,7 @@ def save_state(
         state: State = optimizer.state.get(param, {})
         x = state[key] if key in state else zeros(parameter.arrays()[key], param)
         # to mypy a DTensor is a Tensor
-        whole = (x.full_tensor() if is_sharded(x) else x).detach().cpu().contiguous()  # type: ignore[attr-defined]
+        whole = (x.full_tensor() if is_sharded(x) else x).detach().cpu().contiguous()  # type: ignore[attr-defined]  # a DTensor's
         numbers: Numbers = (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
         return numbers
 

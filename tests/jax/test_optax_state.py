@@ -1,6 +1,7 @@
 """The state: NamedTuples of trees like the parameters', which optax's tools walk and find things in by name."""
 
 import copy
+import gc
 import pickle
 
 import chex
@@ -208,6 +209,8 @@ def refusal(load, tx):
     return str(error.value)
 
 
+# Where one array is refused, Orbax leaves its readings of the others unfinished, which then complain as they are freed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("other", OTHERS)
 def test_bytes_of_another_state_are_refused(other, tmp_path):
     tx, state = fj.fusedbunw(0.1), OTHERS[other].init(filled(NAMED))
@@ -219,6 +222,7 @@ def test_bytes_of_another_state_are_refused(other, tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         refusal(lambda target: checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: target)), tx)
+    gc.collect()  # here, where the complaint is not taken for another test's
 
 
 @pytest.mark.parametrize("shapes", [{"w": (3, 40)}, {"w": (3, 41), "b": (40,)}])

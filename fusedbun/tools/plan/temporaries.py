@@ -24,7 +24,7 @@ from fusedbun.transform import Shape
 
 # As in runtime/driver.cpp and runtime/vectors.h.
 _MOST_CHUNKS, _CHUNK_ELEMENTS, _CHUNK_ROWS = 64, 1 << 15, 128
-_SUMMED_ROWS, _THIN_CHUNKS = 1024, 4096
+_SUMMED, _THIN_CHUNKS = 256, 4096
 _FEW_ROWS, _LONG_ROW = 32, 1 << 15
 _ALIGNMENT, _ROWS = 64, 4
 _REGISTERS = (64, 32, 16)  # bytes: of AVX-512, of AVX2, and of every machine
@@ -118,14 +118,16 @@ def _room(program: Program, rows: int, columns: int, element: int, register: int
         chunks, buffer = _divided(rows * columns, _CHUNK_ELEMENTS), 0
     elif program.columns and rows <= _FEW_ROWS and columns >= _LONG_ROW:
         plan, length, across = program.columns, rows, columns
-        chunks = _divided(columns, _up(max(_CHUNK_ELEMENTS // rows, _divided(columns, _MOST_CHUNKS)), 64))
+        few = min(_SUMMED * lanes, _divided(_CHUNK_ELEMENTS, rows))
+        chunks = _divided(columns, _up(max(few, _divided(columns, _MOST_CHUNKS)), 64))
         buffer = (plan.partials + plan.buffered * _ROWS) * _up(rows * register, _ALIGNMENT)
     else:
+        packed = program.has_packed and columns < 2 * lanes and rows >= lanes
         most = max(_MOST_CHUNKS, _THIN_CHUNKS // columns)
-        enough = max(_CHUNK_ROWS, min(_SUMMED_ROWS, _divided(_CHUNK_ELEMENTS, columns)), _divided(rows, most))
-        chunks = _divided(rows, _up(enough, 16))
+        few = min(_SUMMED * (max(1, lanes // columns) if packed else 1), _divided(_CHUNK_ELEMENTS, columns))
+        chunks = _divided(rows, _up(max(_CHUNK_ROWS, few, _divided(rows, most)), 16))
         buffer = plan.buffered * _ROWS * _up(columns, lanes) * element
-        if program.has_packed and columns < 2 * lanes and rows >= lanes:
+        if packed:
             buffer += plan.packed_blocks * _up(columns * register, _ALIGNMENT)
     vector = _up(length * element, _ALIGNMENT)
     small = plan.vectors * vector + _up(plan.scalars * element, _ALIGNMENT)

@@ -19,7 +19,7 @@ namespace {
 constexpr Index MOST_CHUNKS = 64;
 constexpr Index CHUNK_ELEMENTS = 1 << 15;  // enough that taking an item costs nothing beside it
 constexpr Index CHUNK_ROWS = 128;          // a chunk's reductions take a vector of the columns: under 1% of its rows
-constexpr Index SUMMED_ROWS = 1024;        // more are added up in several chunks, for float32 loses bits in a long sum
+constexpr Index SUMMED = 256;              // more registers are added up in several chunks: float32 loses bits in long sums
 constexpr Index THIN_CHUNKS = 4096;        // of one column there may be so many, of more as many as have so many numbers
 constexpr Index COPIED_ELEMENTS = 1 << 14; // of a leaf whose elements do not follow one another, at a time
 constexpr Index FEW_ROWS = 32;             // at most as many, and as long: tiles of columns
@@ -97,8 +97,9 @@ struct Task {
     const bool packed = k.packed && l.columns < 2 * k.lanes && l.rows >= k.lanes && in_order(l);
     schedule = flat ? k.flat : columns ? k.columns : packed ? k.packed : k.rows;
     extent = flat ? l.rows * l.columns : columns ? l.columns : l.rows;
-    const Index rows = std::min(SUMMED_ROWS, quotient(CHUNK_ELEMENTS, l.columns));
-    const Index least = columns ? CHUNK_ELEMENTS / l.rows : std::max(CHUNK_ROWS, rows);
+    const Index together = columns ? k.lanes : packed ? std::max(Index(1), k.lanes / l.columns) : 1;  // in a register
+    const Index few = std::min(SUMMED * together, quotient(CHUNK_ELEMENTS, columns ? l.rows : l.columns));
+    const Index least = columns ? few : std::max(CHUNK_ROWS, few);
     const Index most = columns ? MOST_CHUNKS : std::max(MOST_CHUNKS, THIN_CHUNKS / l.columns);
     chunk = flat ? CHUNK_ELEMENTS : up(std::max(least, quotient(extent, most)), columns ? 64 : 16);
     chunks = quotient(extent, chunk);

@@ -248,7 +248,9 @@ def advance(
     return signal, stored
 
 
-def step(transforms: Chain, storage: Storage, lr: Any, param: Array, grad: Array, stored: State) -> tuple[Array, State]:
+def step(
+    transforms: Chain, storage: Storage, lr: Any, param: Array, grad: Array, stored: State, as_update: bool = False
+) -> tuple[Array, State]:
     """One step of one parameter: the update from the chain, then `p = p - lr*u`, rounded.
 
     Args:
@@ -258,6 +260,7 @@ def step(transforms: Chain, storage: Storage, lr: Any, param: Array, grad: Array
         param: the parameter, in the precision that is computed in.
         grad: its gradient, likewise.
         stored: the state's arrays, by the names of `Chain.arrays`.
+        as_update: give in the new parameter's place what is to be added to the parameter, as optax does.
 
     Returns:
         The new parameter, ready to be cast to its dtype, and the state's arrays after the step.
@@ -266,7 +269,10 @@ def step(transforms: Chain, storage: Storage, lr: Any, param: Array, grad: Array
     del grad  # what the driver made of it is free after the first transformation
     for transform in transforms:
         signal, stored = advance(transform, storage, signal, stored, param)
-    param = storage.round(storage.subtract(param, lr * signal.update), stored)
+    if as_update:
+        param = storage.update(param, -lr * signal.update, stored)
+    else:
+        param = storage.round(storage.subtract(param, lr * signal.update), stored)
     return param, storage.commit(stored, counted(stored))
 
 

@@ -42,9 +42,13 @@ class Leaf:
         return self.arrays[0]
 
     @property
-    def changed(self) -> tuple[Any, ...]:
-        """The arrays that a step changes: all but the gradient."""
-        return (self.arrays[0], *self.arrays[2:])
+    def grad(self) -> Any:
+        return self.arrays[1]
+
+    @property
+    def stored(self) -> tuple[Any, ...]:
+        """The state's arrays."""
+        return self.arrays[2:]
 
     def by_state(self, stored: Sequence[Any]) -> list[Arrays]:
         """The state's arrays by field, for every transformation."""

@@ -14,6 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -28,20 +29,40 @@ from fusedbun_jax.operands import Leaf, pack, unpack
 
 @dataclass(frozen=True, repr=False)
 class Step:
-    """What of a step is known when it is traced: its leaves, packed, and whether to do without kernels is an error."""
+    """What of a step is known when it is traced.
+
+    Args:
+        leaves: its leaves, packed.
+        as_update: whether it gives what is to be added to each parameter instead of the new parameter.
+        needs_kernels: whether to do without kernels is an error.
+    """
 
     leaves: tuple[Leaf, ...]
+    as_update: bool
     needs_kernels: bool
 
     def __repr__(self) -> str:
         return f"<{len(self.leaves)} leaves>"
 
 
-def step(leaves: Sequence[Leaf], needs_kernels: bool) -> list[Sequence[Any]]:
-    """What a step makes of each leaf's parameter and of its state's arrays; an empty leaf is left as it is."""
+def step(leaves: Sequence[Leaf], as_update: bool = False, needs_kernels: bool = False) -> list[list[Any]]:
+    """What a step makes of each leaf's parameter and of its state's arrays.
+
+    Args:
+        leaves: the leaves.
+        as_update: give what is to be added to each parameter instead of the new parameter.
+        needs_kernels: do not do without kernels.
+    """
     operands, packed = pack([leaf for leaf in leaves if leaf.param.size])
-    changed = iter(_jitted(*operands, step=Step(packed, needs_kernels)))
-    return [[next(changed) for _ in leaf.changed] if leaf.param.size else leaf.changed for leaf in leaves]
+    changed = iter(_jitted(*operands, step=Step(packed, as_update, needs_kernels)))
+
+    def made(leaf: Leaf) -> list[Any]:
+        if leaf.param.size:
+            return [next(changed) for _ in (leaf.param, *leaf.stored)]
+        update = leaf.grad.astype(leaf.chain.rounding.of_updates(leaf.grad.dtype.name))
+        return [update if as_update else leaf.param, *leaf.stored]  # there is nothing to step
+
+    return [made(leaf) for leaf in leaves]
 
 
 @partial(jax.jit, static_argnames="step", inline=True)
@@ -51,28 +72,36 @@ def _jitted(*operands: Any, step: Step) -> list[Any]:
 
 
 def _by_kernels(*operands: Any, step: Step) -> list[Any]:
-    return kernels.step(unpack(step.leaves, operands))
+    return kernels.step(unpack(step.leaves, operands), step.as_update)
 
 
 def _by_definition(*operands: Any, step: Step) -> list[Any]:
     leaves = unpack(step.leaves, operands)
     counts = apart(leaves[0].count, len(leaves)) if leaves else ()
-    return [x for leaf, count in zip(leaves, counts, strict=True) for x in _updated(replace(leaf, count=count))]
+    counted = [replace(leaf, count=count) for leaf, count in zip(leaves, counts, strict=True)]
+    return [x for leaf in counted for x in _by_update(leaf, step.as_update)]
 
 
-def _updated(leaf: Leaf) -> list[Any]:
-    """The parameter and the state's arrays after `update` and `optax.apply_updates`, of a tree of this leaf."""
-    chain, (param, grad, *stored) = leaf.chain, leaf.arrays
+def _by_update(leaf: Leaf, as_update: bool) -> list[Any]:
+    """The update, or what `optax.apply_updates` makes with it of the parameter, and the state's arrays after it."""
+    chain, param = leaf.chain, leaf.param
     name = chain.rounding.name  # decides the noise
     tx = transformation(chain, leaf.lr)
-    trees = [{field: {name: x} for field, x in arrays.items()} for arrays in leaf.by_state(stored)]
-    updates, after = tx.update({name: grad}, join_state(chain, trees, leaf.count), {name: param})
+    trees = [{field: {name: x} for field, x in arrays.items()} for arrays in leaf.by_state(leaf.stored)]
+    updates, after = tx.update({name: leaf.grad}, join_state(chain, trees, leaf.count), {name: param})
     arrays = [x[name] for trees in split_state(chain, after)[0] for x in trees.values()]
-    return [optax.apply_updates({name: param}, updates)[name], *arrays]
+    return [(updates if as_update else optax.apply_updates({name: param}, updates))[name], *arrays]
 
 
 def _abstract(*operands: Any, step: Step) -> list[Any]:
-    return [operands[x.place].update(weak_type=False) for leaf in step.leaves for x in leaf.changed]
+    return [x for leaf in step.leaves for x in _changed(leaf, operands, step.as_update)]
+
+
+def _changed(leaf: Leaf, operands: Sequence[Any], as_update: bool) -> list[Any]:
+    """The types of what a leaf's step gives."""
+    param, grad, *stored = (operands[x.place].update(weak_type=False) for x in leaf.arrays)
+    update = grad.update(dtype=jnp.dtype(leaf.chain.rounding.of_updates(grad.dtype.name)))
+    return [update if as_update else param, *stored]
 
 
 def _definition(step: Step, where: str) -> Any:

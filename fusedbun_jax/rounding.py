@@ -11,7 +11,7 @@ import optax
 
 from fusedbun.hyper import Seed, check, plain
 from fusedbun.storage.codes import STEP
-from fusedbun.storage.rounding import Rounding
+from fusedbun.storage.rounding import Rounding, nearest_update
 from fusedbun.storage.storage import Storage
 from fusedbun_jax import leaf
 from fusedbun_jax import namespace as xp
@@ -29,8 +29,8 @@ def round_to_params() -> optax.GradientTransformationExtraArgs:
 
         u = round(p + u) - p, or its neighbour whose sum with p is nearer      for parameters of fewer bits than u
 
-    The difference of two numbers within a factor of two of one another is a number of their format (Sterbenz), so for
-    such a step `p + u` is exactly the once-rounded result; for a larger one it is that or a neighbour of it.
+    For a step that changes a parameter by less than half or than twice of it, `p + u` is exactly the once-rounded
+    result; for a larger one it is that or a neighbour of it.
     """
 
     def update(updates: optax.Updates, state: optax.EmptyState, params: Any = None, **_: Any) -> Any:
@@ -101,12 +101,10 @@ def to_either(seed: Any, path: leaf.KeyPath, update: Any, param: Any, arrays: Ar
         return update, arrays
     p = param.astype(jnp.float32)
     storage = Storage(xp, rounding, p, "bfloat16")
-    # The choice keeps the sum apart from a product before it: contracted the two would have bits that the difference
-    # below has no place for.
-    exact = p + jnp.where(update == update, update, jnp.nan)
-    q = storage.round(exact, {STEP: count})
-    stepped = jnp.where(q == p, -0.0, q - p)  # an infinite parameter stays what it is, and so does -0
-    return with_derivative_of(update, stepped), arrays
+    # The choice keeps the sum with p apart from a product before it: contracted the two would have bits that the
+    # update has no place for.
+    change = jnp.where(update == update, update, jnp.nan)
+    return with_derivative_of(update, storage.update(p, change, {STEP: count})), arrays
 
 
 def _round_to_nearest(update: Any, param: Any) -> Any:
@@ -117,7 +115,7 @@ def _round_to_nearest(update: Any, param: Any) -> Any:
 
 @jax.custom_jvp
 def _nearest(update: Any, param: Any) -> Any:
-    """The update in the parameter's dtype whose sum with it, rounded to that dtype, is nearest to `param + update`."""
+    """`nearest_update` for a dtype of JAX's."""
     wide, narrow = update.dtype, param.dtype
     p = param.astype(wide)
 
@@ -125,13 +123,10 @@ def _nearest(update: Any, param: Any) -> Any:
         # Inside jit a cast and its way back may be simplified to nothing; behind a barrier it is not.
         return jax.lax.optimization_barrier(x.astype(narrow)).astype(wide)
 
-    def miss(u: Any) -> Any:
-        return jnp.abs(rounded(p + u.astype(wide)) - (p + update))
+    def neighbours(x: Any) -> list[Any]:
+        return [jnp.nextafter(x.astype(narrow), to).astype(wide) for to in (-jnp.inf, jnp.inf)]
 
-    best = (rounded(p + update) - p).astype(narrow)
-    for other in jnp.nextafter(best, -jnp.inf), jnp.nextafter(best, jnp.inf):
-        best = jnp.where(miss(other) < miss(best), other, best)
-    return best
+    return nearest_update(jnp, p, update, rounded, neighbours).astype(narrow)
 
 
 # A neighbouring number has no derivative: that of the plain cast stands for it.

@@ -160,7 +160,7 @@ class Driver:
             make_leaf(self.chain, lr, count, path, param, grad, arrays)
             for (path, grad), param, arrays in zip(with_paths, jax.tree.leaves(params), by_leaf, strict=True)
         ]
-        stepped = primitive.step(leaves, needs_kernels)
+        stepped = primitive.step(leaves, needs_kernels=needs_kernels)
         after = [x.by_state(stored) for x, (_, *stored) in zip(leaves, stepped, strict=True)]
         trees = [
             with_arrays(of, [before[i] | arrays[i] for before, arrays in zip(by_leaf, after, strict=True)])

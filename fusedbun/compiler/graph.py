@@ -193,7 +193,8 @@ class Graph:
         self, op: str, args: tuple[Value, ...], axes: Axes, detail: Any, span: Span | None = None, kind: Kind = "number"
     ) -> Value:
         span = self._spans.get(axes, Span.COLUMN) if span is None else span
-        key = (op, tuple(a.number for a in args), detail, axes, span, kind)
+        sign = str(detail) if detail == 0 else ""  # 0 and -0 are equal
+        key = (op, tuple(a.number for a in args), detail, sign, axes, span, kind)
         if key not in self._known:
             varies = axes.intersection(Axes().union(*(a.varies for a in args))) if args else axes
             self._known[key] = Value(len(self.values), op, args, axes, span, detail, varies, kind)

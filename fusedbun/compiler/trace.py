@@ -20,7 +20,7 @@ from fusedbun.storage.rounding import PARAM, Rounding, to_nearest_bfloat16
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Namespace
 
-GRAD, LR = "grad", "lr"
+GRAD, LR, UPDATE = "grad", "lr", "update"
 # The names of hyper-parameters beside those of a chain: where the noise of an array begins, and of a shard, along an
 # axis, the size of the whole parameter and the place of the first element, and of a slice, its place in the stack.
 START = ".start"
@@ -56,6 +56,7 @@ def trace(
     maximize: bool = False,
     dtype: str = "float32",
     measures: bool = False,
+    as_update: bool = False,
 ) -> Program:
     """Traces one step of a chain.
 
@@ -70,6 +71,7 @@ def trace(
         dtype: the parameter's dtype.
         measures: the step also computes the inner products of its metrics (`fusedbun.metrics`), which go to arrays of
             one number, called as `product_of` says.
+        as_update: leave the parameter as it is, and write what is to be added to it to an array called `UPDATE`.
 
     Raises:
         UnschedulableError: the chain has no schedule; the message says why.
@@ -79,6 +81,8 @@ def trace(
     slots, arrays = chain.slots(like.shape), chain.arrays(like.shape, dtype)
     if dtype == "float64" and any(codes.code_of(slot, dtype).is_noisy for slot in slots.values()):
         raise UnschedulableError("noise and codes are computed in float32, but a float64 parameter is not")
+    if as_update and dtype == "float16":
+        raise UnschedulableError("float16 is rounded when it is stored, but its updates are found by rounding")
     inputs = {name: graph.input(name, graph.every) for name in (PARAM, GRAD)}
     inputs |= {key: graph.input(key, x.axes, x.is_whole, x.part) for key, x in arrays.items()}
     stored = {name: Symbol(graph, value) for name, value in inputs.items()}
@@ -90,15 +94,18 @@ def trace(
     ascended = Symbol(graph, graph.apply("neg", grad.value)) if maximize else grad
     measured: Mapping[tuple[str, str], Any] = {}
     try:
-        new_param, new = step(symbolic, storage, lr, param, ascended, stored)
+        new_param, new = step(symbolic, storage, lr, param, ascended, stored, as_update)
         if measures:
             measured = _measured(symbolic, storage, param, new_param, grad, new)
     except (TypeError, AttributeError) as error:
         raise UnschedulableError(f"a rule does to an array what the compiler does not know: {error}") from error
     outputs = {PARAM: new_param.value, **{key: new[key].value for key in arrays}}
     outputs = {name: value for name, value in outputs.items() if value is not inputs[name]}
+    if as_update:
+        outputs[UPDATE] = outputs.pop(PARAM)
+        arrays[UPDATE] = Stored(chain.rounding.of_updates(dtype), tuple(graph.every))
     for name, value in outputs.items():
-        if value.axes != inputs[name].axes:
+        if value.axes != (graph.every if name == UPDATE else inputs[name].axes):
             raise UnschedulableError(f"the new {name} does not have the axes that it is declared with")
     outputs |= {product_of(*pair): x.value for pair, x in measured.items()}
     arrays |= {product_of(*pair): Stored(codes.computed_in(dtype), ()) for pair in measured}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,10 @@ class Rounding:
             return self
         return replace(self, stochastic=False)
 
+    def of_updates(self, dtype: str) -> str:
+        """The dtype of updates that optax adds to parameters of this one."""
+        return "float32" if self.stochastic else dtype
+
     def of(self, name: str, keys: Iterable[str]) -> Rounding:
         """The same for the parameter of this name, with the starts of these arrays' noise computed once for all."""
         named = replace(self, name=name, starts=())
@@ -59,3 +63,40 @@ def to_bfloat16(xp: Functions, x: Array, n: Array) -> Array:
 def to_nearest_bfloat16(xp: Functions, x: Array) -> Array:
     """Float32 numbers rounded to the nearest in bfloat16, of two as near to the one whose last bit is 0."""
     return to_bfloat16(xp, x, ((xp.bits(x) >> 16) & 1) + 0x7FFF)
+
+
+def neighbours(xp: Functions, x: Array) -> tuple[Array, Array]:
+    """The numbers in bfloat16 next to float32 numbers that are some of them; of infinities one is NaN."""
+    b = xp.bits(x)
+    return xp.from_bits(b - 0x10000), xp.from_bits(b + 0x10000)
+
+
+def nearest_update(
+    xp: Functions,
+    param: Array,
+    change: Array,
+    rounded: Callable[[Array], Array],
+    neighbours: Callable[[Array], Iterable[Array]],
+) -> Array:
+    """The update in a parameter's dtype whose sum with it, rounded to that, is nearest to `param + change`.
+
+        u = rounded(param + change) - param, or its neighbour whose sum with param is nearer
+
+    The difference of two numbers within a factor of two of one another is a number of their format (Sterbenz), so for
+    such a step `param + u` is exactly the once-rounded result; for a larger one it is that or a neighbour of it.
+
+    Args:
+        xp: the functions.
+        param: numbers of the dtype, in the precision that is computed in, as all others.
+        change: what would be added if nothing were rounded.
+        rounded: rounds to the nearest in the dtype.
+        neighbours: the numbers of the dtype next to one of them.
+    """
+
+    def miss(u: Array) -> Array:
+        return abs(rounded(param + u) - (param + change))
+
+    best = rounded(rounded(param + change) - param)
+    for other in neighbours(best):
+        best = xp.where(miss(other) < miss(best), other, best)
+    return best

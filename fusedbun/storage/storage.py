@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from fusedbun.storage import codes, noise
 from fusedbun.storage.codes import STEP
-from fusedbun.storage.rounding import PARAM, to_bfloat16
+from fusedbun.storage.rounding import PARAM, nearest_update, neighbours, to_bfloat16, to_nearest_bfloat16
 from fusedbun.transform import Array, Slot, State
 
 
@@ -54,6 +55,16 @@ class Storage:
     def round(self, param: Array, stored: State) -> Array:
         """The parameter after a step, ready to be cast to its dtype."""
         return to_bfloat16(self.xp, param, self._noise(PARAM, stored)) if self.rounding.stochastic else param
+
+    def update(self, param: Array, change: Array, stored: State) -> Array:
+        """What is to be added to a parameter for it to become what `round` makes of `param + change`."""
+        if self.rounding.stochastic:
+            q = self.round(param + change, stored)
+            return self.xp.where(q == param, -0.0, q - param)  # an infinite parameter stays what it is, and so does -0
+        if self.dtype == "bfloat16":
+            xp = self.xp
+            return nearest_update(xp, param, change, partial(to_nearest_bfloat16, xp), partial(neighbours, xp))
+        return change
 
     def commit(self, stored: State, changed: Mapping[str, Array]) -> State:
         """The state's arrays with the changed ones among them."""

@@ -13,7 +13,7 @@ from fusedbun import namespace as in_numpy
 from fusedbun.chain import Chain, step
 from fusedbun.compiler.cpp import native
 from fusedbun.compiler.tiles import ELEMENTS, Tiles, schedule_for
-from fusedbun.compiler.trace import evaluate, hyperparameters
+from fusedbun.compiler.trace import UPDATE, evaluate, hyperparameters
 from fusedbun.storage.storage import Storage
 from fusedbun.transform import Shape
 
@@ -68,15 +68,18 @@ def leaf(chain: Chain, shape: Shape, dtype: str = "float64", seed: int = 3, tern
 
 
 @np.errstate(all="ignore")
-def by_definition(chain: Chain, arrays: Arrays, xp: Any = in_numpy, lr: float = LR) -> Arrays:
-    """The parameter and the state after a step."""
+def by_definition(chain: Chain, arrays: Arrays, xp: Any = in_numpy, lr: float = LR, as_update: bool = False) -> Arrays:
+    """The parameter, or the update in its place, and the state after a step."""
     param = arrays["param"]
     dtype = computed(param.dtype)
     p = param.astype(dtype)
     storage = Storage(xp, chain.rounding, p, param.dtype.name)
-    new, after = step(chain, storage, lr, p, arrays["grad"].astype(dtype), arrays)
+    new, after = step(chain, storage, lr, p, arrays["grad"].astype(dtype), arrays, as_update)
     kinds = {key: stored.dtype for key, stored in chain.arrays(param.shape, param.dtype.name).items()}
-    return {"param": new.astype(param.dtype), **{key: after[key].astype(kind) for key, kind in kinds.items()}}
+    state = {key: after[key].astype(kind) for key, kind in kinds.items()}
+    if as_update:
+        return {UPDATE: new.astype(chain.rounding.of_updates(param.dtype.name)), **state}
+    return {"param": new.astype(param.dtype), **state}
 
 
 @np.errstate(all="ignore")
@@ -97,13 +100,14 @@ def step_in_place(
     lrs: Sequence[float] | None = None,
     absent: Sequence[int] = (),
     maximize: bool = False,
+    as_update: bool = False,
 ) -> None:
     """Steps leaves with their kernels, all in one call, but leaves out those that are `absent`."""
     described, numbers = [], []
     for n, ((chain, arrays), lr) in enumerate(zip(leaves, lrs or [LR] * len(leaves), strict=True)):
         param = arrays["param"]
         order = native.memory_order(param.shape, param.strides)
-        kernel = native.kernel(chain, param.ndim, order, param.dtype.name, maximize)
+        kernel = native.kernel(chain, param.ndim, order, param.dtype.name, maximize, as_update=as_update)
         numbers.append(evaluate(kernel.program.scalars, hyperparameters(kernel.program, chain, lr)))
         found = [arrays[name] for name in ("param", "grad", *kernel.program.arrays)]
         seen = [native.Array(x.ctypes.data, x.itemsize, x.strides) for x in found]
@@ -120,6 +124,18 @@ def by_kernel(chain: Chain, arrays: Arrays, threads: int = 1) -> Arrays:
     """The parameter and the state after a step with a kernel, of a copy of the arrays with their strides."""
     after = {name: array.copy(order="K") for name, array in arrays.items()}
     step_in_place([(chain, after)], threads)
+    del after["grad"]
+    return after
+
+
+def updated_by_kernel(chain: Chain, arrays: Arrays, threads: int = 1) -> Arrays:
+    """The update and the state, likewise; the update is in the gradient's memory where that has its dtype."""
+    after = {name: array.copy(order="K") for name, array in arrays.items()}
+    dtype = chain.rounding.of_updates(after["param"].dtype.name)
+    grad = after["grad"]
+    after[UPDATE] = grad if grad.dtype == dtype else np.empty_like(grad, dtype)
+    step_in_place([(chain, after)], threads, as_update=True)
+    np.testing.assert_array_equal(after.pop("param"), arrays["param"])
     del after["grad"]
     return after
 

@@ -60,7 +60,13 @@ _KERNELS: dict[Any, Kernel | str] = {}  # by what decides the code; a reason whe
 
 
 def kernel(
-    chain: Chain, ndim: int, order: tuple[int, ...], dtype: str, maximize: bool = False, measures: bool = False
+    chain: Chain,
+    ndim: int,
+    order: tuple[int, ...],
+    dtype: str,
+    maximize: bool = False,
+    measures: bool = False,
+    as_update: bool = False,
 ) -> Kernel:
     """A chain's kernel, from memory, from a file, or compiled now.
 
@@ -71,17 +77,18 @@ def kernel(
         dtype: its dtype, such as "bfloat16".
         maximize: climb instead of descend.
         measures: it also computes the inner products of its metrics.
+        as_update: it writes what is to be added to the parameter instead.
 
     Raises:
         KernelError: there is none; the message says why.
     """
     try:
-        key = (structure(chain), ndim, order, dtype, maximize, measures)
+        key = (structure(chain), ndim, order, dtype, maximize, measures, as_update)
     except UnschedulableError as error:
         raise KernelError(str(error)) from error
     if key not in _KERNELS:
         try:
-            _KERNELS[key] = compiled(trace(chain, ndim, order or None, maximize, dtype, measures))
+            _KERNELS[key] = compiled(trace(chain, ndim, order or None, maximize, dtype, measures, as_update))
         except (UnschedulableError, KernelError) as error:
             _KERNELS[key] = str(error)
     found = _KERNELS[key]

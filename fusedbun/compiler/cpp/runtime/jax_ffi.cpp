@@ -1,15 +1,14 @@
 // Steps leaves that XLA hands over, in place: one call of XLA's foreign function interface, for every chain.
 //
-// The operands are lists of numbers, then of every parameter itself, its gradient and its slots; the results are all of
-// these but the gradients, in the memory of the operands. A leaf is a parameter, or a slice of one that is a stack. The
-// attributes are
+// The operands are lists of numbers, and the arrays of parameters, gradients and state; the results are what is written,
+// most of it in the memory of operands. A leaf is a parameter, or a slice of one that is a stack. The attributes are
 //   kernels   the names of kernels, with a space behind each; a compiled program may outlive their addresses
 //   kinds     for every leaf, which of them steps it
-//   firsts    for every leaf, which operand is its parameter
-//   written   for every result, in which operand's memory it is
+//   buffers   for every array of every leaf, which operand it lies in, or ~n where it lies in result n alone
+//   written   for every result, likewise, whose memory it is
 //   lists     how many lists of numbers there are
 //   records   for every leaf a `Leaf`, with places among the words (the numbers) instead of addresses
-//   words     what the leaves point to; where an array's address stands, how many bytes behind its operand's it begins
+//   words     what the leaves point to; where an array's address stands, how many bytes behind its buffer's it begins
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -99,6 +98,13 @@ struct Call {
   const XLA_FFI_Buffer& operand(int64_t i) const { return *(const XLA_FFI_Buffer*)frame.args.args[i]; }
   const XLA_FFI_Buffer& result(int64_t i) const { return *(const XLA_FFI_Buffer*)frame.rets.rets[i]; }
 
+  const void* buffer(int64_t i) const {  // operand i, or result ~i; null where there is none
+    const bool is_operand = i >= 0;
+    const int64_t at = is_operand ? i : ~i;
+    if (at >= (is_operand ? frame.args.size : frame.rets.size)) return nullptr;
+    return is_operand ? operand(at).data : result(at).data;
+  }
+
   int threads() const {  // of XLA's pool; 1 where there is none
     int64_t n = 1;
     XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, frame.ctx, &n};
@@ -127,17 +133,17 @@ struct Call {
     const auto* names = (const XLA_FFI_ByteSpan*)attribute("kernels", XLA_FFI_AttrType_STRING);
     const auto* lists = (const XLA_FFI_Scalar*)attribute("lists", XLA_FFI_AttrType_SCALAR);
     const auto *kinds = integers("kinds"), *records = integers("records"), *places = integers("words");
-    const auto *firsts = integers("firsts"), *written = integers("written");
-    if (!names || !lists || lists->dtype != XLA_FFI_DataType_S64 || !kinds || !records || !places || !firsts ||
+    const auto *buffers = integers("buffers"), *written = integers("written");
+    if (!names || !lists || lists->dtype != XLA_FFI_DataType_S64 || !kinds || !records || !places || !buffers ||
         !written)
       return malformed("an attribute is missing");
     const int64_t count = (int64_t)kinds->size;
-    if ((int64_t)records->size != RECORD * count || (int64_t)firsts->size != count) return malformed("records");
+    if ((int64_t)records->size != RECORD * count) return malformed("records");
     if ((int64_t)written->size != frame.rets.size) return malformed("results");
     for (int64_t i = 0; i < frame.rets.size; i++) {
-      const int64_t of = ((const int64_t*)written->data)[i];
-      if (of < 0 || of >= frame.args.size) return malformed("results");
-      if (result(i).data != operand(of).data) return malformed("a result has memory of its own");
+      const void* const expected = buffer(((const int64_t*)written->data)[i]);
+      if (!expected) return malformed("results");
+      if (result(i).data != expected) return malformed("a result has memory of its own");
     }
 
     std::vector<const Kernel*> named, of_leaf;
@@ -165,14 +171,17 @@ struct Call {
 
     std::vector<Index> words((const Index*)places->data, (const Index*)places->data + places->size);
     std::vector<Leaf> leaves;
+    int64_t used = 0;  // of the arrays' buffers
     for (int64_t n = 0; n < count; n++) {
       const Index* const r = (const Index*)records->data + RECORD * n;
       const auto at = [&](int field) { return words.data() + r[field]; };
       Leaf leaf{(void* const*)at(0), at(1), at(2), (const Index* const*)at(3), at(4), numbers.data() + r[5],
                 r[6], r[7], r[8], r[9]};
-      const int64_t first = ((const int64_t*)firsts->data)[n];
-      if (first < 0 || first + leaf.count > frame.args.size) return malformed("arrays");
-      for (Index a = 0; a < leaf.count; a++) at(0)[a] += (Index)operand(first + a).data;
+      for (Index a = 0; a < leaf.count; a++, used++) {
+        const void* const start = used < (int64_t)buffers->size ? buffer(((const int64_t*)buffers->data)[used]) : nullptr;
+        if (!start) return malformed("arrays");
+        at(0)[a] += (Index)start;
+      }
       leaves.push_back(leaf);
       of_leaf.push_back(named.at(((const Index*)kinds->data)[n]));
     }

@@ -42,9 +42,8 @@ def test_updates_equal_the_definitions(case, dtype, ndim):
             continue
         if dtype in DIGITS:
             sums = [np.float64(added(arrays["param"], x.pop(UPDATE))) for x in (got, want)]
-            assert_rounded_alike(
-                *sums, DIGITS[dtype] - 1
-            )  # of a large step a sum is the nearest number or its neighbour
+            # of a large step the sum is the nearest number or its neighbour
+            assert_rounded_alike(*sums, DIGITS[dtype] - 1)
         assert_near(*({key: np.float64(x) for key, x in found.items()} for found in (got, want)), TOLERANCE[dtype])
 
 
